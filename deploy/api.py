@@ -1,0 +1,298 @@
+"""The control API under ``/api/v1``: what the registry's commands do, over HTTP, as the key's person.
+
+Every route names the role it needs. A deployment's generation is its ETag; `PATCH` compares it by ``If-Match``.
+Endpoints are plain functions, so that the framework runs them in threads beside the loop that answers requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypedDict
+
+from fastapi import Depends, FastAPI, Header, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from starlette.exceptions import HTTPException
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Mount
+
+from deploy import auth
+from deploy.auth import Identity, Needed, NotAllowed, Role, require
+from deploy.errors import crashed, explain, json_response
+from infra.db import transaction
+from infra.errors import NotFound, TunesmithError, UsageError
+from registry import deployments, versions
+from registry.deployments import Change
+
+_PAGE = Path(__file__).with_suffix(".html")
+Reason = Annotated[str, Field(min_length=1, max_length=2000, description="why; it stays in the ledger")]
+Number = Annotated[int, Field(ge=1, le=999_999_999)]
+Generation = Annotated[int | None, Field(ge=0, description="refuse with 412 if the deployment is at another one")]
+
+
+class PreconditionRequired(TunesmithError):
+    """A change without saying what it is a change of."""
+
+    http_status: ClassVar[int] = 428
+    code: ClassVar[str] = "precondition_required"
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Promotion(_Body):
+    version: Number
+    reason: Reason
+    expect_generation: Generation = None
+    force: bool = Field(default=False, description="override the gate, on the record; needs the admin role")
+
+
+class Rollback(_Body):
+    reason: Reason
+    to: Number | None = Field(default=None, description="that version; else the one before the last promotion")
+    expect_generation: Generation = None
+
+
+class Patch(_Body):
+    """One slot's change: exactly one of champion, challenger and shadow; null empties a slot."""
+
+    champion: Number | None = None
+    challenger: Number | None = None
+    challenger_share: float | None = Field(default=None, gt=0, le=1)
+    shadow: Number | None = None
+    reason: Reason
+    force: bool = False
+
+    @model_validator(mode="after")
+    def _one_slot(self) -> Patch:
+        named = self.model_fields_set & {"champion", "challenger", "shadow"}
+        if len(named) != 1:
+            raise ValueError("name exactly one of champion, challenger and shadow")
+        if self.champion is None and "champion" in named:
+            raise ValueError("a champion is replaced or rolled back, never taken away")
+        if (self.challenger is not None) != (self.challenger_share is not None):
+            raise ValueError("challenger and challenger_share go together")
+        return self
+
+
+class _Common(TypedDict):
+    actor: str
+    reason: str
+    expect_generation: int
+
+
+class KeyWish(_Body):
+    name: Annotated[str, Field(min_length=1, max_length=100)]
+    role: Role
+
+
+def _as(role: Needed) -> Any:
+    """The parameter that is the key's person, of at least this role."""
+
+    def who(request: Request) -> Identity:
+        return require(request, role)
+
+    return Depends(who)
+
+
+Viewer = Annotated[Identity, _as("viewer")]
+Operator = Annotated[Identity, _as("operator")]
+Admin = Annotated[Identity, _as("admin")]
+
+
+def control_api() -> Mount:
+    """The mounted application."""
+    app = FastAPI(
+        title="Tunesmith control API",
+        version="1",
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        description="Send `Authorization: Bearer <key>`. Errors are `{error: {code, message, hint}}`.",
+    )
+    app.add_exception_handler(TunesmithError, explain)
+    app.add_exception_handler(HTTPException, explain)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(Exception, crashed)
+    _models(app)
+    _changes(app)
+    _keys(app)
+    _pages(app)
+    return Mount("/api/v1", app)
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    problems = error.errors() if isinstance(error, RequestValidationError) else []
+    said = "; ".join(f"{'.'.join(str(part) for part in p['loc'][1:]) or 'body'}: {p['msg']}" for p in problems)
+    return await explain(request, UsageError(f"The request is not valid: {said[:1000]}."))
+
+
+def _models(app: FastAPI) -> None:
+    @app.get("/models", summary="Models and what serves")
+    def list_models(who: Viewer) -> Response:
+        with transaction() as conn:
+            return json_response({"models": versions.list_models(conn)})
+
+    @app.get("/models/{model}/versions", summary="A model's versions")
+    def list_versions(model: str, who: Viewer) -> Response:
+        with transaction() as conn:
+            found = versions.list_versions(conn, model)
+            now = deployments.read(conn, model)
+        listed = [
+            {
+                "version": v.number,
+                "created_at": v.created_at.astimezone(UTC),
+                "serving": now.slot_of(v.number),
+                "base": v.base,
+                "method": v.method,
+                "metrics": v.metrics,
+                "gate": v.decision,
+                "dataset": v.dataset_digest,
+                "study": v.study,
+            }
+            for v in found
+        ]
+        return json_response({"model": model, "versions": listed})
+
+    @app.get("/models/{model}/versions/{number}", summary="One version with its evaluation and gate decision")
+    def show_version(model: str, number: int, who: Viewer) -> Response:
+        with transaction() as conn:
+            found = versions.get(conn, model, number)
+            body = {
+                "model": model,
+                "version": number,
+                "created_at": found.created_at.astimezone(UTC),
+                "serving": deployments.read(conn, model).slot_of(number),
+                "bundle": found.bundle_digest,
+                "run_id": found.run_id,
+                "mlflow_run_id": found.mlflow_run_id,
+                **{k: v for k, v in found.manifest.items() if k not in ("model", "format", "files")},
+                "metrics": found.metrics,
+                "evaluation": versions.evidence(conn, found.evaluation),
+                "gate": versions.evidence(conn, found.gate),
+            }
+        return json_response(body)
+
+    @app.get("/models/{model}/deployment", summary="Which versions hold the slots; the ETag is the generation")
+    def read_deployment(model: str, who: Viewer) -> Response:
+        with transaction() as conn:
+            now = deployments.read(conn, model)
+        return json_response(now.to_json(), headers={"etag": f'"{now.generation}"'})
+
+    @app.get("/models/{model}/history", summary="The ledger, oldest first; with `at`, up to that time")
+    def history(model: str, who: Viewer, at: datetime | None = None) -> Response:
+        if at is not None and at.tzinfo is None:
+            raise UsageError("`at` needs a time zone.", hint="Such as 2026-01-31T12:00:00Z.")
+        with transaction() as conn:
+            entries = deployments.history(conn, model, at)
+        return json_response({"model": model, "entries": [entry.to_json() for entry in entries]})
+
+
+def _changes(app: FastAPI) -> None:
+    def change(act: Callable[[Any], Change]) -> Response:
+        with transaction() as conn:
+            done = act(conn)
+        return json_response(done.to_json(), headers={"etag": f'"{done.deployment.generation}"'})
+
+    def may_force(who: Identity, force: bool) -> None:
+        if force and not who.may("admin"):
+            raise NotAllowed("Overriding a gate needs the admin role.", hint="Ask an admin.")
+
+    @app.patch("/models/{model}/deployment", summary="Change one slot, compared with If-Match")
+    def patch(
+        model: str,
+        body: Patch,
+        who: Operator,
+        if_match: Annotated[str | None, Header(description="the generation this is a change of")] = None,
+    ) -> Response:
+        may_force(who, body.force)
+        if if_match is None:
+            raise PreconditionRequired("If-Match is missing.", hint="Send the generation that you read.")
+        text = if_match.strip().strip('"')
+        if not (text.isascii() and text.isdigit() and len(text) < 18):
+            raise UsageError("If-Match must be a generation.", hint="Send the ETag of GET .../deployment.")
+        common = _Common(actor=who.actor, reason=body.reason, expect_generation=int(text))
+        slot: Literal["challenger", "shadow"] = "shadow" if "shadow" in body.model_fields_set else "challenger"
+
+        def act(conn: Any) -> Change:
+            if body.champion is not None:
+                return deployments.promote(conn, model, body.champion, force=body.force, **common)
+            if body.challenger is not None and body.challenger_share is not None:
+                share = body.challenger_share
+                return deployments.canary(conn, model, body.challenger, share=share, force=body.force, **common)
+            if body.shadow is not None:
+                return deployments.shadow(conn, model, body.shadow, **common)
+            return deployments.stop(conn, model, slot, **common)
+
+        return change(act)
+
+    @app.post("/models/{model}/promote", summary="Make a version the champion")
+    def promote(model: str, body: Promotion, who: Operator) -> Response:
+        may_force(who, body.force)
+        return change(
+            lambda conn: deployments.promote(
+                conn,
+                model,
+                body.version,
+                actor=who.actor,
+                reason=body.reason,
+                expect_generation=body.expect_generation,
+                force=body.force,
+            )
+        )
+
+    @app.post("/models/{model}/rollback", summary="Take the last promotion back")
+    def rollback(model: str, body: Rollback, who: Operator) -> Response:
+        return change(
+            lambda conn: deployments.rollback(
+                conn, model, actor=who.actor, reason=body.reason, to=body.to, expect_generation=body.expect_generation
+            )
+        )
+
+
+def _keys(app: FastAPI) -> None:
+    @app.get("/keys", summary="All keys, without their secrets")
+    def list_keys(who: Admin) -> Response:
+        with transaction() as conn:
+            return json_response({"keys": [asdict(key) for key in auth.list_keys(conn)]})
+
+    @app.post("/keys", summary="Make a key; its secret is in this answer and nowhere else")
+    def create_key(body: KeyWish, who: Admin) -> Response:
+        with transaction() as conn:
+            made = auth.create_key(conn, name=body.name, role=body.role)
+        return json_response(asdict(made), 201)
+
+    @app.delete("/keys/{key_id}", summary="Revoke a key and end its sessions")
+    def revoke_key(key_id: str, who: Admin) -> Response:
+        if not key_id.isalnum() or len(key_id) > 64:
+            raise NotFound("There is no such key.", hint="See GET /api/v1/keys.")
+        with transaction() as conn:
+            return json_response(asdict(auth.revoke_key(conn, key_id)))
+
+
+def _pages(app: FastAPI) -> None:
+    @app.get("/openapi.json", include_in_schema=False)
+    def schema(request: Request) -> Response:
+        require(request, "any")
+        return json_response(_schema(app))
+
+    @app.get("/docs", include_in_schema=False)
+    def docs(request: Request) -> Response:
+        """The schema as a page, without a script and without anything from elsewhere."""
+        require(request, "any")
+        from jinja2 import Environment
+
+        page = Environment(autoescape=True).from_string(_PAGE.read_text()).render(schema=_schema(app))
+        return HTMLResponse(page)
+
+
+def _schema(app: FastAPI) -> dict[str, Any]:
+    made = app.openapi()
+    made["servers"] = [{"url": "/api/v1"}]
+    made["components"].setdefault("securitySchemes", {})["key"] = {"type": "http", "scheme": "bearer"}
+    made["security"] = [{"key": []}]
+    return made

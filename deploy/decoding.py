@@ -1,0 +1,319 @@
+"""Continuous batching over one base and many adapters, in one thread.
+
+Rows of different requests, and of different adapters, take one step together; a request joins between steps and
+leaves when it is done. To join, its prompt runs alone and its keys and values are put beside those of the others,
+padded on the left; to leave, the other rows are kept and columns that nobody uses any more are cut off. Answers are
+those of the request alone: in fp32 exactly, in bf16 up to the rounding that padding itself causes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from deploy.adapters import Adapter, Adapters
+from deploy.sampling import Sampling, Text, draw
+from infra.errors import NotFound, TunesmithError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+Finish = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt in tokens, the name of an adapter or None for the base alone, and how to sample."""
+
+    prompt: Sequence[int]
+    adapter: str | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """`tokens` and `logprobs` (natural logarithm, of the model's own distribution at temperature 1) include the
+    end token. `engine_seconds`: this request's share of the busy time; `seconds`: from its joining to its end."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: Finish
+    mean_logprob: float
+    logprobs: tuple[float, ...]
+    engine_seconds: float
+    ttft_seconds: float
+    seconds: float
+
+
+class Row:
+    """One request on its way through a batch."""
+
+    def __init__(self, request: Request, adapter: Adapter | None, tokenizer: Any) -> None:
+        self.request, self.adapter = request, adapter
+        self.text = Text(tokenizer, request.sampling.stop)
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.tops: list[list[tuple[int, float]]] = []
+        self.finish: Finish | None = None
+        self.engine_seconds = 0.0
+        self.created_at = time.perf_counter()
+        self.joined_at = self.first_at = self.ended_at = 0.0
+        self._generator: torch.Generator | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens whose keys and values are kept."""
+        return len(self.request.prompt) + len(self.tokens) - 1
+
+    @property
+    def most(self) -> int:
+        """The length at which it is over at the latest."""
+        return len(self.request.prompt) + self.request.sampling.max_tokens
+
+    @property
+    def mean_logprob(self) -> float:
+        return sum(self.logprobs) / len(self.logprobs) if self.logprobs else math.nan
+
+    def choose(self, logits: torch.Tensor) -> int:
+        if self._generator is None:
+            import torch
+
+            self._generator = torch.Generator()
+            seed = self.request.sampling.seed
+            self._generator.seed() if seed is None else self._generator.manual_seed(seed % 2**63)
+        return draw(logits.cpu(), self.request.sampling, self._generator)
+
+    def accept(self, token: int, logprob: float, tops: list[tuple[int, float]], ends: frozenset[int]) -> None:
+        """Take the next token, and find out whether it is the last."""
+        now = time.perf_counter()
+        self.first_at = self.first_at or now
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        if self.request.sampling.top_logprobs:
+            self.tops.append(tops)
+        if token in ends and not self.request.sampling.ignore_eos:
+            self.text.close()
+            self.end("stop")
+        elif self.text.push(token):
+            self.end("stop")
+        elif len(self.tokens) >= self.request.sampling.max_tokens:
+            self.end("stop" if self.text.close() else "length")
+
+    def end(self, finish: Finish) -> None:
+        self.finish, self.ended_at = finish, time.perf_counter()
+
+    def result(self) -> Result:
+        assert self.finish is not None  # noqa: S101 - for the type checker
+        return Result(
+            text=self.text.value,
+            tokens=tuple(self.tokens),
+            finish_reason=self.finish,
+            mean_logprob=self.mean_logprob,
+            logprobs=tuple(self.logprobs),
+            engine_seconds=self.engine_seconds,
+            ttft_seconds=self.first_at - self.joined_at,
+            seconds=self.ended_at - self.joined_at,
+        )
+
+
+class Batch:
+    """The rows that decode together. Belongs to one thread.
+
+    `rows` at most `max_rows`; rows times the longest row's final length at most `max_cells`, which bounds the memory
+    of keys and values.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, adapters: Adapters, *, max_rows: int = 16, max_cells: int = 65536
+    ) -> None:
+        self.model, self.tokenizer, self.adapters = model, tokenizer, adapters
+        self.max_rows, self.max_cells = max_rows, max_cells
+        self.rows: list[Row] = []
+        self._ends = end_tokens(model, tokenizer)
+        self._cache: Any = None
+        self._mask: torch.Tensor | None = None  # [rows, width], 1 where a column is the row's own
+
+    def row(self, request: Request) -> Row:
+        """A row for a request. Raises NotFound for an unknown adapter, UsageError for what can never fit."""
+        adapter = None
+        if request.adapter is not None and (adapter := self.adapters.get(request.adapter)) is None:
+            raise NotFound(f"The adapter {request.adapter!r} is not loaded.")
+        row = Row(request, adapter, self.tokenizer)
+        if not request.prompt:
+            raise UsageError("The prompt is empty.")
+        if row.most > self.max_cells:
+            raise UsageError(f"The prompt and max_tokens are {row.most} tokens; {self.max_cells} fit here.")
+        return row
+
+    def fits(self, row: Row) -> bool:
+        """Whether the row can join now."""
+        width = max([row.most, *(other.most for other in self.rows)])
+        return len(self.rows) < self.max_rows and width * (len(self.rows) + 1) <= self.max_cells
+
+    def join(self, row: Row) -> None:
+        """Run the row's prompt alone and take its first token; unless that ends it, it is in the next steps."""
+        import torch
+        from transformers import DynamicCache
+
+        row.joined_at = started = time.perf_counter()
+        prompt = torch.tensor([list(row.request.prompt)], device=self.model.device)
+        cache = DynamicCache()
+        mask = torch.ones_like(prompt)
+        self._forward([row], prompt, mask, torch.arange(prompt.shape[1], device=prompt.device)[None], cache)
+        row.engine_seconds += time.perf_counter() - started
+        if row.finish is None:
+            self._append(row, cache, mask)
+
+    def step(self) -> list[Row]:
+        """One more token for every row; returns the rows that took it. Those that ended have left the batch."""
+        import torch
+
+        if not self.rows:
+            return []
+        started, rows = time.perf_counter(), list(self.rows)
+        assert self._mask is not None  # noqa: S101 - for the type checker
+        tokens = torch.tensor([[row.tokens[-1]] for row in rows], device=self.model.device)
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(rows), 1)], 1)
+        positions = self._mask.cumsum(1)[:, -1:] - 1
+        self._forward(rows, tokens, self._mask, positions, self._cache)
+        self._keep([i for i, row in enumerate(rows) if row.finish is None])
+        share = (time.perf_counter() - started) / len(rows)
+        for row in rows:
+            row.engine_seconds += share
+        return rows
+
+    def cancel(self, row: Row) -> None:
+        """Take a row out, at once; its place is free."""
+        row.end("cancelled")
+        if row in self.rows:
+            self._keep([i for i, other in enumerate(self.rows) if other is not row])
+
+    def _forward(
+        self, rows: list[Row], tokens: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any
+    ) -> None:
+        import torch
+
+        with torch.inference_mode(), self.adapters.rows([row.adapter for row in rows]):
+            output = self.model(
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            logits = output.logits[:, -1].float()
+            logprobs = torch.log_softmax(logits, -1)
+            best, greedy = (found.tolist() for found in logprobs.max(-1))
+            for i, row in enumerate(rows):
+                if not math.isfinite(best[i]):  # one NaN or infinity among the logits is enough
+                    row.text.close()
+                    row.end("error")
+                    continue
+                token = greedy[i] if row.request.sampling.temperature == 0 else row.choose(logits[i])
+                tops: list[tuple[int, float]] = []
+                if row.request.sampling.top_logprobs:
+                    top = logprobs[i].topk(min(row.request.sampling.top_logprobs, logprobs.shape[-1]))
+                    tops = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+                row.accept(token, float(logprobs[i, token]), tops, self._ends)
+
+    def _append(self, row: Row, cache: Any, mask: torch.Tensor) -> None:
+        import torch
+        from torch.nn.functional import pad
+
+        if self._mask is None:
+            self.rows, self._cache, self._mask = [row], cache, mask
+            return
+        width = max(self._mask.shape[1], mask.shape[1])
+
+        def beside(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+            """Along the rows, both padded on the left to the same number of columns."""
+            return torch.cat([pad(part, (0, 0, width - part.shape[-2], 0)) for part in (old, new)])
+
+        for old, new in zip(self._cache.layers, cache.layers, strict=True):
+            old.keys, old.values = beside(old.keys, new.keys), beside(old.values, new.values)
+        self._mask = beside(self._mask[..., None], mask[..., None])[..., 0]
+        self.rows.append(row)
+
+    def _keep(self, kept: list[int]) -> None:
+        """Keep these rows and cut off the left columns that none of them uses."""
+        if len(kept) == len(self.rows):
+            return
+        self.rows = [self.rows[i] for i in kept]
+        if not self.rows:
+            self._cache = self._mask = None
+            return
+        assert self._mask is not None  # noqa: S101 - for the type checker
+        dead = int(self._mask.shape[1] - self._mask[kept].sum(1).max())
+        self._mask = self._mask[kept][:, dead:]
+        for layer in self._cache.layers:
+            layer.keys, layer.values = layer.keys[kept][:, :, dead:], layer.values[kept][:, :, dead:]
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    adapters: Adapters,
+    requests: Iterable[Request],
+    *,
+    max_rows: int = 8,
+    progress: Callable[[int], None] | None = None,
+) -> list[Result]:
+    """Answer all requests, `max_rows` at a time, in this thread; results in the order of the requests.
+
+    `adapters` is ``Adapters(model)``, with those the requests name loaded: ``adapters.load("candidate", folder)``.
+    `progress` gets the number of finished requests after each. Raises NotFound for an adapter that is not loaded,
+    UsageError for an empty prompt, TunesmithError when the model computes NaN.
+    """
+    batch = Batch(model, tokenizer, adapters, max_rows=max_rows)
+    rows = [batch.row(request) for request in requests]
+    waiting, done = deque(rows), 0
+    while waiting or batch.rows:
+        over = [row for row in batch.step() if row.finish is not None]
+        while waiting and batch.fits(waiting[0]):
+            row = waiting.popleft()
+            batch.join(row)
+            over += [row] if row.finish is not None else []
+        for row in over:
+            if row.finish == "error":
+                raise TunesmithError(f"The model computed NaN or infinity with the adapter {row.request.adapter}.")
+            done += 1
+            if progress is not None:
+                progress(done)
+    return [row.result() for row in rows]
+
+
+def open_model(folder: Path, dtype: str | None = None) -> tuple[Any, Any]:
+    """The causal language model and the tokeniser of a base's folder, for decoding in this process, in one thread.
+
+    `dtype` None is the one the weights are stored in, which maps the file instead of copying it. Raises UsageError
+    when the base cannot be decoded in batches here.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    from registry import bases
+
+    torch.set_num_threads(1)
+    try:
+        stored = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config().dtype
+        model = bases.load_model(folder, dtype or str(stored or torch.float32).removeprefix("torch."))
+        tokenizer = bases.load_tokenizer(folder)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder} is not a causal language model: {str(error).strip().splitlines()[0]}") from error
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if kinds - {"full_attention", "sliding_attention"}:
+        raise UsageError(f"The base's layers are {', '.join(sorted(kinds))}; only attention is decoded here.")
+    return model, tokenizer
+
+
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end an answer: those of the model's generation settings, and the tokeniser's own."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    found = configured if isinstance(configured, list) else [configured]
+    return frozenset(int(token) for token in [*found, tokenizer.eos_token_id] if token is not None)

@@ -1,0 +1,167 @@
+"""The gateway: OpenAI's API over whatever serves, the control API, and the pages given to it, at one address.
+
+The path of a request: the guard (key) -> checks -> routing -> engine -> answer in the version's name -> event.
+Every inference request by a known key is recorded, refused ones too (version null); requests without a valid key
+are only counted, so that a flood of them cannot fill a disk. One process, one event loop, no heavy imports.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from deploy.api import control_api
+from deploy.auth import Auth, Guard, identify, needs
+from deploy.errors import crashed, explain, json_response
+from deploy.follower import Follower
+from deploy.inference import Inference, Limits
+from deploy.metrics import Metrics
+from deploy.recorder import Recorder
+from deploy.upstream import Upstream
+from infra.errors import NotFound, TunesmithError
+from infra.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+def create_app(settings: Settings, *, routes: Sequence[BaseRoute] = (), limits: Limits | None = None) -> Starlette:
+    """The ASGI application. `routes` are further pages and APIs behind the same guard; they find `auth`,
+    `follower`, `recorder` and `metrics` in ``request.app.state``."""
+    replica = uuid.uuid4()
+    auth = Auth()
+    metrics = Metrics()
+    recorder = Recorder(settings.home / "spool", replica)
+    upstream = Upstream(settings.engine_secret.get_secret_value() if settings.engine_secret else None)
+    follower = Follower(settings, upstream, replica)
+    inference = Inference(follower, upstream, recorder, metrics, limits or Limits())
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        recorder.start()
+        await upstream.open()
+        tasks = [asyncio.create_task(auth.run()), asyncio.create_task(follower.run())]
+        try:
+            yield
+        finally:
+            await inference.finish()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await upstream.close()
+            await asyncio.to_thread(recorder.close)
+
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", inference.endpoint("chat"), methods=["POST"]),
+            Route("/v1/completions", inference.endpoint("completion"), methods=["POST"]),
+            Route("/v1/models", list_models),
+            Route("/v1/models/{model}", one_model),
+            Route("/healthz", healthz),
+            Route("/readyz", readyz),
+            Route("/metrics", show_metrics),
+            *routes,
+            control_api(),
+        ],
+        middleware=[Middleware(Guard, auth=auth, on_refused=metrics.unauthenticated.inc)],
+        exception_handlers={TunesmithError: explain, HTTPException: explain, Exception: crashed},
+        lifespan=lifespan,
+    )
+    app.state.auth = auth
+    app.state.follower = follower
+    app.state.recorder = recorder
+    app.state.metrics = metrics
+    app.state.upstream = upstream
+    app.state.settings = settings
+    return app
+
+
+def serve(app: Starlette, settings: Settings) -> None:
+    """Run the application on the settings' host and port until SIGTERM or SIGINT. Blocks."""
+    import uvicorn
+
+    uvicorn.run(
+        app,
+        host=settings.host,
+        port=settings.port,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=10,
+    )
+
+
+# ---------------------------------------------------------------- small endpoints
+
+
+@needs("any")
+async def list_models(request: Request) -> Response:
+    """OpenAI's list: each model that serves, then each version that is loaded and may be pinned."""
+    return json_response({"object": "list", "data": _models(request)})
+
+
+@needs("any")
+async def one_model(request: Request) -> Response:
+    wanted = request.path_params["model"]
+    for model in _models(request):
+        if model["id"] == wanted:
+            return json_response(model)
+    raise NotFound("There is no such model, or it does not serve.", hint="See GET /v1/models.")
+
+
+def _models(request: Request) -> list[dict[str, object]]:
+    table = request.app.state.follower.table
+    names = {route.model: route.champion.created for route in table.routes.values() if route.champion}
+    names |= {served.name: served.created for served in table.resident.values()}
+    return [
+        {"id": name, "object": "model", "created": created, "owned_by": "tunesmith"}
+        for name, created in sorted(names.items())
+    ]
+
+
+async def healthz(request: Request) -> Response:
+    """The process lives."""
+    return json_response({"status": "ok"})
+
+
+async def readyz(request: Request) -> Response:
+    """503 until the deployments were read and each model has a version that answers; whoever has a key also sees
+    which generation of each model is applied, and why a newer one is not."""
+    follower: Follower = request.app.state.follower
+    empty = [route.model for route in follower.table.routes.values() if route.champion is None and route.message]
+    ready = follower.synced and not empty
+    stale = any(not done for _, done, _ in follower.applied.values())
+    body: dict[str, object] = {"status": "starting" if not ready else "stale" if stale else "ready"}
+    if identify(request):
+        body["replica"] = str(follower.replica)
+        body["models"] = {
+            model: {"generation": generation, "ready": done, "message": message}
+            for model, (generation, done, message) in sorted(follower.applied.items())
+        }
+    return json_response(body, 200 if ready else 503)
+
+
+@needs("any")
+async def show_metrics(request: Request) -> Response:
+    """Prometheus text."""
+    state = request.app.state
+    recorder: Recorder = state.recorder
+    metrics: Metrics = state.metrics
+    for name in ("taken", "arrived", "pending", "dropped", "rejected"):
+        metrics.events.labels(name).set(getattr(recorder, name))
+    metrics.retries.set(state.upstream.retries)
+    return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

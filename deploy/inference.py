@@ -1,0 +1,416 @@
+"""One inference request from its first byte to its event: the gateway's hot path, raw ASGI.
+
+A request works on the one picture of what serves that it saw at its beginning, so a promotion in the middle of it
+changes nothing about it. When its client goes away, the connection to the engine is closed and the slot there is
+free again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import orjson
+from starlette.types import Receive, Scope, Send
+from uuid_utils.compat import uuid7
+
+from deploy.auth import Identity, NotAllowed, error_json
+from deploy.follower import Follower
+from deploy.metrics import Metrics
+from deploy.recorder import Event, Recorder
+from deploy.routing import Served, Wanted, parse, pick
+from deploy.shapes import Asked, BadRequest, Kind, for_engine, parse_request
+from deploy.upstream import BadAnswer, Busy, Upstream
+from infra.errors import TunesmithError
+from infra.storage import text_digest
+from registry.privacy import redact
+from registry.profile import FEATURES, Answer
+
+log = logging.getLogger(__name__)
+
+_PATHS = {"chat": "/v1/chat/completions", "completion": "/v1/completions"}
+_PREFIX = {"chat": "chatcmpl-", "completion": "cmpl-"}
+_NO_FEATURES = (float("nan"),) * len(FEATURES)
+_GONE = 499  # nginx's number for a client that closed the connection
+KEPT_CHARACTERS = 65_536  # of each message, where a model keeps text: redaction runs on the event loop
+SHADOWS = 8  # copies under way at once; more are dropped and counted
+
+
+class TooLarge(BadRequest):
+    http_status: ClassVar[int] = 413
+    code: ClassVar[str] = "too_large"
+
+
+class TooSlow(BadRequest):
+    http_status: ClassVar[int] = 408
+    code: ClassVar[str] = "too_slow"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one gateway process takes on."""
+
+    body_bytes: int = 2**20
+    body_seconds: float = 30.0  # for a request's body to arrive
+    concurrent: int = 128
+
+
+class _Call:
+    """What is known of one request so far; becomes its event."""
+
+    def __init__(self, kind: Kind, identity: Identity, client_request_id: str | None) -> None:
+        self.id: uuid.UUID = uuid7()
+        self.started = time.perf_counter()
+        self.kind: Kind = kind
+        self.identity = identity
+        self.client_request_id = client_request_id
+        self.asked: Asked | None = None
+        self.wanted: Wanted | None = None
+        self.served: Served | None = None
+        self.slot: str = "none"
+        self.status = 0
+        self.error: str | None = None
+        self.sent = False  # whether the answer's head has gone out
+        self.first_at: float | None = None
+        self.text: list[str] = []
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+        self.engine_seconds = 0.0
+        self.mean_logprob: float | None = None
+        self.engine_ttft_ms: float | None = None
+        self.finish_reason: str | None = None
+
+    def take(self, piece: dict[str, Any]) -> None:
+        """Learn from an answer or a chunk of one, and put our name on it."""
+        if (usage := piece.get("usage")) is not None:
+            self.prompt_tokens = int(usage.get("prompt_tokens") or 0)
+            self.completion_tokens = int(usage.get("completion_tokens") or 0)
+        if (extra := piece.pop("tunesmith", None)) is not None:
+            self.engine_seconds = float(extra.get("engine_seconds") or 0.0)
+            self.mean_logprob = extra.get("mean_logprob")
+            self.engine_ttft_ms = extra.get("ttft_ms")
+        for choice in piece.get("choices", ()):
+            if choice.get("index", 0) != 0:
+                continue
+            said = choice.get("delta") or choice.get("message") or choice
+            text = said.get("content") or said.get("text")
+            if text:
+                if self.first_at is None:
+                    self.first_at = time.perf_counter()
+                self.text.append(text)
+            self.finish_reason = choice.get("finish_reason") or self.finish_reason
+        piece["id"] = f"{_PREFIX[self.kind]}{self.id}"
+        if self.served is not None:
+            piece["model"] = self.served.name
+
+
+class Inference:
+    """Answers inference requests; one a gateway."""
+
+    def __init__(
+        self, follower: Follower, upstream: Upstream, recorder: Recorder, metrics: Metrics, limits: Limits
+    ) -> None:
+        self.follower = follower
+        self.upstream = upstream
+        self.recorder = recorder
+        self.metrics = metrics
+        self.limits = limits
+        self._in_flight = 0
+        self._shadows: set[asyncio.Task[None]] = set()
+
+    def endpoint(self, kind: Kind) -> _Endpoint:
+        """The ASGI application of ``/v1/chat/completions`` or ``/v1/completions``."""
+        return _Endpoint(self, kind)
+
+    async def finish(self) -> None:
+        """End the copies that are under way."""
+        for task in self._shadows:
+            task.cancel()
+        await asyncio.gather(*self._shadows, return_exceptions=True)
+
+    async def handle(self, kind: Kind, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
+        call = _Call(kind, scope["identity"], _clean(headers.get(b"x-request-id")))
+        self._in_flight += 1
+        self.metrics.in_flight.set(self._in_flight)
+        try:
+            if not call.identity.may("service"):
+                raise NotAllowed(
+                    f"The key {call.identity.name} has the role {call.identity.role}; asking models needs service.",
+                    hint="Use a key of role service, operator or admin.",
+                )
+            if self._in_flight > self.limits.concurrent:
+                raise Busy("Too many requests are being answered.", hint="Try again in a second.")
+            call.asked = parse_request(kind, await self._body(headers, receive))
+            call.wanted = parse(call.asked.model)
+            await self._unless_gone(call, receive, self._answer(call, send))
+        except TunesmithError as error:
+            call.status, call.error = error.http_status, f"{error.code}: {error.message}"
+            await self._explain(call, send, error)
+        except asyncio.CancelledError:
+            call.status, call.error = _GONE, "the client went away, or the gateway was stopped"
+            raise
+        except Exception as error:
+            log.exception("request %s failed", call.id)
+            call.status, call.error = 500, f"{type(error).__name__}: {error}"
+            await self._explain(call, send, TunesmithError("Something failed here.", hint="See the gateway's log."))
+        finally:
+            self._in_flight -= 1
+            self.metrics.in_flight.set(self._in_flight)
+            self._record(call)
+
+    # ------------------------------------------------------------ in
+
+    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
+        """The request's body. Raises TooLarge before reading what is announced as too large, TooSlow."""
+        limit = self.limits.body_bytes
+        announced = headers.get(b"content-length", b"0")
+        if announced.isdigit() and int(announced) > limit:
+            raise TooLarge(f"The body is larger than {limit} bytes.")
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(self.limits.body_seconds):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise asyncio.CancelledError
+                    part = message.get("body", b"")
+                    size += len(part)
+                    if size > limit:
+                        raise TooLarge(f"The body is larger than {limit} bytes.")
+                    parts.append(part)
+                    if not message.get("more_body"):
+                        return b"".join(parts)
+        except TimeoutError:
+            raise TooSlow(f"The body did not arrive within {self.limits.body_seconds:g} seconds.") from None
+
+    async def _unless_gone(self, call: _Call, receive: Receive, answering: Any) -> None:
+        """Answer, but stop as soon as the client goes away."""
+        work = asyncio.ensure_future(answering)
+        gone = asyncio.ensure_future(_gone(receive))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                call.status, call.error = _GONE, "the client went away"
+                work.cancel()
+                with suppress(asyncio.CancelledError):
+                    await work
+                return
+            work.result()
+        finally:
+            work.cancel()
+            gone.cancel()
+
+    # ------------------------------------------------------------ out
+
+    async def _answer(self, call: _Call, send: Send) -> None:
+        asked, wanted = call.asked, call.wanted
+        assert asked is not None and wanted is not None  # noqa: S101, PT018
+        table = self.follower.table
+        picked = pick(table, wanted, asked.user or call.identity.key_id)
+        if picked is None:
+            assert wanted.number is not None  # noqa: S101
+            served = await self.follower.warm(wanted.model, wanted.number)
+            call.served, call.slot = served, "pinned"
+            table = self.follower.table
+        else:
+            served, call.slot = picked
+            call.served = served
+        engines = table.engines.get(served.base_digest, ())
+        body = for_engine(asked, served)
+        if asked.stream:
+            await self._stream(call, engines, body, send)
+        else:
+            answer = await self.upstream.complete(engines, served, _PATHS[call.kind], body)
+            if not answer.get("choices"):
+                raise BadAnswer("The engine's answer has no choices.")
+            call.take(answer)
+            call.first_at = None  # the whole answer came at once; only the engine saw its first token
+            call.status = 200
+            await self._send_whole(call, send, orjson.dumps(answer))
+        route = table.routes.get(wanted.model)
+        if route is not None and route.shadow is not None and call.slot in ("champion", "challenger"):
+            self._copy(call, route.shadow, table.engines.get(route.shadow.base_digest, ()))
+
+    async def _stream(self, call: _Call, engines: tuple[str, ...], body: dict[str, Any], send: Send) -> None:
+        asked, served = call.asked, call.served
+        assert asked is not None and served is not None  # noqa: S101, PT018
+        async with aclosing(self.upstream.stream(engines, served, _PATHS[call.kind], body)) as chunks:
+            async for chunk in chunks:
+                call.take(chunk)
+                if not call.sent:
+                    await self._send_head(call, send, 200, b"text/event-stream; charset=utf-8", ())
+                if not asked.wants_usage:
+                    chunk.pop("usage", None)
+                    if not chunk.get("choices"):
+                        continue
+                await send(
+                    {
+                        "type": "http.response.body",
+                        "body": b"data: " + orjson.dumps(chunk) + b"\n\n",
+                        "more_body": True,
+                    }
+                )
+        if not call.sent:
+            raise BadAnswer("The engine's stream was empty.")
+        call.status = 200
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+    async def _send_head(
+        self, call: _Call, send: Send, status: int, content_type: bytes, more: tuple[tuple[bytes, bytes], ...]
+    ) -> None:
+        limit = self.limits.concurrent
+        headers = [
+            (b"content-type", content_type),
+            (b"x-request-id", str(call.id).encode()),
+            (b"x-ratelimit-limit-requests", b"%d" % limit),
+            (b"x-ratelimit-remaining-requests", b"%d" % max(0, limit - self._in_flight)),
+            (b"x-ratelimit-reset-requests", b"1s"),
+            *more,
+        ]
+        if call.served is not None:
+            headers.append((b"x-tunesmith-version", call.served.name.encode()))
+        call.sent = True
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def _send_whole(
+        self, call: _Call, send: Send, body: bytes, more: tuple[tuple[bytes, bytes], ...] = ()
+    ) -> None:
+        length = ((b"content-length", b"%d" % len(body)), *more)
+        await self._send_head(call, send, call.status, b"application/json", length)
+        await send({"type": "http.response.body", "body": body})
+
+    async def _explain(self, call: _Call, send: Send, error: TunesmithError) -> None:
+        """Tell the client what went wrong: an answer of its own, or the last piece of the stream it is reading."""
+        body = orjson.dumps(error_json(error))
+        if call.sent:
+            await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n"})
+            return
+        more = ((b"retry-after", b"1"),) if error.http_status in (429, 503) else ()
+        if error.http_status in (408, 413):  # the rest of the body was not read
+            more = ((b"connection", b"close"),)
+        await self._send_whole(call, send, body, more)
+
+    # ------------------------------------------------------------ afterwards
+
+    def _record(self, call: _Call) -> None:
+        now = time.perf_counter()
+        asked, served = call.asked, call.served
+        name = served.name if served else "none"
+        self.metrics.requests.labels(name, call.slot, str(call.status)).inc()
+        features, cost = _NO_FEATURES, 0.0
+        kept: Any = None
+        answer: str | None = None
+        if served is not None:
+            self.metrics.latency.labels(name).observe(now - call.started)
+            self.metrics.tokens.labels(name, "prompt").inc(call.prompt_tokens)
+            self.metrics.tokens.labels(name, "completion").inc(call.completion_tokens)
+            if call.first_at is not None:
+                self.metrics.first_token.labels(name).observe(call.first_at - call.started)
+            cost = served.price.cost_usd(call.prompt_tokens, call.completion_tokens, call.engine_seconds)
+        if asked is not None and served is not None and call.status == 200:
+            text = "".join(call.text)
+            features = tuple(
+                served.extractor.features(
+                    asked.messages,
+                    Answer(
+                        text=text,
+                        completion_tokens=call.completion_tokens,
+                        finish_reason=call.finish_reason,
+                        mean_logprob=call.mean_logprob,
+                    ),
+                    call.prompt_tokens,
+                )
+            )
+            if served.keep_text:
+                kept = [{"role": m["role"], "content": _kept(m["content"])} for m in asked.messages]
+                answer = _kept(text)
+        self.recorder.put(
+            Event(
+                id=call.id,
+                model=call.wanted.model if call.wanted else "",
+                version=served.number if served else None,
+                slot=call.slot,
+                key_id=call.identity.key_id,
+                client_request_id=call.client_request_id,
+                status=call.status,
+                error=_without_nul(call.error)[:500] if call.error else None,
+                stream=asked.stream if asked else False,
+                prompt_tokens=call.prompt_tokens,
+                completion_tokens=call.completion_tokens,
+                ttft_ms=(call.first_at - call.started) * 1000 if call.first_at is not None else call.engine_ttft_ms,
+                latency_ms=(now - call.started) * 1000,
+                engine_seconds=call.engine_seconds,
+                cost_usd=cost,
+                finish_reason=call.finish_reason,
+                features=features,
+                subject=text_digest(asked.user) if asked and asked.user else None,
+                messages=kept,
+                answer=answer,
+            )
+        )
+
+    def _copy(self, call: _Call, shadow: Served, engines: tuple[str, ...]) -> None:
+        """Ask the shadow version the same, after the client has its answer; only the event tells of it."""
+        if len(self._shadows) >= SHADOWS:
+            self.metrics.shadow_dropped.inc()
+            return
+        task = asyncio.create_task(self._ask_shadow(call, shadow, engines))
+        self._shadows.add(task)
+        task.add_done_callback(self._shadows.discard)
+
+    async def _ask_shadow(self, original: _Call, shadow: Served, engines: tuple[str, ...]) -> None:
+        # Its event names the request it is a copy of as its client's id.
+        call = _Call(original.kind, original.identity, str(original.id))
+        asked = original.asked
+        assert asked is not None  # noqa: S101
+        call.asked, call.wanted, call.served, call.slot = asked, original.wanted, shadow, "shadow"
+        body = for_engine(asked, shadow)
+        body.pop("stream", None)
+        body.pop("stream_options", None)
+        try:
+            call.take(await self.upstream.complete(engines, shadow, _PATHS[call.kind], body))
+            call.first_at, call.status = None, 200
+        except TunesmithError as error:
+            call.status, call.error = error.http_status, f"{error.code}: {error.message}"
+        except asyncio.CancelledError:
+            call.status, call.error = _GONE, "the gateway was stopped"
+            raise
+        finally:
+            self._record(call)
+
+
+class _Endpoint:
+    """An instance, so that Starlette's router takes it for an ASGI application and adds nothing."""
+
+    def __init__(self, inference: Inference, kind: Kind) -> None:
+        self._inference = inference
+        self._kind: Literal["chat", "completion"] = kind
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._inference.handle(self._kind, scope, receive, send)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _clean(header: bytes | None) -> str | None:
+    """A client's own request id: printable, at most 128 characters."""
+    if header is None:
+        return None
+    return "".join(c for c in header.decode("latin-1") if c.isprintable())[:128] or None
+
+
+def _kept(text: str) -> str:
+    return redact(_without_nul(text[:KEPT_CHARACTERS]))
+
+
+def _without_nul(text: str) -> str:
+    return text.replace("\0", "�")  # PostgreSQL's text cannot hold it

@@ -1,0 +1,203 @@
+"""OpenAI's request and answer shapes: strict checks of what comes in, and what goes out in our name.
+
+Known fields are checked by hand, since this is the hot path; unknown ones are passed on to the engine, which
+says itself what it cannot do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import orjson
+
+from deploy.routing import Served
+from infra.errors import UsageError
+
+Kind = Literal["chat", "completion"]
+MAX_N = 8
+MAX_TOKENS = 131_072
+MAX_MESSAGES = 2048
+_ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+
+
+class BadRequest(UsageError):
+    """A request that is not OpenAI's shape, or out of bounds; `param` names the field."""
+
+    code = "invalid_request"
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message, details={"param": param})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """A checked request. `body` is what goes to the engine but for the model; nulls are dropped."""
+
+    kind: Kind
+    model: object
+    user: str | None
+    stream: bool
+    wants_usage: bool
+    body: dict[str, Any]
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """What was asked as chat messages, for features."""
+        if self.kind == "chat":
+            messages: list[dict[str, Any]] = self.body["messages"]
+            return messages
+        return [{"role": "user", "content": self.body["prompt"]}]
+
+
+def parse_request(kind: Kind, raw: bytes) -> Asked:
+    """Check a request's bytes. Raises BadRequest, naming the field."""
+    try:
+        value = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"The body is not valid JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise BadRequest("The body must be a JSON object.")
+    body = {name: item for name, item in value.items() if item is not None}
+    if "model" not in body:
+        raise BadRequest("`model` is missing.", "model")
+    for name, check in _CHECKS.items():
+        if name in body:
+            check(name, body[name])
+    if kind == "chat":
+        body["messages"] = [_message(index, item) for index, item in enumerate(_messages(body))]
+        if isinstance(body.get("logprobs", False), int) and not isinstance(body.get("logprobs", False), bool):
+            raise BadRequest("`logprobs` must be true or false.", "logprobs")
+        if "max_completion_tokens" in body:
+            body["max_tokens"] = body.pop("max_completion_tokens")
+    else:
+        body["prompt"] = _prompt(body)
+    options = body.pop("stream_options", {})
+    stream = body.get("stream", False)
+    for name in ("metadata", "store", "service_tier"):  # between the client and OpenAI's own platform
+        body.pop(name, None)
+    return Asked(
+        kind=kind,
+        model=body.pop("model"),
+        user=body.pop("user", None),
+        stream=stream,
+        wants_usage=bool(options.get("include_usage", False)),
+        body=body,
+    )
+
+
+def for_engine(asked: Asked, served: Served) -> dict[str, Any]:
+    """The engine's body: the version's prompt and generation defaults where the request says nothing."""
+    body = {**served.generation, **asked.body}
+    if (
+        asked.kind == "chat"
+        and served.system
+        and all(m["role"] not in ("system", "developer") for m in body["messages"])
+    ):
+        body["messages"] = [{"role": "system", "content": served.system}, *body["messages"]]
+    if asked.stream:
+        body["stream_options"] = {"include_usage": True}
+    return body
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _integer(low: int, high: int) -> Callable[[str, Any], None]:
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise BadRequest(f"`{name}` must be a whole number from {low} to {high}.", name)
+
+    return check
+
+
+def _number(low: float, high: float) -> Callable[[str, Any], None]:
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+            raise BadRequest(f"`{name}` must be a number from {low:g} to {high:g}.", name)
+
+    return check
+
+
+def _boolean(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise BadRequest(f"`{name}` must be true or false.", name)
+
+
+def _logprobs(name: str, value: Any) -> None:
+    if not isinstance(value, int) or not 0 <= value <= 20:
+        raise BadRequest("`logprobs` must be true or false, for completions a whole number from 0 to 20.", name)
+
+
+def _user(name: str, value: Any) -> None:
+    if not isinstance(value, str) or len(value) > 512:
+        raise BadRequest("`user` must be a string of at most 512 characters.", name)
+
+
+def _stop(name: str, value: Any) -> None:
+    several = value if isinstance(value, list) else [value]
+    if len(several) > 16 or not all(isinstance(item, str) and 0 < len(item) <= 256 for item in several):
+        raise BadRequest("`stop` must be a string, or a list of at most 16, each of 1 to 256 characters.", name)
+
+
+def _stream_options(name: str, value: Any) -> None:
+    if not isinstance(value, dict) or not isinstance(value.get("include_usage", False), bool | None):
+        raise BadRequest("`stream_options` must be an object with `include_usage` true or false.", name)
+
+
+def _table(name: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise BadRequest(f"`{name}` must be an object.", name)
+
+
+_CHECKS: Mapping[str, Callable[[str, Any], None]] = {
+    "n": _integer(1, MAX_N),
+    "max_tokens": _integer(1, MAX_TOKENS),
+    "max_completion_tokens": _integer(1, MAX_TOKENS),
+    "temperature": _number(0, 2),
+    "top_p": _number(0, 1),
+    "presence_penalty": _number(-2, 2),
+    "frequency_penalty": _number(-2, 2),
+    "seed": _integer(-(2**63), 2**63 - 1),
+    "logprobs": _logprobs,
+    "top_logprobs": _integer(0, 20),
+    "stop": _stop,
+    "stream": _boolean,
+    "stream_options": _stream_options,
+    "user": _user,
+    "logit_bias": _table,
+    "metadata": _table,
+}
+
+
+def _messages(body: Mapping[str, Any]) -> list[Any]:
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not 0 < len(messages) <= MAX_MESSAGES:
+        raise BadRequest(f"`messages` must be a list of 1 to {MAX_MESSAGES} messages.", "messages")
+    return messages
+
+
+def _message(index: int, value: Any) -> dict[str, Any]:
+    where = f"messages[{index}]"
+    if not isinstance(value, dict) or value.get("role") not in _ROLES:
+        raise BadRequest(f"`{where}` must be an object with a `role` of {', '.join(sorted(_ROLES))}.", where)
+    content = value.get("content")
+    if isinstance(content, str):
+        return value
+    if content is None and value["role"] == "assistant":
+        return {**value, "content": ""}
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
+    ):
+        return {**value, "content": "".join(part["text"] for part in content)}
+    raise BadRequest(f"`{where}.content` must be text, or a list of text parts.", f"{where}.content")
+
+
+def _prompt(body: Mapping[str, Any]) -> str:
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1:
+        prompt = prompt[0]
+    if not isinstance(prompt, str):
+        raise BadRequest("`prompt` must be one string.", "prompt")
+    return prompt

@@ -1,0 +1,91 @@
+"""PostgreSQL through psycopg 3: connections, a pool, named queries.
+
+All database code is synchronous; async callers use ``asyncio.to_thread``. A function that writes takes the
+connection as its first argument and never commits: transactions open at the edge (a command, a request, a
+loop's turn) with ``with transaction() as conn:``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, LiteralString, cast
+
+import psycopg
+from psycopg.rows import DictRow, dict_row
+from psycopg_pool import ConnectionPool, PoolTimeout
+
+from infra.errors import Unreachable
+from infra.settings import get_settings
+
+Connection = psycopg.Connection[DictRow]
+
+
+@lru_cache(maxsize=1)
+def pool() -> ConnectionPool[Connection]:
+    """This process's connections to the ``tunesmith`` database, opened at first use, at most eight."""
+    made: ConnectionPool[Connection] = ConnectionPool(
+        get_settings().database(),
+        min_size=0,
+        max_size=8,
+        open=True,
+        timeout=10,
+        reconnect_timeout=30,
+        check=ConnectionPool.check_connection,
+        connection_class=psycopg.Connection[DictRow],
+        kwargs={"row_factory": dict_row, "application_name": "tunesmith", "connect_timeout": 5},
+    )
+    return made
+
+
+@contextmanager
+def transaction() -> Iterator[Connection]:
+    """One transaction on a pooled connection: commits at the end, rolls back when the block raises.
+
+    Raises Unreachable when the database does not answer.
+    """
+    try:
+        with pool().connection() as conn:
+            yield conn
+    except (PoolTimeout, psycopg.OperationalError) as error:
+        raise Unreachable(
+            f"PostgreSQL does not answer: {str(error).strip().splitlines()[0]}",
+            hint="See `tunesmith status`.",
+        ) from error
+
+
+def connect(*, autocommit: bool = False) -> Connection:
+    """A connection of one's own, for LISTEN, advisory locks and long-lived loops; the caller closes it."""
+    try:
+        return psycopg.connect(
+            get_settings().database(),
+            row_factory=dict_row,
+            autocommit=autocommit,
+            connect_timeout=5,
+            application_name="tunesmith",
+        )
+    except psycopg.OperationalError as error:
+        raise Unreachable(
+            f"PostgreSQL does not answer: {str(error).strip().splitlines()[0]}",
+            hint="See `tunesmith status`.",
+        ) from error
+
+
+def load_queries(path: Path) -> Mapping[str, LiteralString]:
+    """The named blocks (``-- name: promote``) of an .sql file that stands beside its owner.
+
+    Use as ``SQL = load_queries(Path(__file__).with_suffix(".sql"))`` and ``conn.execute(SQL["promote"], {...})``.
+    """
+    blocks = re.split(r"^-- name: (\w+)\s*$", path.read_text(), flags=re.MULTILINE)
+    return {name: cast(LiteralString, body.strip()) for name, body in zip(blocks[1::2], blocks[2::2], strict=True)}
+
+
+def one(conn: Connection, query: LiteralString, params: Mapping[str, Any] | None = None) -> DictRow:
+    """The first row, which must exist (an aggregate, or RETURNING)."""
+    row = conn.execute(query, params).fetchone()
+    if row is None:
+        raise LookupError("the query returned no row")
+    return row

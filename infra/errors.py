@@ -1,0 +1,83 @@
+"""Every error a person can cause, with its exit code and HTTP status.
+
+TunesmithError (1, 500)      failed
+├── UsageError (2, 400)      wrong arguments, names or values
+├── ConfigError (2, 400)     a file with problems, all reported at once
+├── Refused (3, 409)         a gate or a guard said no
+├── Conflict (4, 412)        someone changed it first
+├── NotFound (5, 404)        no such model, version, study, key
+└── Unreachable (6, 503)     a service does not answer
+
+The message is one sentence that says what is wrong and where; the hint says what to do next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+
+class TunesmithError(Exception):
+    """Something failed. Shown as one sentence and a hint, never as a traceback."""
+
+    exit_code: ClassVar[int] = 1
+    http_status: ClassVar[int] = 500
+    code: ClassVar[str] = "failed"
+
+    def __init__(self, message: str, *, hint: str = "", details: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.details = dict(details or {})
+
+    def as_json(self) -> dict[str, Any]:
+        """The contract's error object: ``{"error": {"code", "message", "hint", ...details}}``."""
+        return {"error": {"code": self.code, "message": self.message, "hint": self.hint, **self.details}}
+
+
+class UsageError(TunesmithError):
+    """Wrong arguments, names or values."""
+
+    exit_code = 2
+    http_status = 400
+    code = "usage"
+
+
+class ConfigError(TunesmithError):
+    """A file of the user's is wrong; the message lists every problem with file, line and field."""
+
+    exit_code = 2
+    http_status = 400
+    code = "config"
+
+
+class Refused(TunesmithError):
+    """A gate or a guard said no; nothing was changed."""
+
+    exit_code = 3
+    http_status = 409
+    code = "refused"
+
+
+class Conflict(TunesmithError):
+    """Someone else changed it first; nothing was changed."""
+
+    exit_code = 4
+    http_status = 412
+    code = "conflict"
+
+
+class NotFound(TunesmithError):
+    """No such model, version, study, run or key."""
+
+    exit_code = 5
+    http_status = 404
+    code = "not_found"
+
+
+class Unreachable(TunesmithError):
+    """A service that is needed does not answer."""
+
+    exit_code = 6
+    http_status = 503
+    code = "unreachable"

@@ -1,0 +1,114 @@
+"""Bundles, bases, data sets and checkpoints, kept by digest in folders under ``<home>/artifacts``.
+
+A kept folder never changes: the digest is its name, and writing it again is a no-op. A folder becomes visible
+by one rename, so a crash or a full disk leaves nothing half-made.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from infra.errors import NotFound, TunesmithError
+from infra.settings import get_settings
+
+Kind = Literal["bundle", "base", "dataset", "checkpoint", "tokens"]
+
+
+def file_digest(path: Path) -> str:
+    """``sha256:<hex>`` of a file's bytes."""
+    with path.open("rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def text_digest(text: str) -> str:
+    """``sha256:<hex>`` of a text in UTF-8."""
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def folder_digest(folder: Path) -> str:
+    """``sha256:<hex>`` over the sorted relative names and digests of all files below `folder`."""
+    lines = [f"{p.relative_to(folder).as_posix()} {file_digest(p)}" for p in sorted(folder.rglob("*")) if p.is_file()]
+    return text_digest("\n".join(lines))
+
+
+def where(kind: Kind, digest: str) -> Path:
+    """Where a digest's folder is, or would be. Raises ValueError for what is not a digest."""
+    algorithm, _, value = digest.partition(":")
+    if algorithm != "sha256" or len(value) != 64 or not set(value) <= set("0123456789abcdef"):
+        raise ValueError(f"not a digest: {digest!r}")
+    return get_settings().home / "artifacts" / kind / value
+
+
+def has(kind: Kind, digest: str) -> bool:
+    return where(kind, digest).is_dir()
+
+
+def get(kind: Kind, digest: str) -> Path:
+    """The folder of a digest, to be read only. Raises NotFound."""
+    folder = where(kind, digest)
+    if not folder.is_dir():
+        raise NotFound(f"The {kind} {digest} is not in the artifact store {folder.parent}.")
+    return folder
+
+
+@contextmanager
+def scratch(kind: Kind) -> Iterator[Path]:
+    """An empty folder on the store's own disk, to be filled and then given to `keep`; removed at the end."""
+    parent = get_settings().home / "artifacts" / kind
+    parent.mkdir(parents=True, exist_ok=True)
+    _sweep(parent)
+    folder = Path(tempfile.mkdtemp(prefix=".new-", dir=parent))
+    folder.chmod(0o755)
+    in_use = os.open(folder, os.O_RDONLY)
+    fcntl.flock(in_use, fcntl.LOCK_EX)
+    try:
+        yield folder
+    except OSError as error:
+        raise TunesmithError(
+            f"Writing a {kind} to {parent} failed: {error.strerror or error}.", hint="Free some disk and try again."
+        ) from error
+    finally:
+        os.close(in_use)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(parent: Path) -> None:
+    """Remove the scratch folders of processes that died: a living one holds a lock on its own."""
+    for folder in parent.glob(".new-*"):
+        try:
+            if time.time() - folder.stat().st_mtime < 60:  # perhaps made, but not locked yet
+                continue
+            held = os.open(folder, os.O_RDONLY)
+        except OSError:  # gone meanwhile, or another user's
+            continue
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(held)
+
+
+def keep(kind: Kind, digest: str, folder: Path) -> Path:
+    """Move a `scratch` folder to its digest's place and return that; keeps what is there when it is there."""
+    target = where(kind, digest)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    try:
+        folder.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+    return target

@@ -1,0 +1,1 @@
+"""Reads events and tells what changed: windows, latency, cost, drift, alerts, console."""

@@ -1,0 +1,200 @@
+"""Alerts: what needs a person now. One open alert for each model, version and rule, however often it is seen.
+
+A rule has two limits: it opens beyond the first and closes only when the figure is back behind the second
+(`_CLEAR`), so that a figure at the limit does not flicker. Between them, and without enough requests to tell, an
+alert stays as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+from psycopg.types.json import Jsonb
+
+from infra.db import Connection, load_queries, one
+from monitoring import windows
+from monitoring.windows import Window
+
+SQL = load_queries(Path(__file__).with_suffix(".sql"))
+log = logging.getLogger(__name__)
+
+Severity = Literal["info", "warning", "critical"]
+State = Literal["over", "between", "calm", "unknown"]
+
+RECENT = timedelta(minutes=15)  # what latency and errors are read from; cost is of the model's whole window
+_MIN_REQUESTS = 20
+_CLEAR = 0.8  # of a limit from above, 1 / _CLEAR of one from below; of a drift threshold, _CLEAR_DRIFT
+_CLEAR_DRIFT = 0.9
+_SILENT = timedelta(hours=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """A limit on a figure, from the model's ``monitoring.alerts``."""
+
+    metric: str
+    above: float | None = None
+    below: float | None = None
+    severity: Severity = "warning"
+
+    def state(self, value: float | None) -> State:
+        if value is None:
+            return "unknown"
+        if self.above is not None:
+            return "over" if value > self.above else "calm" if value <= self.above * _CLEAR else "between"
+        low = self.below or 0.0
+        return "over" if value < low else "calm" if value >= low / _CLEAR else "between"
+
+
+DEFAULTS = (
+    Rule(metric="error_rate", above=0.05, severity="critical"),
+    Rule(metric="p95_latency_ms", above=30_000),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What one look at one rule gave."""
+
+    rule: str
+    state: State
+    severity: Severity = "warning"
+    message: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+def rules_of(settings: Mapping[str, Any]) -> list[Rule]:
+    """The rules of a model's settings, over the defaults of the metrics it does not name."""
+    own = [
+        Rule(**{k: v for k, v in r.items() if k in Rule.__dataclass_fields__})
+        for r in settings.get("monitoring", {}).get("alerts", ())
+    ]
+    return own + [rule for rule in DEFAULTS if rule.metric not in {r.metric for r in own}]
+
+
+def figure(window: Window, metric: str) -> float | None:
+    """A rule's figure of a window; None when too few requests tell."""
+    if metric == "cost_usd":
+        return window.cost_usd
+    if window.requests < _MIN_REQUESTS:
+        return None
+    if metric == "error_rate":
+        return window.errors / window.requests
+    quantile, _, what = metric.partition("_")
+    counts = window.ttft_ms if what == "ttft_ms" else window.latency_ms
+    return windows.percentile(counts, int(quantile.removeprefix("p")) / 100)
+
+
+def look(
+    conn: Connection, model: str, version: int, settings: Mapping[str, Any], now: datetime, span: timedelta
+) -> list[Finding]:
+    """What the model's rules say of a version's traffic up to `now`; `span` is the model's window."""
+    recent = windows.read(conn, model, version, now - RECENT, now)
+    findings = []
+    for rule in rules_of(settings):
+        window = windows.read(conn, model, version, now - span, now) if rule.metric == "cost_usd" else recent
+        value = figure(window, rule.metric)
+        limit = rule.above if rule.above is not None else rule.below
+        side = "above" if rule.above is not None else "below"
+        over = span if rule.metric == "cost_usd" else RECENT
+        findings.append(
+            Finding(
+                rule=f"{rule.metric} {side}",
+                state=rule.state(value),
+                severity=rule.severity,
+                message=f"{model}:{version}: {rule.metric} is {_figure(rule.metric, value)}, {side} "
+                f"{_figure(rule.metric, limit)}, over {window.requests} requests of the last {_minutes(over)}.",
+                details={"value": value, "limit": limit, "requests": window.requests},
+            )
+        )
+    return findings
+
+
+def of_verdict(body: Mapping[str, Any]) -> Finding:
+    """What a drift verdict means for its alert: `calm` only when every feature is well under its threshold."""
+    highest = max((f["value"] / f["threshold"] for f in body["features"]), default=0.0)
+    state: State = (
+        "unknown"
+        if body["verdict"] == "too_few"
+        else "over"
+        if body["verdict"] == "drift"
+        else "calm"
+        if highest < _CLEAR_DRIFT
+        else "between"
+    )
+    return Finding(
+        rule="drift",
+        state=state,
+        message=str(body["explanation"]),
+        details={"features": [f["name"] for f in body["features"] if f["drifted"]]},
+    )
+
+
+def apply(conn: Connection, model: str, version: int, findings: Sequence[Finding]) -> None:
+    """Open, confirm or close the alerts that the findings are about."""
+    for finding in findings:
+        key = {"model": model, "version": version, "rule": finding.rule}
+        if finding.state == "over":
+            row = one(
+                conn,
+                SQL["raise"],
+                {
+                    **key,
+                    "id": uuid.uuid4(),
+                    "severity": finding.severity,
+                    "message": finding.message,
+                    "details": Jsonb(dict(finding.details)),
+                },
+            )
+            if row["opened"]:
+                log.warning("alert: %s", finding.message)
+        elif finding.state == "calm" and conn.execute(SQL["close"], key).fetchone():
+            log.info("alert over: %s of %s:%d", finding.rule, model, version)
+        elif (
+            finding.state == "unknown"
+            and finding.rule != "drift"
+            and conn.execute(SQL["close_silent"], {**key, "seconds": _SILENT.total_seconds()}).fetchone()
+        ):
+            log.info("alert closed for want of traffic: %s of %s:%d", finding.rule, model, version)
+
+
+def close_retired(conn: Connection, model: str, versions: Sequence[int], settings: Mapping[str, Any]) -> None:
+    """Close the alerts of versions that serve no more, and of rules that are gone from the settings."""
+    rules = ["drift"] + [f"{r.metric} {'above' if r.above is not None else 'below'}" for r in rules_of(settings)]
+    for row in conn.execute(SQL["close_retired"], {"model": model, "versions": list(versions), "rules": rules}):
+        log.info("alert over: %s of %s:%d, which serves no more", row["rule"], model, row["version"])
+
+
+def listing(conn: Connection, model: str | None = None, *, closed: bool = False) -> list[Mapping[str, Any]]:
+    """Open alerts, newest first; with `closed`, after them those closed within thirty days."""
+    return list(conn.execute(SQL["list"], {"model": model, "all": closed}))
+
+
+def open_since(conn: Connection, model: str, version: int, rule: str) -> datetime | None:
+    """Since when an alert is open; None when it is not."""
+    row = conn.execute(SQL["opened_at"], {"model": model, "version": version, "rule": rule}).fetchone()
+    return row["opened_at"] if row else None
+
+
+def drop_old(conn: Connection, days: int) -> None:
+    """Forget alerts that were over `days` ago."""
+    conn.execute(SQL["drop_old"], {"days": days})
+
+
+def _figure(metric: str, value: float | None) -> str:
+    if value is None:
+        return "not known"
+    if metric == "cost_usd":
+        return f"${value:.4f}"
+    return f"{value:.1%}" if metric == "error_rate" else f"{value:.0f} ms"
+
+
+def _minutes(span: timedelta) -> str:
+    minutes = round(span.total_seconds() / 60)
+    return f"{minutes} minutes" if minutes < 120 else f"{minutes / 60:g} hours"

@@ -1,0 +1,40 @@
+-- name: raise
+insert into alert (id, model, version, rule, severity, message, details)
+values (%(id)s, %(model)s, %(version)s, %(rule)s, %(severity)s, %(message)s, %(details)s)
+on conflict (model, coalesce(version, 0), rule) where closed_at is null do update
+    set seen_at = now(), severity = excluded.severity, message = excluded.message, details = excluded.details
+returning id, (xmax = 0) as opened
+
+-- name: close
+update alert set closed_at = now()
+where model = %(model)s and version = %(version)s and rule = %(rule)s and closed_at is null
+returning id
+
+-- name: close_silent
+-- Neither confirmed nor over for long: there is no traffic that could tell.
+update alert set closed_at = now()
+where model = %(model)s and version = %(version)s and rule = %(rule)s and closed_at is null
+    and seen_at < now() - make_interval(secs => %(seconds)s)
+returning id
+
+-- name: close_retired
+-- Alerts of versions that hold no slot any more, and of rules that were taken out of the settings.
+update alert a set closed_at = now()
+where a.model = %(model)s and a.closed_at is null and a.version is not null
+    and not (a.version = any(%(versions)s) and a.rule = any(%(rules)s))
+returning a.id, a.version, a.rule
+
+-- name: list
+select id, model, version, rule, severity, message, details, opened_at, seen_at, closed_at
+from alert
+where (%(model)s::text is null or model = %(model)s)
+    and (closed_at is null or (%(all)s and opened_at > now() - interval '30 days'))
+order by closed_at is not null, opened_at desc
+limit 500
+
+-- name: opened_at
+select opened_at from alert
+where model = %(model)s and version = %(version)s and rule = %(rule)s and closed_at is null
+
+-- name: drop_old
+delete from alert where closed_at < now() - make_interval(days => %(days)s)

@@ -1,0 +1,378 @@
+"""The commands of this package: serve, watch, monitor, drift, cost, alerts, feedback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from infra.console import err, json_option, out, print_json, safe
+
+if TYPE_CHECKING:
+    from infra.db import Connection
+    from monitoring.feedback import Item, Rejected
+
+F = TypeVar("F", bound=Callable[..., Any])
+_CHUNK = 500
+
+
+# ---------------------------------------------------------------- processes
+
+
+@click.command()
+@click.option("--host", help="Where to listen; by default as in the settings.")
+@click.option("--port", type=click.IntRange(1, 65535), help="By default as in the settings (8080).")
+def serve(host: str | None, port: int | None) -> None:
+    """The gateway and the console, one process, until SIGTERM."""
+    from deploy import gateway
+    from infra import log
+    from infra.settings import get_settings
+    from monitoring.console.app import console_routes
+    from monitoring.routes import routes
+
+    log.setup()
+    settings = get_settings()
+    changes = {"host": host or settings.host, "port": port or settings.port}
+    settings = settings.model_copy(update=changes)
+    gateway.serve(gateway.create_app(settings, routes=[*routes(), *console_routes()]), settings)
+
+
+@click.command()
+def watch() -> None:
+    """The watcher, one process, until SIGTERM. A second one stands by to take over."""
+    import signal
+    import threading
+
+    from infra import log
+    from monitoring import watch as watcher
+
+    log.setup()
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    watcher.run(stop)
+
+
+# ---------------------------------------------------------------- what happened
+
+
+def _span_options(function: F) -> F:
+    function = click.option("--until", help="A time (RFC 3339); by default now.")(function)
+    return click.option(
+        "--since", default="24h", show_default=True, help="A duration before --until, or a time (RFC 3339)."
+    )(function)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What a command is about: a model, a version of it, and a time."""
+
+    model: str
+    version: int
+    by_number: bool
+    since: datetime
+    until: datetime
+    slots: Mapping[int, str]
+
+    def versions(self, conn: Connection) -> list[int]:
+        """The version that was named, or all that serve or served something in the time."""
+        from monitoring import drift
+
+        if self.by_number:
+            return [self.version]
+        return sorted({*self.slots, *drift.versions_with_traffic(conn, self.model, self.since, self.until)})
+
+
+def _asked(conn: Connection, ref: str, since: str, until: str | None) -> _Asked:
+    from infra.errors import NotFound
+    from registry import deployments
+    from registry.names import parse_ref
+
+    wanted = parse_ref(ref)
+    begin, end = _span(since, until)
+    deployment = deployments.read(conn, wanted.model)
+    slots = {number: slot for slot in ("shadow", "challenger", "champion") if (number := getattr(deployment, slot))}
+    number = wanted.number or getattr(deployment, wanted.slot)
+    if number is None:
+        raise NotFound(
+            f"The model {wanted.model} has no {wanted.slot}.", hint=f"Name a version, such as {wanted.model}:1."
+        )
+    return _Asked(
+        model=wanted.model,
+        version=number,
+        by_number=wanted.number is not None,
+        since=begin,
+        until=end,
+        slots=slots,
+    )
+
+
+def _span(since: str, until: str | None) -> tuple[datetime, datetime]:
+    from infra.errors import UsageError
+
+    end = _time("--until", until) if until else datetime.now(UTC)
+    begin = _time("--since", since, before=end)
+    if begin >= end:
+        raise UsageError("--since is not before --until.")
+    return begin, end
+
+
+def _time(option: str, text: str, *, before: datetime | None = None) -> datetime:
+    """A time as RFC 3339, or a duration before another time. Raises UsageError."""
+    from infra.durations import parse_duration
+    from infra.errors import UsageError
+
+    if before is not None:
+        try:
+            return before - parse_duration(text)
+        except ValueError:
+            pass
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError:
+        accepted = "24h, or 2026-11-23T08:00:00Z" if before is not None else "2026-11-23T08:00:00Z"
+        raise UsageError(f"{option} {text[:80]!a} is no time.", hint=f"Such as {accepted}.") from None
+    return at.replace(tzinfo=at.tzinfo or UTC)
+
+
+@click.command()
+@click.argument("ref", metavar="MODEL[:N]")
+@_span_options
+@json_option
+def monitor(ref: str, since: str, until: str | None, as_json: bool) -> None:
+    """Requests, errors, latency, tokens and cost; without :N of the champion, with each version listed."""
+    from infra.db import transaction
+    from monitoring import feedback, latency, windows
+
+    with transaction() as conn:
+        asked = _asked(conn, ref, since, until)
+        versions = [
+            {
+                "version": v,
+                "slot": asked.slots.get(v),
+                **latency.summary(windows.read(conn, asked.model, v, asked.since, asked.until)),
+                "feedback": dict(feedback.summary(conn, asked.model, v, asked.since, asked.until)),
+            }
+            for v in sorted({asked.version, *asked.versions(conn)})
+        ]
+    own = next(v for v in versions if v["version"] == asked.version)
+    result = {"model": asked.model, **own, "since": asked.since, "until": asked.until, "versions": versions}
+    if as_json:
+        print_json(result)
+        return
+    from rich.table import Table
+
+    table = Table("version", "requests", "errors", "p50 ms", "p95 ms", "p99 ms", "tok/s", "cost $", box=None)
+    for v in versions:
+        table.add_row(
+            _name(asked.model, v["version"], v["slot"]),
+            str(v["requests"]),
+            f"{v['error_rate']:.1%}",
+            *(_number(v["latency_ms"][p]) for p in ("p50", "p95", "p99")),
+            f"{v['tokens_per_second']:.0f}",
+            f"{v['cost_usd']:.4f}",
+        )
+    out.print(table)
+
+
+@click.command()
+@click.argument("ref", metavar="MODEL[:N]")
+@_span_options
+@click.option("--exit-code", is_flag=True, help="Exit with 3 when there is drift.")
+@json_option
+def drift(ref: str, since: str, until: str | None, exit_code: bool, as_json: bool) -> None:
+    """Has the traffic moved away from what the version knows? Without :N the champion, with each version's verdict."""
+    from infra.db import transaction
+    from monitoring import drift as drifts
+
+    with transaction() as conn:
+        asked = _asked(conn, ref, since, until)
+        verdicts = {
+            v: drifts.judge(conn, asked.model, v, asked.since, asked.until)
+            for v in sorted({asked.version, *asked.versions(conn)})
+        }
+    result = verdicts[asked.version]
+    if not asked.by_number:
+        listed = [{"version": v, "slot": asked.slots.get(v), "verdict": b["verdict"]} for v, b in verdicts.items()]
+        result = {**result, "versions": listed}
+    if as_json:
+        print_json(result)
+    else:
+        _show_drift(result, asked)
+    if exit_code and result["verdict"] == "drift":
+        raise SystemExit(3)
+
+
+def _show_drift(result: Mapping[str, Any], asked: _Asked) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    colour = {"drift": "red", "stable": "green", "too_few": "yellow"}
+    verdict = result["verdict"]
+    out.print(f"{_name(asked.model, asked.version, asked.slots.get(asked.version))}: [{colour[verdict]}]{verdict}[/]")
+    out.print(escape(safe(result["explanation"])))
+    if result["features"]:
+        table = Table("feature", "side", "statistic", "value", "threshold", "", box=None)
+        for f in sorted(result["features"], key=lambda f: -f["value"] / f["threshold"]):
+            table.add_row(
+                f["name"],
+                f["side"],
+                f["statistic"],
+                f"{f['value']:.3f}",
+                f"{f['threshold']:.3f}",
+                "[red]moved[/]" if f["drifted"] else "",
+            )
+        out.print(table)
+    for other in result.get("versions", ()):
+        if other["version"] != asked.version:
+            name = _name(asked.model, other["version"], other["slot"])
+            out.print(f"{name}: [{colour[other['verdict']]}]{other['verdict']}[/]")
+
+
+@click.command()
+@click.argument("ref", metavar="MODEL[:N]")
+@_span_options
+@json_option
+def cost(ref: str, since: str, until: str | None, as_json: bool) -> None:
+    """What a model costs: all versions and each, by day; with :N that one."""
+    from infra.db import transaction
+    from monitoring import cost as costs
+
+    with transaction() as conn:
+        asked = _asked(conn, ref, since, until)
+        result = costs.report(conn, asked.model, asked.versions(conn), asked.since, asked.until)
+    if as_json:
+        print_json(result)
+        return
+    from rich.table import Table
+
+    table = Table("version", "requests", "tokens", "engine s", "$", "$ per 1,000 requests", box=None)
+    for v in (*result["versions"], {"version": None, **result}):
+        name = _name(asked.model, v["version"], asked.slots.get(v["version"])) if v["version"] else "all"
+        per = v["usd_per_1000_requests"]
+        table.add_row(
+            name,
+            str(v["requests"]),
+            str(v["prompt_tokens"] + v["completion_tokens"]),
+            f"{v['engine_seconds']:.1f}",
+            f"{v['usd']:.4f}",
+            "-" if per is None else f"{per:.4f}",
+        )
+    out.print(table)
+    price = ", ".join(f"{name} {value:g}" for name, value in result["price"].items())
+    out.print(f"priced by {result['priced_by']}: {price}")
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--all", "closed", is_flag=True, help="Also those of the last thirty days that are over.")
+@json_option
+def alerts(model: str | None, closed: bool, as_json: bool) -> None:
+    """Open alerts, of one model or of all."""
+    from rich.markup import escape
+
+    from infra.db import transaction
+    from monitoring import alerts as kept
+    from registry.names import check_model_name
+
+    if model is not None:
+        check_model_name(model)
+    with transaction() as conn:
+        found = kept.listing(conn, model, closed=closed)
+    if as_json:
+        print_json({"alerts": [dict(alert) for alert in found]})
+        return
+    if not found:
+        out.print("No alert is open.")
+    for alert in found:
+        state = "open" if alert["closed_at"] is None else f"over since {alert['closed_at'].astimezone(UTC):%H:%M:%SZ}"
+        opened = f"{alert['opened_at'].astimezone(UTC):%Y-%m-%d %H:%M:%SZ}"
+        out.print(f"{opened}  {alert['severity']:8}  {state}  {escape(safe(alert['message']))}")
+
+
+# ---------------------------------------------------------------- feedback
+
+
+@click.command()
+@click.argument("model")
+@click.argument("file", type=click.Path(path_type=Path))
+@json_option
+def feedback(model: str, file: Path, as_json: bool) -> None:
+    """Send corrections in bulk: JSON lines with request_id and score, label or correction.
+
+    Lines that are wrong are named and, while they are at most one in twenty, left out; else nothing is taken.
+    """
+    from infra.db import transaction
+    from infra.errors import UsageError
+    from monitoring import feedback as kept
+    from registry import deployments
+    from registry.names import check_model_name
+
+    check_model_name(model)
+    with transaction() as conn:
+        deployments.read(conn, model)
+    bad = [entry for _, entry in kept.read_lines(file) if isinstance(entry, kept.Rejected)]
+    lines = sum(1 for _ in kept.read_lines(file))
+    if len(bad) > kept.MAX_REJECTED * lines:
+        raise UsageError(
+            f"{file.name}: {len(bad)} of {lines} lines are not feedback, so nothing was taken: "
+            + "; ".join(f"line {b.line}: {b.reason}" for b in bad[:10]),
+            hint='A line is such as {"request_id": "...", "score": -1, "correction": "..."}.',
+            details={"rejected": [vars(b) for b in bad[:1000]]},
+        )
+    accepted = 0
+    for chunk in _chunks(kept.read_lines(file)):
+        taken, refused = _record(model, chunk)
+        accepted += taken
+        bad += refused
+    rejected_lines = [vars(b) for b in sorted(bad, key=lambda b: b.line)]
+    result = {"model": model, "accepted": accepted, "rejected": rejected_lines}
+    for rejected in rejected_lines:
+        err.print(f"{safe(file.name)}:{rejected['line']}: {safe(rejected['reason'])}", markup=False)
+    if as_json:
+        print_json(result)
+    else:
+        out.print(f"{accepted} accepted, {len(bad)} rejected")
+
+
+def _chunks(lines: Iterator[tuple[int, Item | Rejected]]) -> Iterator[list[tuple[int, Item]]]:
+    from monitoring.feedback import Item
+
+    chunk: list[tuple[int, Item]] = []
+    for number, entry in lines:
+        if isinstance(entry, Item):
+            chunk.append((number, entry))
+        if len(chunk) == _CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _record(model: str, chunk: list[tuple[int, Item]]) -> tuple[int, list[Rejected]]:
+    """Keep a chunk in one transaction; when a line of it cannot be kept, line by line."""
+    from infra.db import transaction
+    from infra.errors import NotFound, UsageError
+    from monitoring import feedback as kept
+
+    try:
+        with transaction() as conn:
+            kept.record(conn, [item for _, item in chunk], model=model)
+    except (NotFound, UsageError) as error:
+        if len(chunk) == 1:
+            return 0, [kept.Rejected(line=chunk[0][0], reason=error.message)]
+        parts = [_record(model, [entry]) for entry in chunk]
+        return sum(taken for taken, _ in parts), [rejected for _, refused in parts for rejected in refused]
+    return len(chunk), []
+
+
+def _name(model: str, version: int, slot: str | None) -> str:
+    return f"{model}:{version}" + (f" ({slot})" if slot else "")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"

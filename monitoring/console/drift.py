@@ -1,0 +1,180 @@
+"""Has the traffic of a version moved away from what the version knows: in words, over time, and bin by bin."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from markupsafe import Markup
+from starlette.responses import Response
+
+from infra.db import Connection, one, transaction
+from infra.errors import NotFound
+from monitoring import drift, statistics, windows
+from monitoring.console import charts, figures, strips
+from monitoring.console.model import look
+from monitoring.console.render import RANGES, SQL, Visit, draw, whole
+from monitoring.console.svg import Write
+from registry import deployments
+from registry.names import check_model_name
+from registry.profile import FEATURE, Feature, Profile
+
+_COLUMNS = 24  # of the heat map
+_BINS = 24  # of a drawn distribution, at most
+
+
+def show(visit: Visit) -> Response:
+    """The verdict of one version (the champion, if none is named) and all its features."""
+    name, since = check_model_name(visit.path("model")), visit.since()
+    until = datetime.now(UTC)
+    begin = until - RANGES[since]
+    with transaction() as conn:
+        now = deployments.read(conn, name)
+        rows = conn.execute(SQL["versions"], {"model": name}).fetchall()
+        numbers = [row["number"] for row in rows]
+        number = whole(visit.query("version"), "version") if visit.query("version") else _first(now.champion, numbers)
+        if number is None:
+            return draw(visit, "drift.html", model=name, number=None, since=since, versions=[], now=now)
+        if number not in numbers:
+            raise NotFound(f"There is no version {name}:{number}.", hint=f"See `tunesmith versions {name}`.")
+        report = drift.judge(conn, name, number, begin, until)
+        verdicts = conn.execute(SQL["verdicts"], {"model": name, "version": number, "since": begin}).fetchall()
+        latest = {row["version"]: row for row in conn.execute(SQL["last_verdicts"], {"model": name})}
+        window = windows.read(conn, name, number, begin, until)
+        profile = conn.execute(SQL["profile"], {"model": name, "number": number}).fetchone()
+        retrains = conn.execute(SQL["retrains"], {"model": name}).fetchall()
+        live = _live(conn, name, number, window, begin, until)
+    reference = Profile.from_json(profile["profile"]) if profile and profile["profile"] else Profile(histograms={})
+    features = sorted(report["features"], key=lambda f: -_ratio(f))
+    wanted = visit.query("feature") or (features[0]["name"] if features else "")
+    return draw(
+        visit,
+        "drift.html",
+        model=name,
+        number=number,
+        since=since,
+        now=now,
+        versions=[{"number": n, "slot": now.slot_of(n), "look": look(n), "verdict": latest.get(n)} for n in numbers],
+        report=report,
+        requests=window.requests,
+        features=[_row(f, verdicts, begin, until) for f in features],
+        begin=begin,
+        until=until,
+        judged=len(verdicts),
+        wanted=wanted,
+        distribution=_distribution(wanted, reference, live, number),
+        new_words=_new_words(window),
+        retrains=[r for r in retrains if r["version"] == number],
+    )
+
+
+def _new_words(window: windows.Window) -> list[tuple[str, int]]:
+    """Commonest first; what fewer than three requests had could name a person, and says nothing of a trend."""
+    counts = [(word, n) for word, n in window.new_words.counts.items() if n >= 3]
+    return sorted(counts, key=lambda pair: (-pair[1], pair[0]))[:24]
+
+
+def _first(champion: int | None, numbers: Sequence[int]) -> int | None:
+    return champion if champion is not None else next(iter(numbers), None)
+
+
+def _ratio(f: Mapping[str, Any]) -> float:
+    value, threshold = f.get("value"), f.get("threshold")
+    if value is None or threshold is None or not math.isfinite(value):
+        return -1.0
+    return float(value / threshold) if threshold else math.inf if value else 0.0
+
+
+def _row(
+    f: Mapping[str, Any], verdicts: Iterable[Mapping[str, Any]], begin: datetime, until: datetime
+) -> dict[str, Any]:
+    """A feature with its heat: the worst verdict within each of the range's columns."""
+    length = (until - begin) / _COLUMNS
+    worst: list[float | None] = [None] * _COLUMNS
+    for verdict in verdicts:
+        index = min(_COLUMNS - 1, max(0, int((verdict["at"] - begin) / length)))
+        for other in verdict["body"].get("features", []):
+            ratio = _ratio(other)
+            if other["name"] == f["name"] and ratio >= 0:
+                worst[index] = max(ratio, worst[index] or 0.0)
+    label = _label(f["name"])
+    cells = [(ratio, f"{label}\n{_span(begin + i * length, length)}\n{_says(ratio)}") for i, ratio in enumerate(worst)]
+    return {**f, "label": label, "ratio": _ratio(f), "heat": strips.heat(cells, title=f"{label} over time")}
+
+
+def _label(name: str) -> str:
+    text = FEATURE[name].label if name in FEATURE else name.replace("_", " ")
+    return text[:1].upper() + text[1:]
+
+
+def _span(at: datetime, length: timedelta) -> str:
+    return f"{at:%b} {at.day}, {at:%H:%M} – {at + length:%H:%M} UTC"
+
+
+def _says(ratio: float | None) -> str:
+    return "not judged" if ratio is None else f"{figures.number(ratio, 2)} × the threshold"
+
+
+def _live(
+    conn: Connection, model: str, number: int, window: windows.Window, begin: datetime, until: datetime
+) -> dict[str, Sequence[int]]:
+    """The live histograms; how like corrections the answers were comes from feedback, which arrives later."""
+    asked = {"model": model, "version": number, "since": begin, "until": until}
+    edges = list(FEATURE["similarity"].edges)
+    row = one(conn, drift.SQL["feedback"], {**asked, "edges": edges})
+    return {
+        **{name: window.histogram(name) for name in FEATURE},
+        "similarity": statistics.dense(row["histogram"], FEATURE["similarity"].bins),
+    }
+
+
+def _distribution(name: str, reference: Profile, live: Mapping[str, Sequence[int]], number: int) -> Markup | None:
+    """The chart of one feature, live against reference, on bins joined until a person can read them."""
+    feature = FEATURE.get(name)
+    if feature is None or name not in reference.histograms:
+        return None
+    old, new = reference.histograms[name], live[name]
+    groups = _groups(feature, [a + b for a, b in zip(old, new, strict=True)])
+    return charts.histogram(
+        key="distribution",
+        title=_label(name),
+        labels=[_bin_label(feature, first, last) for first, last in groups],
+        reference=_shares(old, groups),
+        live=_shares(new, groups),
+        write=figures.percent,
+        reference_name=f"what v{number} knows ({figures.number(sum(old))})",
+        live_name=f"live ({figures.number(sum(new))})",
+    )
+
+
+def _groups(feature: Feature, counts: Sequence[int]) -> list[tuple[int, int]]:
+    """Neighbouring bins (first, last), from the first used bin to the last one."""
+    if feature.kind in ("flag", "category"):
+        return [(i, i) for i in range(feature.bins)]
+    used = [i for i, n in enumerate(counts) if n] or [0]
+    size = math.ceil((used[-1] - used[0] + 1) / _BINS)
+    return [(i, min(i + size - 1, used[-1])) for i in range(used[0], used[-1] + 1, size)]
+
+
+def _shares(counts: Sequence[int], groups: Iterable[tuple[int, int]]) -> list[float]:
+    total = sum(counts) or 1
+    return [sum(counts[first : last + 1]) / total for first, last in groups]
+
+
+def _bin_label(feature: Feature, first: int, last: int) -> str:
+    if feature.kind == "flag":
+        return "no" if first == 0 else "yes"
+    if feature.kind == "category":
+        return f"{first + 1}"
+    write: Write = figures.percent if feature.kind == "share" else figures.number
+    if first == 0 and feature.kind == "share" and last == 0:
+        return "none"
+    low = feature.edges[first - 1] if first else None
+    high = feature.edges[last] if last < len(feature.edges) else None
+    if low is None:
+        return f"< {write(high)}"
+    if high is None:
+        return f"≥ {write(low)}"
+    return f"{write(low).removesuffix(' %')}–{write(high)}"

@@ -1,0 +1,43 @@
+"""The first page (all models at a glance) and the alerts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.responses import Response
+
+from infra.db import Connection, transaction
+from monitoring.console import strips, traffic
+from monitoring.console.figures import number
+from monitoring.console.render import RANGES, SQL, Visit, draw
+
+
+def models(visit: Visit) -> Response:
+    """Who serves, how much, how fast, at what cost, and whether it still fits: one card a model."""
+    with transaction() as conn:
+        found = [_card(conn, row) for row in conn.execute(SQL["models"]).fetchall()]
+        alerts = conn.execute(SQL["alerts_open"], {"model": None}).fetchall()
+    return draw(visit, "overview.html", models=found, alerts=alerts, open_alerts=len(alerts))
+
+
+def _card(conn: Connection, row: dict[str, Any]) -> dict[str, Any]:
+    # A young model's whole traffic lies in a shorter range than a day, which shows more of its course.
+    day = traffic.read(conn, row["name"], RANGES[traffic.natural_range(conn, row["name"])])
+    return {
+        **row,
+        "day": day.total,
+        "spark": strips.sparkline(
+            [bucket.requests for bucket in day.buckets],
+            title=f"Requests to {row['name']} over the last 24 hours: {number(day.total.requests)}",
+            height=44,
+        ),
+    }
+
+
+def alerts(visit: Visit) -> Response:
+    """What is open, what was, and which retrains were asked for."""
+    with transaction() as conn:
+        opened = conn.execute(SQL["alerts_open"], {"model": None}).fetchall()
+        closed = conn.execute(SQL["alerts_closed"]).fetchall()
+        retrains = conn.execute(SQL["retrains"], {"model": None}).fetchall()
+    return draw(visit, "alerts.html", opened=opened, closed=closed, retrains=retrains, open_alerts=len(opened))

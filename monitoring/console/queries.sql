@@ -1,0 +1,157 @@
+-- name: open_alerts
+select count(*) as open from alert where closed_at is null
+
+-- name: models
+select m.name, m.created_at, coalesce(d.generation, 0) as generation, d.champion, d.challenger, d.challenger_share,
+       d.shadow, d.updated_at, v.versions, a.alerts, a.worst, t.verdict, t.verdict_at, t.explanation,
+       r.run_kind, r.run_state, r.run_started_at
+from model m
+left join deployment d on d.model = m.name
+cross join lateral (select count(*) as versions from version where model = m.name) v
+cross join lateral (
+    select count(*) as alerts, bool_or(severity = 'critical') as worst
+    from alert where model = m.name and closed_at is null) a
+left join lateral (
+    select verdict, at as verdict_at, body ->> 'explanation' as explanation
+    from verdict where model = m.name and version = d.champion order by at desc limit 1) t on true
+left join lateral (
+    select kind as run_kind, state as run_state, started_at as run_started_at
+    from run where model = m.name order by started_at desc limit 1) r on true
+order by m.name
+
+-- name: model_names
+select name from model order by name
+
+-- name: versions
+select v.number, v.created_at, v.bundle_digest, v.base_digest, v.dataset_digest, v.method, v.study, v.run_id,
+       v.mlflow_run_id, v.metrics, v.evaluation, b.id as base, b.parameters,
+       g.body as gate, e.body -> 'metrics' as estimates, (e.body ->> 'rows')::int as rows
+from version v
+join base b on b.digest = v.base_digest
+left join evidence g on g.digest = v.gate
+left join evidence e on e.digest = v.evaluation
+where v.model = %(model)s
+order by v.number desc
+
+-- name: version
+select v.*, b.id as base, b.revision, b.parameters, b.dtype, g.body as gate_body, e.body as evaluation_body,
+       s.counts, s.sources, s.parent as dataset_parent
+from version v
+join base b on b.digest = v.base_digest
+left join evidence g on g.digest = v.gate
+left join evidence e on e.digest = v.evaluation
+left join dataset s on s.digest = v.dataset_digest
+where v.model = %(model)s and v.number = %(number)s
+
+-- name: study
+select s.name, s.state, s.stopped_by, s.created_at, s.updated_at, s.best,
+       count(distinct j.trial) as trials, count(j.trial) filter (where j.state = 'done') as rungs,
+       count(j.trial) filter (where j.state = 'failed') as failed, coalesce(sum(j.tokens), 0)::bigint as tokens,
+       coalesce(sum(j.seconds), 0) as seconds, min(j.value) as best_value
+from study s left join rung_job j on j.study = s.name
+where s.name = %(study)s
+group by s.name
+
+-- name: trials
+select trial, max(rung) as rung, max(steps) filter (where state = 'done') as steps,
+       (array_agg(value order by rung desc) filter (where value is not null))[1] as value,
+       (array_agg(params order by rung))[1] as params, coalesce(sum(tokens), 0)::bigint as tokens,
+       coalesce(sum(seconds), 0) as seconds, bool_or(state = 'running') as running,
+       bool_or(state = 'failed') as failed, (array_agg(error order by rung desc))[1] as error,
+       array_agg(value order by rung) filter (where value is not null) as course
+from rung_job where study = %(study)s
+group by trial
+order by value nulls last, trial
+
+-- name: alerts_open
+select * from alert where closed_at is null and (%(model)s::text is null or model = %(model)s)
+order by array_position(array['critical', 'warning', 'info'], severity), opened_at desc
+limit 200
+
+-- name: alerts_closed
+select * from alert where closed_at is not null order by closed_at desc limit 50
+
+-- name: retrains
+select q.*, v.version, v.verdict as verdict_said
+from retrain_request q left join verdict v on v.id = q.verdict
+where %(model)s::text is null or q.model = %(model)s
+order by q.at desc limit 20
+
+-- name: windows
+-- Features and words are left behind: charts of traffic do not need them, and they are most of a sketch.
+select version, start, requests, errors,
+       sketches || '{"features": {}, "new_words": {"counts": {}, "error": 0}}' as sketches
+from traffic_window
+where model = %(model)s and grain = %(grain)s and start >= %(since)s and start < %(until)s
+order by start, version
+
+-- name: replicas_behind
+select message, generation, seen_at from replica
+where model = %(model)s and seen_at > now() - interval '1 minute' and not ready
+
+-- name: first_window
+-- The hours say about when; only of a young model the minutes are looked at.
+select case when min(h.start) > now() - interval '8 hours'
+            then (select min(m.start) from traffic_window m where m.model = %(model)s and m.grain = 'minute')
+            else min(h.start) end as start
+from traffic_window h where h.model = %(model)s and h.grain = 'hour'
+
+-- name: verdicts
+select id, at, since, until, verdict, body
+from verdict
+where model = %(model)s and version = %(version)s and at >= %(since)s
+order by at
+
+-- name: last_verdicts
+select distinct on (version) version, verdict, at, body
+from verdict where model = %(model)s
+order by version, at desc
+
+-- name: verdicts_of_versions
+select version, at, verdict from verdict where model = %(model)s and at >= %(since)s order by at
+
+-- name: requests
+select r.id, r.at, r.model, r.version, r.slot, r.status, r.error, r.stream, r.prompt_tokens, r.completion_tokens,
+       r.ttft_ms, r.latency_ms, r.cost_usd, r.finish_reason, f.score, f.label, f.correction, f.similarity,
+       left(r.messages -> -1 ->> 'content', 300) as asked
+from request_event r left join feedback f on f.request_id = r.id
+where r.at >= %(since)s
+  and (%(before_at)s::timestamptz is null or (r.at, r.id) < (%(before_at)s::timestamptz, %(before_id)s::uuid))
+  and (%(model)s::text is null or r.model = %(model)s)
+  and (%(version)s::int is null or r.version = %(version)s)
+  and (%(slot)s::text is null or r.slot = %(slot)s)
+  and (%(status)s::text is null
+       or (%(status)s = 'ok' and r.status < 400) or (%(status)s = 'error' and r.status >= 400))
+  and (%(feedback)s::text is null
+       or (%(feedback)s = 'any' and f.request_id is not null)
+       or (%(feedback)s = 'corrected' and f.correction is not null)
+       or (%(feedback)s = 'negative' and f.score < 0))
+order by r.at desc, r.id desc
+limit %(limit)s
+
+-- name: request
+select r.*, b.created_at as recorded_at, b.windowed_at, k.name as key_name,
+       f.at as feedback_at, f.score, f.label, f.correction, f.similarity, fk.name as feedback_by
+from request_event r
+left join event_batch b on b.id = r.batch
+left join api_key k on k.id = r.key_id
+left join feedback f on f.request_id = r.id
+left join api_key fk on fk.id = f.key_id
+where r.id = %(id)s and r.at between %(since)s and %(until)s
+
+-- name: runs
+select id, model, kind, state, config_path, study, version, flow_run_id, mlflow_run_id, error, started_at,
+       updated_at, finished_at,
+       (select jsonb_object_agg(s.name, s.seconds) from stage s where s.run_id = run.id) as stages
+from run
+where (%(model)s::text is null or model = %(model)s)
+order by started_at desc limit 100
+
+-- name: run
+select run.* from run where id = %(id)s
+
+-- name: stages
+select name, output, seconds, created_at from stage where run_id = %(id)s order by created_at
+
+-- name: profile
+select profile from version where model = %(model)s and number = %(number)s

@@ -1,0 +1,92 @@
+"""Runs and their searches, with the ways into Prefect and MLflow."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+from starlette.responses import RedirectResponse, Response
+
+from infra.db import transaction
+from infra.errors import NotFound
+from infra.settings import get_settings
+from monitoring.console import strips
+from monitoring.console.render import SQL, Visit, draw
+
+STAGES = ("prepare", "search", "evaluate", "register")
+
+
+def listing(visit: Visit) -> Response:
+    """Newest first."""
+    with transaction() as conn:
+        rows = conn.execute(SQL["runs"], {"model": visit.query("model") or None}).fetchall()
+    return draw(visit, "runs.html", rows=rows, stages=STAGES, prefect=prefect_page(), now=datetime.now(UTC))
+
+
+def show(visit: Visit) -> Response:
+    """One run: its stages, its search trial by trial, what came out."""
+    try:
+        key = UUID(visit.path("id"))
+    except ValueError as error:
+        raise NotFound("That is not a run's id.", hint="See the list of runs.") from error
+    with transaction() as conn:
+        run = conn.execute(SQL["run"], {"id": key}).fetchone()
+        if run is None:
+            raise NotFound(f"There is no run {key}.", hint="See the list of runs.")
+        stages = conn.execute(SQL["stages"], {"id": key}).fetchall()
+        study = conn.execute(SQL["study"], {"study": run["study"]}).fetchone() if run["study"] else None
+        trials = conn.execute(SQL["trials"], {"study": run["study"]}).fetchall() if study else []
+    searched, fixed = _settings(trials)
+    return draw(
+        visit,
+        "run.html",
+        run=run,
+        stages={s["name"]: s for s in stages},
+        order=STAGES,
+        study=study,
+        trials=_drawn(trials),
+        names=searched,
+        fixed=fixed,
+        prefect=prefect_page(),
+        now=datetime.now(UTC),
+    )
+
+
+def _settings(trials: list[dict[str, Any]]) -> tuple[list[str], list[tuple[str, Any]]]:
+    """The parameters in which the trials differ, and those, with their values, in which none does."""
+    names = sorted({name for t in trials for name in t["params"]})
+    fixed = [
+        n for n in names if len(trials) > 1 and all(t["params"].get(n) == trials[0]["params"].get(n) for t in trials)
+    ]
+    return [n for n in names if n not in fixed], [(n, trials[0]["params"][n]) for n in fixed]
+
+
+def _drawn(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The trials with the course of their losses, all on one scale and as many rungs wide."""
+    values = [value for t in trials for value in t["course"] or []]
+    rungs = max((len(t["course"] or []) for t in trials), default=0)
+    domain = (min(values), max(values)) if values else None
+    found = []
+    for t in trials:
+        course = t["course"] or []
+        padded = [*course, *[None] * (rungs - len(course))]
+        title = f"Validation loss of trial {t['trial']}, rung by rung"
+        found.append({**t, "spark": strips.sparkline(padded, title=title, domain=domain)})
+    return found
+
+
+def prefect_page() -> str | None:
+    """Where Prefect's pages are; None when no server is known."""
+    url = get_settings().prefect_url
+    return url.rstrip("/").removesuffix("/api") if url else None
+
+
+def to_mlflow(visit: Visit) -> Response:
+    """To a run's page in MLflow, which alone knows the page's address. Raises Unreachable, NotFound."""
+    from registry.mlflow import run_url  # asked when the link is followed, so that pages do not wait for MLflow
+
+    run_id = visit.path("run_id")
+    if not run_id.isalnum() or len(run_id) > 64:
+        raise NotFound("That is not an MLflow run's id.")
+    return RedirectResponse(run_url(run_id), 303)

@@ -1,0 +1,203 @@
+"""Has a version's traffic moved away from what the version was made from? From windows, without any raw row.
+
+Each feature's live histogram is compared with the version's frozen profile. A feature has moved when its distance
+is larger than chance makes it, at the sizes of both, in one of a hundred quiet comparisons of all features
+together (Bonferroni), and larger than what matters at all (registry.profile.Feature.matters): a million requests
+make any trifle certain. The watcher looks often, at overlapping spans, so a single look promises less than the
+five in a hundred that a quiet day may be wrong.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from psycopg.types.json import Jsonb
+
+from infra.db import Connection, load_queries, one
+from infra.errors import NotFound
+from monitoring import explain, statistics, windows
+from monitoring.statistics import Statistic
+from registry.profile import FEATURE, FEATURES, Feature, Profile
+
+SQL = load_queries(Path(__file__).with_suffix(".sql"))
+
+ALPHA = 0.01
+RESAMPLES = 4000
+MIN_REQUESTS = 100
+_MIN_ROWS = 30  # on either side; below that, a histogram says nothing
+_MIN_FEEDBACK = 0.2  # share of answers with a correction; below, corrections are a choice of the bad ones
+
+Verdict = Literal["drift", "stable", "too_few"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moved:
+    """One feature compared. `value` and `threshold` are in the statistic's unit; `before` and `now` are the two
+    histograms."""
+
+    feature: Feature
+    statistic: Statistic
+    value: float
+    threshold: float
+    before: tuple[int, ...]
+    now: tuple[int, ...]
+
+    @property
+    def drifted(self) -> bool:
+        return self.value > self.threshold
+
+    def to_json(self) -> dict[str, Any]:
+        """The contract's object."""
+        return {
+            "name": self.feature.name,
+            "side": self.feature.side,
+            "statistic": self.statistic,
+            "value": round(self.value, 4),
+            "threshold": round(self.threshold, 4),
+            "drifted": self.drifted,
+        }
+
+
+def compare(
+    profile: Profile,
+    live: Mapping[str, Sequence[int]],
+    *,
+    alpha: float = ALPHA,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> list[Moved]:
+    """Every feature that both sides have enough of, in the order of FEATURES; `live` holds histograms by name."""
+    pairs = [
+        (feature, profile.histograms[feature.name], tuple(live[feature.name]))
+        for feature in FEATURES
+        if feature.name in profile.histograms
+        and sum(profile.histograms[feature.name]) >= _MIN_ROWS
+        and sum(live.get(feature.name, ())) >= _MIN_ROWS
+    ]
+    return [
+        _compare(feature, before, now, tail=alpha / len(pairs), resamples=resamples, seed=seed + i)
+        for i, (feature, before, now) in enumerate(pairs)
+    ]
+
+
+def _compare(
+    feature: Feature, before: tuple[int, ...], now: tuple[int, ...], *, tail: float, resamples: int, seed: int
+) -> Moved:
+    # Bins that are empty on both sides change no statistic, and drawing them costs as much as any other.
+    bins = [i for i in range(feature.bins) if before[i] or now[i]]
+    a, b = statistics.array([before[i] for i in bins]), statistics.array([now[i] for i in bins])
+    name: Statistic
+    if feature.kind == "category":
+        name, distance = "js", statistics.js
+    elif feature.kind == "flag" or feature.side == "quality":
+        centres = tuple(feature.centres[i] for i in bins)
+        name, distance = "difference", partial(statistics.mean_difference, centres=centres, worse=feature.worse)
+    else:
+        name, distance = "ks", partial(statistics.ks, worse=feature.worse)
+    return Moved(
+        feature=feature,
+        statistic=name,
+        value=float(distance(a, b)),
+        threshold=max(feature.matters, statistics.noise(a, b, distance, tail=tail, resamples=resamples, seed=seed)),
+        before=before,
+        now=now,
+    )
+
+
+def judge(conn: Connection, model: str, version: int, since: datetime, until: datetime) -> dict[str, Any]:
+    """The contract's `drift` object for what one version served between two times (to the minute).
+
+    `too_few` when it answered fewer requests than the model's ``monitoring.min_requests`` (100 by default).
+    Raises NotFound when there is no such version.
+    """
+    row = conn.execute(SQL["version"], {"model": model, "version": version}).fetchone()
+    if row is None:
+        raise NotFound(f"There is no version {model}:{version}.", hint=f"See `tunesmith versions {model}`.")
+    least = int(row["settings"].get("monitoring", {}).get("min_requests", MIN_REQUESTS))
+    profile = Profile.from_json(row["profile"])
+    window = windows.read(conn, model, version, since, until)
+    live = {feature.name: window.histogram(feature.name) for feature in FEATURES}
+    feedback = _feedback(conn, model, version, since, until)
+    if sum(feedback) >= _MIN_FEEDBACK * window.answered:
+        live["similarity"] = feedback
+    compared: list[Moved] = []
+    if window.answered < least:
+        verdict: Verdict = "too_few"
+        text = explain.too_few(model, version, window.answered, least)
+    elif not (compared := compare(profile, live)):
+        verdict, text = "too_few", explain.no_profile(model, version)
+    else:
+        moved = [m for m in compared if m.drifted]
+        verdict = "drift" if moved else "stable"
+        keeps_text = bool(row["settings"].get("monitoring", {}).get("keep_text", False))
+        text = explain.verdict(
+            model, version, window.answered, len(compared), moved, _new_words(window), keeps_text=keeps_text
+        )
+    return {
+        "model": model,
+        "version": version,
+        "since": since,
+        "until": until,
+        "verdict": verdict,
+        "features": [m.to_json() for m in compared],
+        "explanation": text,
+    }
+
+
+def _feedback(conn: Connection, model: str, version: int, since: datetime, until: datetime) -> list[int]:
+    similarity = FEATURE["similarity"]
+    row = one(
+        conn,
+        SQL["feedback"],
+        {"model": model, "version": version, "since": since, "until": until, "edges": list(similarity.edges)},
+    )
+    return statistics.dense(row["histogram"], similarity.bins)
+
+
+def _new_words(window: windows.Window) -> list[str]:
+    """New words by how many requests had them, at least three: what one person wrote once names nobody here."""
+    counts = window.new_words.counts
+    return sorted((w for w in counts if counts[w] >= 3), key=lambda w: (-counts[w], w))
+
+
+def versions_with_traffic(conn: Connection, model: str, since: datetime, until: datetime) -> list[int]:
+    """The versions that served anything on the days of the span, by number."""
+    rows = conn.execute(
+        SQL["versions_with_traffic"],
+        {"model": model, "day_from": windows.floor(since, "day"), "until": until},
+    )
+    return [row["version"] for row in rows]
+
+
+def keep(conn: Connection, body: Mapping[str, Any]) -> uuid.UUID:
+    """Store a verdict; returns its id."""
+    identifier = uuid.uuid4()
+    conn.execute(
+        SQL["put_verdict"],
+        {
+            "id": identifier,
+            **{name: body[name] for name in ("model", "version", "since", "until", "verdict")},
+            "body": Jsonb({**body, "since": _text(body["since"]), "until": _text(body["until"])}),
+        },
+    )
+    return identifier
+
+
+def last(conn: Connection, model: str, version: int) -> Mapping[str, Any] | None:
+    """The newest stored verdict: id, at, verdict, body."""
+    return conn.execute(SQL["last_verdict"], {"model": model, "version": version}).fetchone()
+
+
+def drop_old(conn: Connection, days: int) -> None:
+    """Forget verdicts older than `days`, except those that asked for a retraining."""
+    conn.execute(SQL["drop_verdicts"], {"days": days})
+
+
+def _text(at: datetime) -> str:
+    return at.isoformat().replace("+00:00", "Z")

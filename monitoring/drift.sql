@@ -1,0 +1,31 @@
+-- name: version
+select v.profile, m.settings from version v join model m on m.name = v.model
+where v.model = %(model)s and v.number = %(version)s
+
+-- name: versions_with_traffic
+select distinct version from traffic_window
+where model = %(model)s and grain = 'day' and start >= %(day_from)s and start < %(until)s
+order by version
+
+-- name: feedback
+-- Feedback is given after its request, so the index on `at` bounds what is read.
+select coalesce(sum(n), 0)::int as n, jsonb_object_agg(bin, n) filter (where bin is not null) as histogram
+from (
+    select width_bucket(similarity, %(edges)s::float8[]) as bin, count(*) as n
+    from feedback
+    where model = %(model)s and version = %(version)s and at >= %(since)s
+        and request_at >= %(since)s and request_at <= %(until)s and similarity is not null
+    group by 1
+) bins
+
+-- name: put_verdict
+insert into verdict (id, model, version, since, until, verdict, body)
+values (%(id)s, %(model)s, %(version)s, %(since)s, %(until)s, %(verdict)s, %(body)s)
+
+-- name: last_verdict
+select id, at, verdict, body from verdict
+where model = %(model)s and version = %(version)s order by at desc limit 1
+
+-- name: drop_verdicts
+delete from verdict v where at < now() - make_interval(days => %(days)s)
+    and not exists (select from retrain_request r where r.verdict = v.id)

@@ -1,0 +1,156 @@
+"""Verdicts in plain words: what moved, from what to what, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from monitoring.drift import Moved
+
+_MAX_SENTENCES = 5
+_MAX_WORDS = 6
+# Features that say the same thing in other units: only the first of a group that moved is told.
+_GROUPS = (("prompt_tokens", "words", "characters"), ("completion_tokens", "answer_characters"))
+
+
+def too_few(model: str, version: int, answered: int, least: int) -> str:
+    """Not enough requests to say anything."""
+    return (
+        f"{model}:{version} answered {answered} requests in this time; a verdict needs {least}. "
+        "Wait for more traffic, or look at a longer time with --since."
+    )
+
+
+def no_profile(model: str, version: int) -> str:
+    """Nothing to compare with."""
+    return (
+        f"{model}:{version} has no reference profile that this traffic could be compared with. "
+        "Versions made by a pipeline run have one."
+    )
+
+
+def verdict(
+    model: str,
+    version: int,
+    answered: int,
+    compared: int,
+    moved: Sequence[Moved],
+    new_words: Sequence[str],
+    *,
+    keeps_text: bool,
+) -> str:
+    """The explanation of a verdict from enough requests."""
+    if not moved:
+        return (
+            f"The {answered} requests that {model}:{version} answered look like what it was made from: none of the "
+            f"{compared} features compared has moved. Nothing to do."
+        )
+    told = sorted(_without_repeats(moved), key=lambda m: -m.value / m.threshold)
+    sentences = [_sentence(m, new_words, keeps_text=keeps_text) for m in told[:_MAX_SENTENCES]]
+    rest = len(told) - _MAX_SENTENCES
+    if rest > 0:
+        sentences.append(f"{rest} more moved less")
+    return (
+        f"Over {answered} requests to {model}:{version}, {len(moved)} of {compared} features moved: "
+        + "; ".join(sentences)
+        + ". "
+        + _advice(model, moved)
+    )
+
+
+def _without_repeats(moved: Sequence[Moved]) -> list[Moved]:
+    names = {m.feature.name for m in moved}
+    hidden = {name for group in _GROUPS for name in [n for n in group if n in names][1:]}
+    return [m for m in moved if m.feature.name not in hidden]
+
+
+def _advice(model: str, moved: Sequence[Moved]) -> str:
+    sides = {m.feature.side for m in moved}
+    if "input" in sides:
+        return (
+            "People ask for other things than the version was trained on, so going back to an older one would not "
+            f"help: send corrections for such requests (POST /v1/feedback) and retrain (`tunesmith retrain {model}`)."
+        )
+    if "quality" in sides:
+        return (
+            "The requests are the same, but people correct the answers more than the evaluation promised: look at "
+            f"corrected requests, then retrain (`tunesmith retrain {model}`) or go back (`tunesmith rollback {model}`)."
+        )
+    return (
+        "The requests are the same, only the answers changed, so look at the version and its engine: compare it with "
+        f"the one before (`tunesmith versions {model}`), and go back if that one was better "
+        f"(`tunesmith rollback {model}`)."
+    )
+
+
+def _sentence(m: Moved, new_words: Sequence[str], *, keeps_text: bool) -> str:
+    name, feature = m.feature.name, m.feature
+    if name == "topic":
+        return "the mix of topics is another"
+    if name == "unseen_word_share":
+        return _unseen(m, new_words, keeps_text=keeps_text)
+    if name in _LENGTHS:
+        return _length(m, *_LENGTHS[name])
+    before, now = feature.mean(m.before), feature.mean(m.now)
+    if name in _SHARES:
+        return f"{_SHARES[name].format(now=_percent(now))}, {_percent(before)} before"
+    return _OTHERS[name](before, now)
+
+
+def _unseen(m: Moved, new_words: Sequence[str], *, keeps_text: bool) -> str:
+    which = ""
+    if new_words:
+        which = f" ({', '.join(f'`{word}`' for word in new_words[:_MAX_WORDS])})"
+    elif not keeps_text:
+        which = " (which ones is not known, since monitoring.keep_text is off)"
+    return (
+        f"{_percent(m.feature.mean(m.now))} of the words in requests are words the training data never had{which}, "
+        f"{_percent(m.feature.mean(m.before))} before"
+    )
+
+
+def _length(m: Moved, what: str, unit: str) -> str:
+    before, now = m.feature.median(m.before), m.feature.median(m.now)
+    figures = f"median {now:.0f} {unit}, {before:.0f} before"
+    if before > 0 and now >= 1.15 * before:
+        return f"{what} are {now / before:.1f} times as long ({figures})"
+    if now > 0 and before >= 1.15 * now:
+        return f"{what} are {before / now:.1f} times shorter ({figures})"
+    return f"the lengths of {what} are spread differently ({figures})"
+
+
+def _percent(share: float) -> str:
+    return f"{share * 100:.0f} %" if share >= 0.1 or share == 0 else f"{share * 100:.1f} %"
+
+
+def _sureness(before: float, now: float) -> str:
+    side = "less" if now < before else "more"
+    return f"the model is {side} sure of its answers (mean log-probability {now:.2f}, {before:.2f} before)"
+
+
+_LENGTHS = {
+    "prompt_tokens": ("prompts", "tokens"),
+    "words": ("prompts", "words"),
+    "characters": ("prompts", "characters"),
+    "completion_tokens": ("answers", "tokens"),
+    "answer_characters": ("answers", "characters"),
+}
+_SHARES = {
+    "digit_share": "digits make up {now} of requests",
+    "punctuation_share": "punctuation makes up {now} of requests",
+    "upper_share": "capital letters make up {now} of requests",
+    "non_ascii_share": "non-ASCII characters make up {now} of requests",
+    "repetition": "{now} of the answers' word triples are repetitions",
+    "refusal": "{now} of answers refuse",
+    "truncated": "{now} of answers are cut off at the token limit",
+    "empty": "{now} of answers are empty",
+}
+_OTHERS: dict[str, Callable[[float, float], str]] = {
+    "chars_per_token": lambda before, now: f"a token covers {now:.1f} characters, {before:.1f} before",
+    "mean_logprob": _sureness,
+    "score": lambda before, now: f"the mean feedback score is {now:.2f}, {before:.2f} before",
+    "similarity": lambda before, now: (
+        f"answers resemble people's corrections less ({now:.2f}) than the evaluation's expected answers ({before:.2f})"
+    ),
+}

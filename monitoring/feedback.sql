@@ -1,0 +1,51 @@
+-- name: by_client_id
+select id from request_event
+where client_request_id = %(client_request_id)s and at > now() - make_interval(days => %(days)s)
+    and (%(key_id)s::text is null or key_id = %(key_id)s)
+order by at desc limit 1
+
+-- name: put
+-- The last write wins, field by field: a correction that follows a score does not erase it.
+insert into feedback (request_id, request_at, model, key_id, score, label, correction)
+values (%(request_id)s, %(request_at)s, %(model)s, %(key_id)s, %(score)s, %(label)s, %(correction)s)
+on conflict (request_id) do update set
+    at = now(),
+    key_id = excluded.key_id,
+    score = case when %(has_score)s then excluded.score else feedback.score end,
+    label = case when %(has_label)s then excluded.label else feedback.label end,
+    correction = case when %(has_correction)s then excluded.correction else feedback.correction end
+
+-- name: join_events
+select f.request_id, e.model, e.version, e.answer, f.correction
+from feedback f join request_event e on e.at = f.request_at and e.id = f.request_id
+where f.request_id = any(%(ids)s)
+
+-- name: models_of
+select e.id, e.model from request_event e
+join unnest(%(ids)s::uuid[], %(ats)s::timestamptz[]) as wanted (id, at) on e.at = wanted.at and e.id = wanted.id
+
+-- name: settle
+update feedback set model = %(model)s, version = %(version)s, similarity = %(similarity)s where request_id = %(id)s
+
+-- name: unsettled
+select request_id from feedback where model = '' order by at desc limit %(limit)s
+
+-- name: drop_unsettled
+delete from feedback where model = '' and at < now() - interval '2 days'
+
+-- name: drop_old
+delete from feedback where at < now() - make_interval(days => %(days)s)
+
+-- name: summary
+select count(*)::int as n, avg(score) as mean_score, count(correction)::int as corrections,
+    avg(similarity) as mean_similarity
+from feedback
+where model = %(model)s and (%(version)s::int is null or version = %(version)s)
+    and at >= %(since)s and request_at >= %(since)s and request_at <= %(until)s
+
+-- name: usable_corrections
+-- What a retraining could use and none has used yet: with kept text, given after the last one began.
+select count(*)::int as n
+from feedback f join request_event e on e.at = f.request_at and e.id = f.request_id
+where f.model = %(model)s and f.correction is not null and e.messages is not null
+    and (%(after)s::timestamptz is null or f.at > %(after)s)

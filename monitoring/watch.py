@@ -1,0 +1,240 @@
+"""The watcher: closes windows, judges what serves, opens and closes alerts, asks for retrainings, relays the
+outbox, keeps the partitions. One works at a time, under the lease `watch`; others wait to take over.
+
+Each kind of work is a step with a period of its own and a transaction of its own, so one that fails (a database
+restart, MLflow away) is tried again and holds up none of the others.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from psycopg import sql
+
+from deploy.recorder import ensure_partitions
+from infra.db import Connection, load_queries, one, transaction
+from infra.durations import parse_duration
+from infra.errors import Conflict, TunesmithError
+from infra.settings import get_settings
+from monitoring import alerts, drift, feedback, retraining, windows
+from registry import leases
+from registry.mlflow import deliver
+
+SQL = load_queries(Path(__file__).with_suffix(".sql"))
+log = logging.getLogger(__name__)
+
+TURN = 1.0
+LEASE_SECONDS = 30.0
+JUDGE_EVERY = 3.0  # at most, while traffic comes
+JUDGE_IDLE = 60.0  # at least, since old traffic leaves the window
+KEEP_VERDICT_EVERY = timedelta(minutes=10)
+_MAX_BACK_OFF = 15.0
+
+
+@dataclass(kw_only=True)
+class _Step:
+    """Work that recurs every `seconds`, later after failures: twice as long each time, up to _MAX_BACK_OFF more."""
+
+    name: str
+    seconds: float
+    work: Callable[[], None]
+    due: float = 0.0
+    failures: int = 0
+    waiting_for: str = field(default="")
+
+    def run(self, now: float) -> None:
+        if now < self.due:
+            return
+        try:
+            self.work()
+        except Conflict:
+            raise
+        except Exception as error:
+            self.failures += 1
+            self.due = now + self.seconds + min(_MAX_BACK_OFF, 0.5 * 2**self.failures)
+            reason = str(error).strip().split("\n")[0]
+            if reason != self.waiting_for:  # once, not at every try
+                log.warning("%s failed, will try again: %s", self.name, reason, exc_info=not _expected(error))
+            self.waiting_for = reason
+            return
+        if self.failures:
+            log.info("%s works again", self.name)
+        self.failures, self.waiting_for, self.due = 0, "", now + self.seconds
+
+
+class Watcher:
+    """Everything a watcher does, a turn at a time. Belongs to one thread."""
+
+    def __init__(self, holder: str) -> None:
+        self.holder = holder
+        self.lease: leases.Lease | None = None
+        self._touched: set[tuple[str, int]] = set()
+        self._judged: dict[tuple[str, int], float] = {}
+        self._standing_by = False
+        self._steps = (
+            _Step(name="closing windows", seconds=0.0, work=self.close_windows),
+            _Step(name="joining feedback", seconds=2.0, work=self.settle_feedback),
+            _Step(name="judging", seconds=JUDGE_EVERY, work=self.judge),
+            _Step(name="starting retrainings", seconds=5.0, work=self.start_retrainings),
+            _Step(name="relaying to MLflow", seconds=1.0, work=self.relay),
+            _Step(name="keeping house", seconds=3600.0, work=self.keep_house),
+        )
+        self._renew_at = 0.0
+
+    def turn(self) -> None:
+        """Do what is due; nothing while another watcher holds the lease. Never raises for what passes."""
+        try:
+            if self._hold():
+                for step in self._steps:
+                    step.run(time.monotonic())
+        except Conflict as error:
+            log.warning("stopped watching: %s", error.message)
+            self.lease = None
+
+    def release(self) -> None:
+        """Let another watcher take over at once."""
+        if self.lease is not None:
+            with transaction() as conn:
+                leases.release(conn, self.lease)
+            self.lease = None
+
+    def _hold(self) -> bool:
+        now = time.monotonic()
+        if self.lease is not None and now < self._renew_at:
+            return True
+        try:
+            with transaction() as conn:
+                if self.lease is None:
+                    self.lease = leases.acquire(conn, "watch", self.holder, LEASE_SECONDS)
+                    log.info("watching as %s", self.holder)
+                else:
+                    self.lease = leases.renew(conn, self.lease)
+        except Conflict as error:
+            if self.lease is not None:
+                raise
+            if not self._standing_by:
+                log.info("standing by: %s", error.message)
+            self._standing_by = True
+            return False
+        self._standing_by = False
+        self._renew_at = now + LEASE_SECONDS / 3
+        return True
+
+    def _check(self, conn: Connection) -> None:
+        if self.lease is None:
+            raise Conflict("This watcher holds no lease.")
+        leases.check(conn, self.lease)
+
+    # ------------------------------------------------------------ steps
+
+    def close_windows(self) -> None:
+        """All batches that wait, some at a time."""
+        while True:
+            with transaction() as conn:
+                self._check(conn)
+                closed = windows.close(conn)
+            self._touched |= closed.versions
+            if not closed.events:
+                return
+
+    def settle_feedback(self) -> None:
+        """Feedback that came before its request did."""
+        with transaction() as conn:
+            self._check(conn)
+            feedback.settle(conn)
+
+    def judge(self) -> None:
+        """Verdicts, alerts and retraining requests for every version that holds a slot and had traffic, or that
+        was not looked at for a minute."""
+        with transaction() as conn:
+            now: datetime = one(conn, SQL["now"])["now"]
+            served = conn.execute(SQL["served"]).fetchall()
+        by_model: dict[str, list[Mapping[str, Any]]] = {}
+        for version in served:
+            by_model.setdefault(version["model"], []).append(version)
+        for model, rows in by_model.items():
+            for row in rows:
+                key = (model, int(row["version"]))
+                if key in self._touched or time.monotonic() >= self._judged.get(key, 0.0) + JUDGE_IDLE:
+                    self._touched.discard(key)
+                    with transaction() as conn:
+                        self._check(conn)
+                        _judge(conn, row, now)
+                    self._judged[key] = time.monotonic()
+            with transaction() as conn:
+                self._check(conn)
+                alerts.close_retired(conn, model, [int(r["version"]) for r in rows], rows[0]["settings"])
+        self._touched &= {(version["model"], int(version["version"])) for version in served}
+
+    def start_retrainings(self) -> None:
+        """Over HTTP, outside of any transaction; the requests' ids make it safe to repeat."""
+        retraining.start_asked()
+
+    def relay(self) -> None:
+        """MLflow's aliases follow the deployment rows."""
+        with transaction() as conn:
+            self._check(conn)
+            deliver(conn)
+
+    def keep_house(self) -> None:
+        """Partitions for the days to come; nothing that is older than the settings allow."""
+        days = get_settings().event_retention_days
+        with transaction() as conn:
+            self._check(conn)
+            ensure_partitions(conn)
+            for row in conn.execute(SQL["old_partitions"], {"days": days}).fetchall():
+                conn.execute(sql.SQL("drop table {}").format(sql.Identifier(row["name"])))
+                log.info("dropped %s, older than %d days", row["name"], days)
+            conn.execute(SQL["drop_default_events"], {"days": days})
+            windows.drop_old(conn)
+            feedback.drop_old(conn, days)
+            alerts.drop_old(conn, max(days, 90))
+            drift.drop_old(conn, max(days, 90))
+
+
+def _judge(conn: Connection, row: Mapping[str, Any], now: datetime) -> None:
+    """One version: its verdict, kept when it says something new, and what follows from it."""
+    model, version, settings = row["model"], int(row["version"]), row["settings"]
+    span = parse_duration(settings.get("monitoring", {}).get("window", "24h"))
+    body = drift.judge(conn, model, version, now - span, now)
+    last = drift.last(conn, model, version)
+    if last is None or last["verdict"] != body["verdict"] or now - last["at"] >= KEEP_VERDICT_EVERY:
+        identifier = drift.keep(conn, body)
+    else:
+        identifier = last["id"]
+    alerts.apply(
+        conn, model, version, [alerts.of_verdict(body), *alerts.look(conn, model, version, settings, now, span)]
+    )
+    if row["slot"] == "champion" and body["verdict"] == "drift":
+        retraining.consider(conn, model, version, identifier, settings)
+
+
+def _expected(error: Exception) -> bool:
+    return isinstance(error, TunesmithError)
+
+
+def run(stop: threading.Event) -> None:
+    """Watch until `stop` is set. Outlives restarts of the database and of everything else it talks to."""
+    watcher = Watcher(leases.this_process("watch"))
+    failures = 0
+    try:
+        while not stop.wait(TURN if not failures else min(_MAX_BACK_OFF, 0.5 * 2**failures)):
+            try:
+                watcher.turn()
+                failures = 0
+            except Exception as error:
+                failures += 1
+                level = logging.WARNING if failures == 1 else logging.DEBUG
+                log.log(level, "the watcher waits: %s", error, exc_info=not _expected(error))
+    finally:
+        try:
+            watcher.release()
+        except TunesmithError as error:
+            log.info("the lease was not released: %s", error.message)

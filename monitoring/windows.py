@@ -1,0 +1,421 @@
+"""Traffic as mergeable sketches: a window holds counts of one version's requests over one minute, hour or day.
+
+Everything in a window is an integer that adds, so merging is associative, commutative and exact: hours and days
+are the merges of their minutes, late events change nothing but the counts they belong to, and money is kept in
+billionths of a dollar. The one exception is the table of new words, which is bounded (see `Words`).
+
+Latencies fall into logarithmic buckets as in DDSketch (Masson, Rim, Lee 2019), so a percentile read from them is
+within `RELATIVE_ERROR` of the true one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+from psycopg.types.json import Jsonb
+
+from infra.db import Connection, load_queries
+from registry.profile import FEATURE, FEATURES, Extractor, Profile
+
+SQL = load_queries(Path(__file__).with_suffix(".sql"))
+
+Grain = Literal["minute", "hour", "day"]
+GRAINS: Mapping[Grain, timedelta] = {
+    "minute": timedelta(minutes=1),
+    "hour": timedelta(hours=1),
+    "day": timedelta(days=1),
+}
+RELATIVE_ERROR = 0.02
+_GAMMA = math.log((1 + RELATIVE_ERROR) / (1 - RELATIVE_ERROR))
+_MIN_MS, _MAX_MS = 0.01, 1e8
+_WORDS = 512
+_WORDS_PER_REQUEST = 16
+_NANO = 1_000_000_000
+_MICRO = 1_000_000
+# A batch's events lie near its own time; where they do not (late, foreign clocks), wider bounds follow.
+_LOOK_BACK = (timedelta(minutes=2), timedelta(days=1))
+_MINUTE_DAYS, _HOUR_DAYS = 8, 400  # how long minutes and hours are kept; days stay
+_BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
+
+Counts = Mapping[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Words:
+    """Requests counted by new word, for at most `_WORDS` words (Misra-Gries, merged as in Agarwal et al. 2012,
+    "Mergeable Summaries"): a true count lies between the kept one and the kept one plus `error`, and `error` is at
+    most the sum of all counts / (_WORDS + 1), in whatever order windows were merged."""
+
+    counts: Mapping[str, int] = field(default_factory=dict)
+    error: int = 0
+
+    def __add__(self, other: Words) -> Words:
+        total = Counter(self.counts)
+        total.update(other.counts)
+        error = self.error + other.error
+        if len(total) > _WORDS:
+            cut = sorted(total.values(), reverse=True)[_WORDS]
+            total = Counter({word: n - cut for word, n in total.items() if n > cut})
+            error += cut
+        return Words(counts=dict(total), error=error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """The sketches of some requests. Tokens, money and time are of all of them, features of answered ones.
+
+    `errors` are answers with a status of 500 or more. `latency_ms` and `ttft_ms` map a bucket (`bucket`) to a
+    count, of answers with status 200. `features` maps a feature of registry.profile to its histogram, by bin.
+    """
+
+    requests: int = 0
+    errors: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    engine_us: int = 0
+    cost_nano_usd: int = 0
+    status: Counts = field(default_factory=dict)
+    slots: Mapping[str, int] = field(default_factory=dict)
+    latency_ms: Counts = field(default_factory=dict)
+    ttft_ms: Counts = field(default_factory=dict)
+    features: Mapping[str, Counts] = field(default_factory=dict)
+    new_words: Words = Words()
+
+    @property
+    def answered(self) -> int:
+        return self.status.get(200, 0)
+
+    @property
+    def cost_usd(self) -> float:
+        return self.cost_nano_usd / _NANO
+
+    @property
+    def engine_seconds(self) -> float:
+        return self.engine_us / _MICRO
+
+    def histogram(self, feature: str) -> list[int]:
+        """A feature's histogram with all its bins."""
+        counts = self.features.get(feature, {})
+        return [counts.get(i, 0) for i in range(FEATURE[feature].bins)]
+
+    def __add__(self, other: Window) -> Window:
+        return total((self, other))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Closed:
+    """What one call of `close` did: events merged, and the versions (model, number) they belong to."""
+
+    events: int = 0
+    versions: frozenset[tuple[str, int]] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One window of a series."""
+
+    version: int
+    start: datetime
+    window: Window
+
+
+def bucket(milliseconds: float) -> int:
+    """The logarithmic bucket of a duration; what is outside 10 microseconds to a day counts as the nearest."""
+    return math.ceil(math.log(min(_MAX_MS, max(_MIN_MS, milliseconds))) / _GAMMA)  # in this order NaN is the least
+
+
+def bucket_value(index: int) -> float:
+    """The duration that is within RELATIVE_ERROR of every one in the bucket, in milliseconds."""
+    return 2 * math.exp(_GAMMA * index) / (math.exp(_GAMMA) + 1)
+
+
+def percentile(counts: Counts, q: float) -> float | None:
+    """The q-quantile (0..1) in milliseconds within RELATIVE_ERROR: the ``floor(q * (n - 1))``-th smallest, as
+    numpy's method "lower". None for nothing."""
+    rank, seen = math.floor(q * (sum(counts.values()) - 1)), 0
+    for index in sorted(counts):
+        seen += counts[index]
+        if seen > rank:
+            return bucket_value(index)
+    return None
+
+
+# ---------------------------------------------------------------- making and merging
+
+
+class _Sum:
+    """A window being added up."""
+
+    def __init__(self) -> None:
+        self.numbers = [0] * 6
+        self.maps: tuple[Counter[Any], ...] = (Counter(), Counter(), Counter(), Counter())
+        self.features: dict[str, Counter[int]] = {}
+        self.words = Words()
+
+    def add(self, window: Window) -> None:
+        for i, number in enumerate(_numbers(window)):
+            self.numbers[i] += number
+        for mine, counts in zip(self.maps, _maps(window), strict=True):
+            mine.update(counts)
+        for name, histogram in window.features.items():
+            self.features.setdefault(name, Counter()).update(histogram)
+        self.words += window.new_words
+
+    def window(self) -> Window:
+        requests, errors, prompt, completion, engine, cost = self.numbers
+        status, slots, latency, ttft = (dict(m) for m in self.maps)
+        return Window(
+            requests=requests,
+            errors=errors,
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            engine_us=engine,
+            cost_nano_usd=cost,
+            status=status,
+            slots=slots,
+            latency_ms=latency,
+            ttft_ms=ttft,
+            features={name: dict(counts) for name, counts in self.features.items()},
+            new_words=self.words,
+        )
+
+
+def _numbers(w: Window) -> tuple[int, ...]:
+    return w.requests, w.errors, w.prompt_tokens, w.completion_tokens, w.engine_us, w.cost_nano_usd
+
+
+def _maps(w: Window) -> tuple[Mapping[Any, int], ...]:
+    return w.status, w.slots, w.latency_ms, w.ttft_ms
+
+
+def total(windows: Iterable[Window]) -> Window:
+    """The merge of any number of windows; none give an empty one."""
+    result = _Sum()
+    for window in windows:
+        result.add(window)
+    return result.window()
+
+
+def of_event(event: Mapping[str, Any], extractor: Extractor | None = None) -> Window:
+    """The window of one row of ``request_event``. New words are counted where the row has its text."""
+    status, answered = int(event["status"]), event["status"] == 200
+    features: dict[str, Counts] = {}
+    if answered:
+        for feature, value in zip(FEATURES, event["features"], strict=False):
+            if value is not None and value == value:  # not NaN
+                features[feature.name] = {feature.bin(value): 1}
+    words = Words()
+    if extractor is not None and event.get("messages"):
+        found = extractor.new_words(event["messages"])[:_WORDS_PER_REQUEST]
+        words = Words(counts=dict.fromkeys(found, 1))
+    ttft = event["ttft_ms"]
+    return Window(
+        requests=1,
+        errors=int(status >= 500),
+        prompt_tokens=event["prompt_tokens"],
+        completion_tokens=event["completion_tokens"],
+        engine_us=_scaled(event["engine_seconds"], _MICRO),
+        cost_nano_usd=_scaled(event["cost_usd"], _NANO),
+        status={status: 1},
+        slots={event["slot"]: 1},
+        latency_ms={bucket(event["latency_ms"]): 1} if answered else {},
+        ttft_ms={bucket(ttft): 1} if answered and ttft is not None else {},
+        features=features,
+        new_words=words,
+    )
+
+
+def _scaled(value: float, unit: int) -> int:
+    return round(value * unit) if math.isfinite(value) else 0
+
+
+def to_json(window: Window) -> dict[str, Any]:
+    """What ``traffic_window.sketches`` holds; requests and errors have columns of their own."""
+    return {
+        "format": 1,
+        "numbers": list(_numbers(window)[2:]),
+        "status": dict(window.status),
+        "slots": dict(window.slots),
+        "latency_ms": dict(window.latency_ms),
+        "ttft_ms": dict(window.ttft_ms),
+        "features": {name: dict(counts) for name, counts in window.features.items()},
+        "new_words": {"counts": dict(window.new_words.counts), "error": window.new_words.error},
+    }
+
+
+def from_row(row: Mapping[str, Any]) -> Window:
+    """The inverse of `to_json`, from a row of ``traffic_window``."""
+    sketches = row["sketches"]
+    prompt, completion, engine, cost = sketches["numbers"]
+    return Window(
+        requests=row["requests"],
+        errors=row["errors"],
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        engine_us=engine,
+        cost_nano_usd=cost,
+        status=_by_int(sketches["status"]),
+        slots=sketches["slots"],
+        latency_ms=_by_int(sketches["latency_ms"]),
+        ttft_ms=_by_int(sketches["ttft_ms"]),
+        features={name: _by_int(counts) for name, counts in sketches["features"].items() if name in FEATURE},
+        new_words=Words(**sketches["new_words"]),
+    )
+
+
+def _by_int(counts: Mapping[str, int]) -> dict[int, int]:
+    return {int(key): n for key, n in counts.items()}
+
+
+def floor(at: datetime, grain: Grain) -> datetime:
+    """The start of the window (UTC) that a time falls into."""
+    at = at.astimezone(UTC).replace(second=0, microsecond=0)
+    if grain == "minute":
+        return at
+    return at.replace(minute=0) if grain == "hour" else at.replace(minute=0, hour=0)
+
+
+# ---------------------------------------------------------------- in the database
+
+
+def close(conn: Connection, *, rows: int = 10_000) -> Closed:
+    """Merge the events of batches that are in no window yet into their minutes, hours and days; the oldest batches
+    with together about `rows` events a call.
+
+    Windows and batches' marks change in this one transaction, and closers wait for each other, so every event is
+    counted exactly once however often a batch is replayed, and however late it comes.
+    """
+    conn.execute(SQL["lock_closing"])
+    batches = conn.execute(SQL["open_batches"], {"rows": rows}).fetchall()
+    if not batches:
+        return Closed()
+    ids = [batch["id"] for batch in batches]
+    events = _events(conn, ids, sum(b["rows"] for b in batches), min(b["created_at"] for b in batches))
+    extractors = _extractors(conn, {(e["model"], e["version"]) for e in events if e["messages"] is not None})
+    sums: dict[tuple[str, int, datetime], _Sum] = {}
+    for event in events:
+        if event["version"] is not None:  # refused before routing: no version's traffic
+            key = (event["model"], event["version"], floor(event["at"], "minute"))
+            sums.setdefault(key, _Sum()).add(of_event(event, extractors.get(key[:2])))
+    changes: dict[tuple[str, int, Grain, datetime], _Sum] = {}
+    for (model, version, start), minute in sums.items():
+        window = minute.window()
+        for grain in GRAINS:
+            changes.setdefault((model, version, grain, floor(start, grain)), _Sum()).add(window)
+    _merge_into_table(conn, {key: change.window() for key, change in changes.items()})
+    conn.execute(SQL["mark_windowed"], {"batches": ids})
+    return Closed(events=len(events), versions=frozenset((model, version) for model, version, _ in sums))
+
+
+def _events(conn: Connection, batches: Sequence[Any], rows: int, created_at: datetime) -> list[Any]:
+    """The batches' events. `rows` says how many there are, unless retention or an erasure took some."""
+    found: list[Any] = []
+    for since in (*(created_at - back for back in _LOOK_BACK), _BEGINNING):
+        found = conn.execute(SQL["events"], {"batches": batches, "since": since}).fetchall()
+        if len(found) >= rows:
+            break
+    return found
+
+
+def _extractors(conn: Connection, versions: Iterable[tuple[str, int | None]]) -> dict[tuple[str, int], Extractor]:
+    wanted = [(model, number) for model, number in versions if number is not None]
+    if not wanted:
+        return {}
+    rows = conn.execute(SQL["profiles"], {"models": [m for m, _ in wanted], "numbers": [n for _, n in wanted]})
+    return {(row["model"], row["number"]): Extractor(Profile.from_json(row["profile"])) for row in rows}
+
+
+def _merge_into_table(conn: Connection, changes: Mapping[tuple[str, int, Grain, datetime], Window]) -> None:
+    keys = sorted(changes)
+    columns = list(zip(*keys, strict=True)) or [(), (), (), ()]
+    there = {
+        (row["model"], row["version"], row["grain"], row["start"]): from_row(row)
+        for row in conn.execute(
+            SQL["get_windows"],
+            {
+                "models": list(columns[0]),
+                "versions": list(columns[1]),
+                "grains": list(columns[2]),
+                "starts": list(columns[3]),
+            },
+        )
+    }
+    with conn.cursor() as cursor:
+        cursor.executemany(
+            SQL["put_window"],
+            [_row(key, there[key] + changes[key] if key in there else changes[key]) for key in keys],
+        )
+
+
+def _row(key: tuple[str, int, Grain, datetime], window: Window) -> dict[str, Any]:
+    model, version, grain, start = key
+    return {
+        "model": model,
+        "version": version,
+        "grain": grain,
+        "start": start,
+        "requests": window.requests,
+        "errors": window.errors,
+        "sketches": Jsonb(to_json(window)),
+    }
+
+
+def read(conn: Connection, model: str, version: int, since: datetime, until: datetime) -> Window:
+    """All of a version's traffic from the minute of `since` to the end of the minute of `until`; of long ago, by
+    whole hours, then by whole days, as far as minutes and hours are kept."""
+    minute_from = floor(since, _kept(since))
+    minute_to = max(minute_from, _ceil(until, _kept(until)))
+    hour_from = min(_ceil(minute_from, "hour"), minute_to)
+    hour_to = max(floor(minute_to, "hour"), hour_from)
+    day_from = min(_ceil(hour_from, "day"), hour_to)
+    day_to = max(floor(hour_to, "day"), day_from)
+    rows = conn.execute(
+        SQL["read_windows"],
+        {
+            "model": model,
+            "version": version,
+            "minute_from": minute_from,
+            "minute_to": minute_to,
+            "hour_from": hour_from,
+            "hour_to": hour_to,
+            "day_from": day_from,
+            "day_to": day_to,
+        },
+    )
+    return total(from_row(row) for row in rows)
+
+
+def series(
+    conn: Connection, model: str, versions: Sequence[int], since: datetime, until: datetime, grain: Grain
+) -> list[Point]:
+    """Windows of one grain, for charts, by start; windows without traffic are left out."""
+    rows = conn.execute(
+        SQL["series"],
+        {"model": model, "versions": list(versions), "grain": grain, "since": floor(since, grain), "until": until},
+    )
+    return [Point(version=row["version"], start=row["start"], window=from_row(row)) for row in rows]
+
+
+def drop_old(conn: Connection) -> None:
+    """Forget old minutes and hours, and the marks of batches merged long ago."""
+    conn.execute(SQL["drop_windows"], {"minute_days": _MINUTE_DAYS, "hour_days": _HOUR_DAYS})
+    conn.execute(SQL["drop_batches"])
+
+
+def _kept(at: datetime) -> Grain:
+    """The finest grain whose windows of that time are surely still there."""
+    age = datetime.now(UTC) - at + GRAINS["hour"]
+    if age < timedelta(days=_MINUTE_DAYS):
+        return "minute"
+    return "hour" if age < timedelta(days=_HOUR_DAYS) else "day"
+
+
+def _ceil(at: datetime, grain: Grain) -> datetime:
+    start = floor(at, grain)
+    return start if start == at else start + GRAINS[grain]

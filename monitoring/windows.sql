@@ -1,0 +1,66 @@
+-- name: lock_closing
+select pg_advisory_xact_lock(hashtext('tunesmith windows'))
+
+-- name: open_batches
+select id, rows, created_at
+from (
+    select id, rows, created_at, sum(rows) over (order by created_at, id) - rows as before
+    from (select * from event_batch where windowed_at is null order by created_at limit 500) oldest
+) waiting
+where before < %(rows)s
+
+-- name: events
+-- The bound on `at` keeps this to the newest pages of the newest partition.
+select e.model, e.version, e.at, e.slot, e.status, e.prompt_tokens, e.completion_tokens, e.ttft_ms, e.latency_ms,
+    e.engine_seconds, e.cost_usd, e.features, e.messages
+from request_event e
+where e.batch = any(%(batches)s) and e.at >= %(since)s
+
+-- name: mark_windowed
+update event_batch set windowed_at = now() where id = any(%(batches)s)
+
+-- name: get_windows
+select model, version, grain, start, requests, errors, sketches
+from traffic_window
+where (model, version, grain, start) in (
+    select * from unnest(%(models)s::text[], %(versions)s::int[], %(grains)s::text[], %(starts)s::timestamptz[])
+)
+
+-- name: put_window
+insert into traffic_window (model, version, grain, start, requests, errors, sketches)
+values (%(model)s, %(version)s, %(grain)s, %(start)s, %(requests)s, %(errors)s, %(sketches)s)
+on conflict (model, version, grain, start) do update
+    set requests = excluded.requests, errors = excluded.errors, sketches = excluded.sketches
+
+-- name: read_windows
+-- Whole days, the whole hours at both sides of them, the minutes at both ends: at most some 150 rows of any span.
+select start, grain, requests, errors, sketches
+from traffic_window
+where model = %(model)s and version = %(version)s and (
+    (grain = 'day' and start >= %(day_from)s and start < %(day_to)s)
+    or (grain = 'hour' and start >= %(hour_from)s and start < %(day_from)s)
+    or (grain = 'hour' and start >= %(day_to)s and start < %(hour_to)s)
+    or (grain = 'minute' and start >= %(minute_from)s and start < %(hour_from)s)
+    or (grain = 'minute' and start >= %(hour_to)s and start < %(minute_to)s)
+)
+
+-- name: series
+select version, start, requests, errors, sketches
+from traffic_window
+where model = %(model)s and version = any(%(versions)s) and grain = %(grain)s
+    and start >= %(since)s and start < %(until)s
+order by start, version
+
+-- name: profiles
+select model, number, profile
+from version
+where (model, number) in (select * from unnest(%(models)s::text[], %(numbers)s::int[]))
+
+-- name: drop_windows
+-- Minutes serve the last days' charts; hours and days hold the same counts for longer.
+delete from traffic_window
+where (grain = 'minute' and start < now() - make_interval(days => %(minute_days)s))
+    or (grain = 'hour' and start < now() - make_interval(days => %(hour_days)s))
+
+-- name: drop_batches
+delete from event_batch where windowed_at < now() - interval '7 days'

@@ -1,0 +1,339 @@
+"""Commands that make versions: demo, validate, run, schedule, study, evaluate, retrain, worker."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from infra.console import err, json_option, out, print_json, safe
+from infra.errors import Refused
+
+_config = click.option("-c", "--config", "path", required=True, type=click.Path(path_type=Path), help="Pipeline file.")
+_set = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="A setting that wins over the file's.")
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="A tiny model made on the spot, in about three minutes.")
+@click.option("--detach", is_flag=True, help="Leave the stack running.")
+def demo(quick: bool, detach: bool) -> None:
+    """Everything once, on the interpreter's own documentation."""
+    from pipelines import demo as script
+
+    script.demo(quick=quick, detach=detach)
+
+
+@click.command()
+@_config
+@_set
+@json_option
+def validate(path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Check a pipeline file and its data; every problem is named at once."""
+    from pipelines import config as configs
+
+    config = configs.load(path, overrides)
+    found = configs.check(config)
+    if as_json:
+        print_json({"valid": True, "model": config.model, **found})
+        return
+    for file in found["files"]:
+        first = f"{file['form']}, {file['rows_bad']} of the first {file['rows_read']} rows bad"
+        out.print(f"{file['split']}: {safe(file['path'])}: {first}", markup=False)
+    out.print(f"{path} is valid.", markup=False)
+
+
+@click.command()
+@_config
+@_set
+@json_option
+def run(path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Run a pipeline. An interrupted run goes on where it stopped. Exit code 3: the gate refused."""
+    from pipelines import config as configs
+
+    configs.check(configs.load(path, overrides))  # before anything starts
+    _ready_prefect()
+    from pipelines import flows
+    from pipelines.progress import shown
+
+    with shown():
+        result = flows.train(config=str(path.absolute()), overrides=list(overrides))
+    _tell(result, as_json)
+
+
+@click.command()
+@click.argument("model")
+@click.option("--detach", is_flag=True, help="Start it in Prefect's runner instead of here.")
+@json_option
+def retrain(model: str, detach: bool, as_json: bool) -> None:
+    """Make the next version from a model's data and the corrections people sent."""
+    if detach:
+        from pipelines import schedules
+
+        started = {"model": model, "flow_run_id": schedules.start_retrain(model, None)}
+        print_json(started) if as_json else out.print(f"Started flow run {started['flow_run_id']}.")
+        return
+    _ready_prefect()
+    from pipelines import flows
+    from pipelines.progress import shown
+
+    with shown():
+        result = flows.retrain(model=model)
+    _tell(result, as_json)
+
+
+def _ready_prefect() -> None:
+    """Prefect's own lines, tracebacks too, go to its page; the terminal shows our progress and one sentence."""
+    from pipelines import schedules
+
+    schedules.check_reachable()
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+
+
+def _tell(result: dict[str, Any], as_json: bool) -> None:
+    name = f"{result['model']}:{result['version']}"
+    if as_json:
+        print_json(result)
+    else:
+        _evaluation_table(name, result["evaluation"])
+        out.print(f"gate: {result['gate']['decision']}")
+        for reason in result["gate"]["reasons"]:
+            out.print(f"  {safe(reason)}", markup=False)
+        out.print(f"{name} is registered{' and serves' if result['promoted'] else ', not promoted'}.", markup=False)
+    if result["refusal"]:
+        if not as_json:
+            err.print(f"Not promoted: {result['refusal']}.", markup=False)
+        raise click.exceptions.Exit(Refused.exit_code)
+
+
+def _evaluation_table(name: str, evaluation: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from registry.statistics import in_words
+
+    table = Table(title=f"{name} on untouched test rows, 95 % intervals", title_justify="left")
+    for column in ("metric", "candidate", "base", "champion", "vs base", "vs champion"):
+        table.add_column(column)
+    for metric, m in evaluation["metrics"].items():
+        cells = (in_words(m.get(k)) for k in ("candidate", "base", "champion", "vs_base", "vs_champion"))
+        table.add_row(metric, *cells)
+    out.print(table)
+
+
+@click.group()
+def schedule() -> None:
+    """Make a run recur, as a Prefect deployment."""
+
+
+@schedule.command("add")
+@click.argument("name")
+@_config
+@_set
+@click.option("--cron", required=True, help='Five fields, such as "0 2 * * 1".')
+@click.option("--timezone", default="UTC", show_default=True, help="Such as Europe/Berlin.")
+@json_option
+def schedule_add(name: str, path: Path, overrides: tuple[str, ...], cron: str, timezone: str, as_json: bool) -> None:
+    """Add a schedule; the pipeline file is read anew at each run."""
+    from pipelines import config as configs
+    from pipelines import schedules
+
+    configs.check(configs.load(path, overrides))
+    _show_schedules([schedules.add(name, str(path.absolute()), list(overrides), cron, timezone)], as_json, one=True)
+
+
+@schedule.command("list")
+@json_option
+def schedule_list(as_json: bool) -> None:
+    """All schedules."""
+    from pipelines import schedules
+
+    _show_schedules(schedules.list_schedules(), as_json)
+
+
+@schedule.command("pause")
+@click.argument("name")
+@json_option
+def schedule_pause(name: str, as_json: bool) -> None:
+    """Keep a schedule from firing; it stays paused over restarts."""
+    from pipelines import schedules
+
+    _show_schedules([schedules.pause(name)], as_json, one=True)
+
+
+@schedule.command("resume")
+@click.argument("name")
+@json_option
+def schedule_resume(name: str, as_json: bool) -> None:
+    """Let a paused schedule fire again."""
+    from pipelines import schedules
+
+    _show_schedules([schedules.resume(name)], as_json, one=True)
+
+
+@schedule.command("remove")
+@click.argument("name")
+@json_option
+def schedule_remove(name: str, as_json: bool) -> None:
+    """Delete a schedule; what it ran stays."""
+    from pipelines import schedules
+
+    gone = schedules.remove(name)
+    print_json(gone) if as_json else out.print(f"Removed {safe(name)}.", markup=False)
+
+
+@schedule.command("trigger")
+@click.argument("name")
+@json_option
+def schedule_trigger(name: str, as_json: bool) -> None:
+    """Start a scheduled run now."""
+    from pipelines import schedules
+
+    run = schedules.trigger(name)
+    print_json(run) if as_json else out.print(f"Started flow run {run['name']} ({run['flow_run_id']}).", markup=False)
+
+
+def _show_schedules(found: list[dict[str, Any]], as_json: bool, *, one: bool = False) -> None:
+    if as_json:
+        print_json(found[0] if one else {"schedules": found})
+        return
+    if not found:
+        out.print('No schedules. Add one: tunesmith schedule add weekly -c my.yaml --cron "0 2 * * 1"', markup=False)
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    for column in ("name", "cron", "time zone", "state", "next run", "last run", "file"):
+        table.add_column(column)
+    for s in found:
+        last = f"{s['last_run']['at']} {s['last_run']['state']}" if s["last_run"] else ""
+        state = "paused" if s["paused"] else "active"
+        cells = (s["name"], s["cron"], s["timezone"], state, s["next_run"], last, s["config"])
+        table.add_row(*(Text(safe(str(cell or ""))) for cell in cells))
+    out.print(table)
+
+
+@click.command()
+@click.option("--study", "name", required=True, help="The study to work for.")
+@click.option("--max-idle", type=float, help="Seconds without work after which to end; unset: when the study ends.")
+def worker(name: str, max_idle: float | None) -> None:
+    """A search worker, one process of one thread; may run on any machine that reaches database and artifacts."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+    from infra import log
+    from pipelines.tuning import worker as workers
+
+    log.setup()
+    workers.work(name, max_idle=max_idle)
+
+
+@click.group()
+def study() -> None:
+    """Look into a running search, and act on it."""
+
+
+@study.command("list")
+@json_option
+def study_list(as_json: bool) -> None:
+    """All studies, newest first."""
+    from infra.db import transaction
+    from registry import studies
+
+    with transaction() as conn:
+        found = studies.list_studies(conn)
+    if as_json:
+        keys = ("name", "model", "state", "stopped_by", "trials", "rungs_done", "rungs_open", "best", "created_at")
+        print_json({"studies": [{key: s[key] for key in keys} for s in found]})
+        return
+    if not found:
+        out.print("No studies. `tunesmith run -c FILE` begins one.")
+        return
+    from rich.table import Table
+
+    table = Table("study", "state", "trials", "rungs done", "open", "best loss", "begun")
+    for s in found:
+        best = f"{s['best']['value']:.4f}" if s["best"] else ""
+        counts = (str(s["trials"]), str(s["rungs_done"]), str(s["rungs_open"]))
+        table.add_row(s["name"], s["stopped_by"] or s["state"], *counts, best, f"{s['created_at']:%Y-%m-%d %H:%M:%SZ}")
+    out.print(table)
+
+
+@study.command("show")
+@click.argument("name")
+@json_option
+def study_show(name: str, as_json: bool) -> None:
+    """A study's trials: how far each came, with what."""
+    from infra.db import transaction
+    from registry import studies
+
+    with transaction() as conn:
+        row, jobs = studies.get(conn, name), studies.jobs(conn, name)
+    last = {job.trial: job for job in jobs}  # jobs are ordered: the highest rung of each trial wins
+    if as_json:
+        trials = [
+            {
+                "trial": j.trial,
+                "steps": j.steps,
+                "state": j.state,
+                "loss": j.value,
+                "params": j.params,
+                "error": j.error,
+            }
+            for j in last.values()
+        ]
+        print_json({key: row[key] for key in ("name", "model", "state", "stopped_by", "best")} | {"trials": trials})
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        "trial", "steps", "state", "loss", "parameters", title=f"{name}: {row['state']}", title_justify="left"
+    )
+    for j in sorted(last.values(), key=lambda j: (-j.rung, j.value if j.value is not None else float("inf"))):
+        params = ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in j.params.items())
+        loss = "" if j.value is None else f"{j.value:.4f}"
+        table.add_row(str(j.trial), str(j.steps), j.state, loss, Text(safe(j.error or params)))
+    out.print(table)
+
+
+@study.command("stop")
+@click.argument("name")
+@json_option
+def study_stop(name: str, as_json: bool) -> None:
+    """End a running search with what it has: its run goes on to judge the best so far."""
+    from infra.db import transaction
+    from registry import studies
+
+    with transaction() as conn:
+        studies.stop(conn, name)
+    print_json({"name": name, "state": "stopped"}) if as_json else out.print(f"Stopped {safe(name)}.", markup=False)
+
+
+@study.command("resume")
+@click.argument("name")
+@json_option
+def study_resume(name: str, as_json: bool) -> None:
+    """Let a stopped search go on; run the same `tunesmith run` command again to do the work."""
+    from infra.db import transaction
+    from registry import studies
+
+    with transaction() as conn:
+        studies.resume(conn, name)
+    print_json({"name": name, "state": "running"}) if as_json else out.print(f"Resumed {safe(name)}.", markup=False)
+
+
+@click.command()
+@click.argument("version", metavar="MODEL:N")
+@click.option("--suite", "suites", multiple=True, help="A suite, such as quality; may be given more than once.")
+@json_option
+def evaluate(version: str, suites: tuple[str, ...], as_json: bool) -> None:
+    """Judge a registered version again, on the test rows of its data set, against its base and the champion."""
+    from pipelines import stages
+    from pipelines.progress import shown
+
+    with shown():
+        evaluation = stages.evaluate_again(version, suites)
+    if as_json:
+        print_json({"version": version, "evaluation": evaluation})
+    else:
+        _evaluation_table(version, evaluation)

@@ -1,0 +1,461 @@
+"""PipelineConfig: one YAML file is one pipeline. Every field has a sound default but `model`, `base` and `data`.
+
+Names are PEFT's and TRL's where they have one. `load` reports every problem at once, each as
+``file:line: field: what is wrong; what to do``; `check` then looks at the data files themselves.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import orjson
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from infra.durations import format_duration, parse_duration
+from infra.errors import TunesmithError
+from infra.storage import file_digest, text_digest
+from pipelines import config_file
+from pipelines.config_file import Problem, Source
+from pipelines.config_space import Space, did_you_mean
+from registry.names import MODEL_NAME
+
+BUILTIN_BASES = ("builtin:smollm2-135m", "builtin:tiny")
+SUITES = ("quality", "latency")
+LATER_SUITES = ("forgetting", "consistency", "robustness", "privacy", "safety", "groundedness", "compatibility")
+METRICS = (
+    "loss",
+    "exact_match",
+    "label_accuracy",
+    "token_f1",
+    "rouge_l",
+    "chrf",
+    "p95_latency_ms",
+    "tokens_per_second",
+)
+
+
+def _duration(value: Any) -> Any:
+    if isinstance(value, str):
+        return parse_duration(value)
+    raise ValueError(f"{value!r} has no unit; write it as 90s, 15m, 24h or 7d")
+
+
+def _path(value: Any, info: ValidationInfo) -> Path:
+    """A path as written, made absolute: relative ones start at the file's folder."""
+    if not isinstance(value, str | Path) or not str(value).strip():
+        raise ValueError(f"must be a path such as train.jsonl, not {value!r}")
+    if str(value).startswith("hf:"):
+        raise ValueError("hub data sets are not read yet; export the rows to a JSONL file")
+    if Path(value).suffix.lower() not in (".jsonl", ".ndjson", ".csv"):
+        raise ValueError(f"{value} is neither .jsonl nor .csv; export the rows to a JSONL file")
+    return Path((info.context or {}).get("folder", Path.cwd()), Path(value).expanduser()).absolute()
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str | Path) else value
+
+
+Duration = Annotated[timedelta, BeforeValidator(_duration), PlainSerializer(format_duration, return_type=str)]
+DataPaths = Annotated[tuple[Annotated[Path, BeforeValidator(_path)], ...], BeforeValidator(_listed)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=False)
+
+
+class BaseModelSection(Section):
+    """The base: a hub id, a folder, builtin:smollm2-135m or builtin:tiny."""
+
+    path: str
+    revision: str = "main"
+
+    @field_validator("path")
+    @classmethod
+    def _known(cls, value: str, info: ValidationInfo) -> str:
+        if value.startswith("builtin:"):
+            if value not in BUILTIN_BASES:
+                raise ValueError(f"{value!r} is not built in; {did_you_mean(value, BUILTIN_BASES)}")
+            return value
+        folder = Path((info.context or {}).get("folder", Path.cwd()), Path(value).expanduser()).absolute()
+        if folder.is_dir():
+            return str(folder)
+        if value.startswith((".", "/", "~")):
+            raise ValueError(f"there is no folder {folder}; give a model's folder, a hub id or builtin:tiny")
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", value):
+            raise ValueError(f"{value!r} is no hub id (owner/name) and no folder; or use {BUILTIN_BASES[0]}")
+        return value
+
+
+class Quality(Section):
+    """What makes a row good enough. `max_bad` is the share of malformed rows above which nothing is used."""
+
+    dedup: Literal["exact", "near", "none"] = "near"
+    pii: Literal["redact", "keep", "drop"] = "redact"
+    max_tokens: int = Field(default=512, ge=8, le=131_072)
+    max_bad: float = Field(default=0.05, ge=0, le=1)
+
+
+class SplitShares(Section):
+    """Shares of `train` kept for what has no file of its own."""
+
+    validation: float = Field(default=0.1, gt=0, lt=0.5)
+    test: float = Field(default=0.1, gt=0, lt=0.5)
+    seed: int = 0
+
+
+class Data(Section):
+    """The team's examples. `test` and `validation` are split from `train` where they have no file of their own."""
+
+    train: DataPaths = Field(min_length=1)
+    validation: DataPaths = ()
+    test: DataPaths = ()
+    quality: Quality = Quality()
+    split: SplitShares = SplitShares()
+
+
+class Prompt(Section):
+    """`system` stands before every conversation that has no system message of its own, in training and serving."""
+
+    system: str | None = Field(default=None, max_length=20_000)
+
+
+class Generation(Section):
+    """How a served version answers when a request does not say."""
+
+    max_tokens: int = Field(default=64, ge=1, le=8_192)
+    temperature: float = Field(default=0.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+
+
+class Budget(Section):
+    """The search stops at the first of these that is reached."""
+
+    max_minutes: float | None = Field(default=None, gt=0)
+    max_tokens: int | None = Field(default=None, gt=0)
+    max_usd: float | None = Field(default=None, gt=0)
+
+
+class Pruning(Section):
+    """Successive halving: `rungs` stages, after each of which the best 1/`reduction` of the trials goes on."""
+
+    reduction: int = Field(default=3, ge=2, le=16)
+    rungs: int = Field(default=3, ge=1, le=10)
+
+
+class Tuning(Section):
+    """The search. A trial trains `max_steps` steps at most; without it, `num_train_epochs` passes over the rows.
+    `workers` 0 is one a core (or the setting TUNESMITH_SEARCH_WORKERS)."""
+
+    method: Literal["lora"] = "lora"
+    trials: int = Field(default=16, ge=1, le=10_000)
+    budget: Budget = Budget()
+    space: Space = Space()
+    max_steps: int | None = Field(default=None, ge=1, le=1_000_000)
+    num_train_epochs: float = Field(default=3.0, gt=0, le=1_000)
+    pruning: Pruning = Pruning()
+    sampler: Literal["tpe", "random"] = "tpe"
+    seed: int = 0
+    workers: int = Field(default=0, ge=0, le=1_024)
+
+
+class Evaluation(Section):
+    """The judgement on test rows. `limit` bounds how many of them are answered (a seeded sample)."""
+
+    suites: tuple[str, ...] = SUITES
+    limit: int = Field(default=200, ge=1, le=1_000_000)
+    seed: int = 0
+
+    @field_validator("suites")
+    @classmethod
+    def _built(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name in LATER_SUITES:
+                raise ValueError(f"the suite {name!r} is not built yet; use {', '.join(SUITES)}")
+            if name not in SUITES:
+                raise ValueError(f"{name!r} is no suite; {did_you_mean(name, SUITES)}")
+        if "quality" not in value:
+            raise ValueError("has no suite that judges answers; add quality")
+        return tuple(dict.fromkeys(value))
+
+
+class Gate(Section):
+    """One condition for promotion; see registry/gates.py for how it is decided."""
+
+    metric: str
+    must: Literal["not_worse", "better", "at_most", "at_least"]
+    against: Literal["champion", "base"] | None = None
+    margin: float = Field(default=0.0, ge=0)
+    value: float | None = None
+    slice: str | None = None
+
+    @field_validator("metric")
+    @classmethod
+    def _metric(cls, value: str) -> str:
+        if value not in METRICS:
+            raise ValueError(f"{value!r} is no metric; {did_you_mean(value, METRICS)}")
+        return value
+
+    @field_validator("slice")
+    @classmethod
+    def _slice(cls, value: str | None) -> str | None:
+        if value not in (None, "source=train", "source=feedback"):
+            raise ValueError(f"{value!r} is no slice; there are source=train and source=feedback")
+        return value
+
+    @model_validator(mode="after")
+    def _whole(self) -> Gate:
+        if self.must in ("at_most", "at_least"):
+            if self.value is None:
+                raise ValueError(f"{self.must} needs a limit; add value: 0.8, say")
+            if self.against is not None or self.margin:
+                raise ValueError(f"{self.must} compares with a value; leave against and margin out")
+        elif self.value is not None:
+            raise ValueError(f"{self.must} compares two versions; leave value out, or use at_least")
+        elif self.against is None:
+            raise ValueError(f"{self.must} needs something to compare with; add against: champion, or base")
+        if self.slice is not None and self.metric in ("p95_latency_ms", "tokens_per_second"):
+            raise ValueError(f"{self.metric} is measured over all rows; leave slice out")
+        return self
+
+
+class Retrain(Section):
+    """A verdict starts it; the guards stop it from running away. `replay` is the number of old rows for each new
+    one, so that the old world is not forgotten."""
+
+    on: Literal["drift", "never"] = "drift"
+    min_rows: int = Field(default=200, ge=1)
+    cooldown: Duration = timedelta(hours=24)
+    trials: int = Field(default=4, ge=1, le=10_000)
+    replay: float = Field(default=1.0, ge=0, le=100)
+    start_from: Literal["champion", "base"] = "champion"
+
+
+class Alert(Section):
+    """Told when a figure of the window is above or below a limit."""
+
+    metric: Literal["p50_latency_ms", "p95_latency_ms", "p99_latency_ms", "p95_ttft_ms", "error_rate", "cost_usd"]
+    above: float | None = None
+    below: float | None = None
+    severity: Literal["info", "warning", "critical"] = "warning"
+
+    @model_validator(mode="after")
+    def _limited(self) -> Alert:
+        if (self.above is None) == (self.below is None):
+            raise ValueError("needs exactly one limit; add above: 2000, say")
+        return self
+
+
+class Monitoring(Section):
+    """What is kept of requests, and when the watcher speaks. `price` as in registry/pricing.py; without it, the
+    machine's hourly price of the settings."""
+
+    keep_text: bool = False
+    min_requests: int = Field(default=100, ge=1)
+    window: Duration = timedelta(hours=24)
+    alerts: tuple[Alert, ...] = ()
+    price: dict[str, float] | None = None
+
+    @field_validator("price")
+    @classmethod
+    def _price(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        if value is not None:
+            from registry.pricing import parse_price
+
+            try:
+                parse_price(value)
+            except TunesmithError as error:
+                raise ValueError(error.message) from error
+        return value
+
+
+class PipelineConfig(Section):
+    """A whole pipeline. Paths are absolute."""
+
+    model: str
+    base: Annotated[
+        BaseModelSection, BeforeValidator(lambda value: {"path": value} if isinstance(value, str) else value)
+    ]
+    data: Data
+    prompt: Prompt = Prompt()
+    generation: Generation = Generation()
+    tuning: Tuning = Tuning()
+    evaluation: Evaluation = Evaluation()
+    gates: tuple[Gate, ...] = (
+        Gate(metric="loss", against="base", must="better"),
+        Gate(metric="loss", against="champion", must="not_worse", margin=0.05),
+    )
+    on_underpowered: Literal["refuse", "ask"] = "refuse"
+    promote: Literal["when_gates_pass", "manual"] = "when_gates_pass"
+    retrain: Retrain | None = None
+    monitoring: Monitoring = Monitoring()
+
+    _source: Source | None = PrivateAttr(default=None)
+
+    @field_validator("model")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        if not MODEL_NAME.fullmatch(value):
+            raise ValueError(f"{value!r} is no model name; use small letters, digits and hyphens, at most 63")
+        return value
+
+    def jsonable(self) -> dict[str, Any]:
+        """The whole configuration as plain JSON values; `PipelineConfig.model_validate` reads it back."""
+        return self.model_dump(mode="json")
+
+    def problem(self, field: config_file.Field, message: str) -> Problem:
+        """A problem at a field, with the line of the file it was loaded from."""
+        if self._source is None:
+            return Problem(where="", field=field, message=message)
+        return self._source.problem(field, message)
+
+    def fingerprint(self) -> str:
+        """A digest of the settings and of every data file's content: equal for equal work, wherever it stands.
+
+        Raises ConfigError when a data file is gone.
+        """
+        check_files(self)
+        values = self.jsonable()
+        for name in ("train", "validation", "test"):
+            values["data"][name] = [file_digest(path) for path in getattr(self.data, name)]
+        return text_digest(orjson.dumps(values, option=orjson.OPT_SORT_KEYS).decode())
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
+    """Read a pipeline file; overrides (``tuning.trials=4``, the value in YAML) win over it.
+
+    Raises ConfigError with every problem of the file at once.
+    """
+    source = config_file.read(path, overrides)
+    problems = list(source.problems)
+    config: PipelineConfig | None = None
+    try:
+        config = PipelineConfig.model_validate(source.values, context={"folder": path.absolute().parent})
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        inner = {e["loc"][:n] for e in found for n in range(len(e["loc"]))}
+        # A list whose only entry is wrong is not also too short
+        problems += [_explain(source, dict(e)) for e in found if e["type"] != "too_short" or e["loc"] not in inner]
+    if problems or config is None:
+        raise config_file.failure(path, problems)
+    config._source = source
+    return config
+
+
+def check_files(config: PipelineConfig) -> None:
+    """Raises ConfigError naming every data file that cannot be read, at its line."""
+    problems = []
+    for name in ("train", "validation", "test"):
+        paths: tuple[Path, ...] = getattr(config.data, name)
+        for index, path in enumerate(paths):
+            field: config_file.Field = ("data", name) if len(paths) == 1 else ("data", name, index)
+            if not path.exists():
+                problems.append(config.problem(field, f"there is no file {path}; mend the path, or make the file"))
+            elif not path.is_file():
+                problems.append(config.problem(field, f"{path} is not a file; give a JSONL or CSV file"))
+            elif path.stat().st_size == 0:
+                problems.append(config.problem(field, f"{path} is empty; put one example on each line"))
+    if problems:
+        raise config_file.failure(_path_of(config), problems)
+
+
+def check(config: PipelineConfig) -> dict[str, Any]:
+    """Look at the data files: there, readable, their first rows of a known form.
+
+    Returns what was seen: ``{"files": [{"path", "split", "form", "rows_read", "rows_bad"}]}``. Raises ConfigError
+    with every problem at once.
+    """
+    from pipelines.data import sources
+
+    check_files(config)
+    problems, files = [], []
+    for name in ("train", "validation", "test"):
+        paths: tuple[Path, ...] = getattr(config.data, name)
+        for index, path in enumerate(paths):
+            field: config_file.Field = ("data", name) if len(paths) == 1 else ("data", name, index)
+            head = sources.peek(path)
+            files.append(
+                {
+                    "path": str(path),
+                    "split": name,
+                    "form": head.form,
+                    "rows_read": head.good + len(head.bad),
+                    "rows_bad": len(head.bad),
+                }
+            )
+            for bad in (
+                head.bad[:3] if len(head.bad) > config.data.quality.max_bad * (head.good + len(head.bad)) else []
+            ):
+                problems.append(config.problem(field, f"{path.name}:{bad.line}: {bad.reason}"))
+    if problems:
+        raise config_file.failure(_path_of(config), problems)
+    return {"files": files}
+
+
+def _path_of(config: PipelineConfig) -> Path:
+    return config._source.path if config._source else Path("the configuration")
+
+
+_WORDS = {
+    "missing": "is missing; add it",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "string_type": "must be text",
+    "tuple_type": "must be a list",
+    "dict_type": "must be a mapping",
+    "model_type": "must be a mapping of settings",
+    "too_short": "must have at least one entry",
+}
+
+
+def _explain(source: Source, error: Mapping[str, Any]) -> Problem:
+    """One pydantic error in the words of the file."""
+    at, kind, given = tuple(error["loc"]), error["type"], error.get("input")
+    context = error.get("ctx", {})
+    if kind == "extra_forbidden":
+        message = f"is not a known key; {did_you_mean(str(at[-1]), _keys(at[:-1]))}"
+    elif kind == "value_error":
+        message = str(context["error"])
+    elif kind == "literal_error":
+        message = f"{given!r} is not known; use {context['expected']}"
+    elif kind in _WORDS:
+        shown = "" if kind == "missing" or isinstance(given, dict | list) else f", not {given!r}"
+        message = _WORDS[kind] + shown
+    else:
+        message = f"{error['msg'].replace('Input should', 'must')}, not {given!r}"
+    return source.problem(at, message)
+
+
+def _keys(at: tuple[str | int, ...]) -> list[str]:
+    """The keys that a section may hold."""
+    section: type[BaseModel] = PipelineConfig
+    for part in at:
+        if isinstance(part, str):
+            section = _section(section.model_fields[part].annotation) or section
+    return list(section.model_fields)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _section(inner))), None)

@@ -1,0 +1,1 @@
+"""Rows: from sources to a clean, split, tokenised data set."""

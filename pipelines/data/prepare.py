@@ -1,0 +1,279 @@
+"""From files, and corrections that people sent, to a clean data set without leaks between its splits."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from infra import storage
+from infra.db import transaction
+from infra.settings import get_settings
+from pipelines.config import PipelineConfig, check_files
+from pipelines.data import quality, split
+from pipelines.data.dedup import Alike, repeated
+from registry import datasets
+from registry.datasets import SPLITS, Dataset, Row, Split
+
+# Raised when the same files would give other rows than before
+RECIPE = 1
+# Corrections are few: enough of them to judge by, but never more than this share, are kept for the test
+_WANTED_TEST_CORRECTIONS = 100
+_MOST_TEST_CORRECTIONS = 0.3
+
+Progress = Callable[..., None]
+"""Called as ``progress(text, done, total)``; the last two may be left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Clean rows, the split each was declared for (None: to be split), and what has happened to them so far."""
+
+    rows: list[Row]
+    declared: list[Split | None]
+    counts: Counter[str]
+    quarantine: list[dict[str, Any]]
+
+
+def prepare(
+    config: PipelineConfig, *, extra: Sequence[Row] = (), old: Dataset | None = None, progress: Progress | None = None
+) -> Dataset:
+    """`build`, noted in the database as the model's."""
+    dataset = build(config, extra=extra, old=old, progress=progress)
+    with transaction() as conn:
+        datasets.record(conn, config.model, dataset)
+    return dataset
+
+
+def build(
+    config: PipelineConfig, *, extra: Sequence[Row] = (), old: Dataset | None = None, progress: Progress | None = None
+) -> Dataset:
+    """The data set of a pipeline; without any work when the same was built before.
+
+    Without `old` it is made from the files (and `extra`); with `old` from the corrections in `extra`, all of the
+    old test rows, and ``retrain.replay`` old rows for each new one in train and validation.
+
+    Raises ConfigError for missing files, UsageError for too many malformed or too few rows.
+    """
+    check_files(config)
+    say = progress or (lambda *_: None)
+    recipe = _recipe(config, extra, old)
+    note = _note(recipe)
+    if (digest := _read(note)) and storage.has("dataset", digest):
+        say("the same rows as before: nothing to do", 1, 1)
+        return datasets.open_dataset(digest)
+    pool = _read_pool(config, extra, say) if old is None else _correction_pool(config, extra)
+    splits, counts = _from_pool(config, pool, say) if old is None else _with_old(config, pool, old)
+    split.require({name: len(splits[name]) for name in SPLITS}, "cleaning and splitting")
+    dataset = datasets.keep(
+        splits,
+        counts=counts,
+        sources=recipe["sources"],
+        recipe=recipe,
+        quarantine=pool.quarantine,
+        parent=old.digest if old else None,
+    )
+    _write(note, dataset.digest)
+    return dataset
+
+
+def _recipe(config: PipelineConfig, extra: Sequence[Row], old: Dataset | None) -> dict[str, Any]:
+    """All that the rows depend on, and nothing else: settings, file contents, corrections, the old data set."""
+    sources = [
+        {"path": path.name, "digest": storage.file_digest(path), "split": name, "origin": "file"}
+        for name in SPLITS
+        for path in getattr(config.data, name)
+        if old is None
+    ]
+    if extra:
+        ids = hashlib.sha256("\n".join(row.id for row in extra).encode()).hexdigest()
+        sources.append({"path": "feedback", "digest": f"sha256:{ids}", "rows": len(extra), "origin": "feedback"})
+    return {
+        "format": RECIPE,
+        "dedup": config.data.quality.dedup,
+        "pii": config.data.quality.pii,
+        "max_bad": config.data.quality.max_bad,
+        "split": config.data.split.model_dump(),
+        "replay": _replay(config) if old else None,
+        "old": old.digest if old else None,
+        "sources": sources,
+    }
+
+
+def _replay(config: PipelineConfig) -> float:
+    return config.retrain.replay if config.retrain else 1.0
+
+
+def _read_pool(config: PipelineConfig, extra: Sequence[Row], say: Progress) -> Pool:
+    rows: list[Row] = []
+    declared: list[Split | None] = []
+    counts: Counter[str] = Counter()
+    quarantine: list[dict[str, Any]] = []
+    every_split_has_a_file = bool(config.data.validation and config.data.test)
+    # The test's rows come first: of two equal rows the first one stays, and a judgement must not lose its rows
+    for name in ("test", "validation", "train"):
+        kept = quality.read_files(
+            getattr(config.data, name),
+            pii=config.data.quality.pii,
+            max_bad=config.data.quality.max_bad,
+            refused_to=config.model,
+            progress=partial(_say_read, say, name),
+        )
+        if name == "train":
+            for row in extra:
+                quality.screen(kept, row.messages, pii=config.data.quality.pii, source=row.source)
+        rows += kept.rows
+        own: Split | None = None if name == "train" and not every_split_has_a_file else name
+        declared += [own] * len(kept.rows)
+        quarantine += kept.quarantine
+        counts.update(read=kept.read, quarantined=len(kept.quarantine), redacted=kept.redacted, private=kept.private)
+    return Pool(rows=rows, declared=declared, counts=counts, quarantine=quarantine)
+
+
+def _say_read(say: Progress, name: str, done: int) -> None:
+    say(f"{name}: {done} rows read")
+
+
+def _correction_pool(config: PipelineConfig, extra: Sequence[Row]) -> Pool:
+    kept = quality.Screened()
+    for row in extra:
+        quality.screen(kept, row.messages, pii=config.data.quality.pii, source=row.source)
+    counts = Counter(read=len(extra), redacted=kept.redacted, private=kept.private)
+    return Pool(rows=kept.rows, declared=[None] * len(kept.rows), counts=counts, quarantine=[])
+
+
+def _from_pool(config: PipelineConfig, pool: Pool, say: Progress) -> tuple[dict[Split, list[Row]], Counter[str]]:
+    counts = pool.counts
+    alike = Alike(pool.rows, lambda done, total: say("comparing prompts", done, total))
+    places: list[Split | None] = list(pool.declared)
+    gone = _leaked(alike, places, counts)
+    gone |= _repeats(config, pool.rows, alike, places, counts, gone)
+
+    groups = _groups(alike)
+    sizes = Counter(groups[n] for n, place in enumerate(places) if place is None and n not in gone)
+    assigned = split.assign(
+        sizes,
+        # A split that has a file of its own gets nothing from train
+        validation=0.0 if config.data.validation else config.data.split.validation,
+        test=0.0 if config.data.test else config.data.split.test,
+        seed=config.data.split.seed,
+    )
+    splits: dict[Split, list[Row]] = {name: [] for name in SPLITS}
+    for number, row in enumerate(pool.rows):
+        if number not in gone:
+            splits[places[number] or assigned[groups[number]]].append(replace(row, group=groups[number]))
+    return splits, counts
+
+
+def _leaked(alike: Alike, places: Sequence[Split | None], counts: Counter[str]) -> set[int]:
+    """Rows whose prompt stands, exactly or nearly, in a split that judges them: train rows that are in the
+    validation or test file, validation rows that are in the test file."""
+    rank = {"test": 2, "validation": 1, "train": 0, None: 0}
+    highest: dict[int, int] = {}  # prompt -> the highest rank of a row that has it
+    for number, place in enumerate(places):
+        prompt = alike.prompt[number]
+        highest[prompt] = max(highest.get(prompt, 0), rank[place])
+    touched = dict(highest)  # the same, over nearly equal prompts too
+    for prompt in range(len(alike.keys)):
+        for other in alike.same(prompt):
+            touched[prompt] = max(touched[prompt], highest[other])
+            touched[other] = max(touched[other], highest[prompt])
+    gone = set()
+    for number, place in enumerate(places):
+        above = touched[alike.prompt[number]]
+        if above > rank[place]:
+            gone.add(number)
+            counts["leaked_test" if above == 2 else "leaked_validation"] += 1
+    return gone
+
+
+def _repeats(
+    config: PipelineConfig,
+    rows: Sequence[Row],
+    alike: Alike,
+    places: Sequence[Split | None],
+    counts: Counter[str],
+    leaked: set[int],
+) -> set[int]:
+    """Rows that say what an earlier row says. Test and validation files lose exact repeats only: what people
+    wrote down as a judgement stays as it is."""
+    gone = set()
+    for number, how in repeated(rows, alike, config.data.quality.dedup, leaked).items():
+        if how == "exact" or places[number] in (None, "train"):
+            gone.add(number)
+            counts["duplicates" if how == "exact" else "near_duplicates"] += 1
+    return gone
+
+
+def _groups(alike: Alike) -> list[str]:
+    """For each row the name of its group: the rows whose prompts are alike."""
+    names = [hashlib.sha256(alike.keys[root].encode()).hexdigest()[:16] for root in alike.cluster]
+    return [names[prompt] for prompt in alike.prompt]
+
+
+def _with_old(config: PipelineConfig, pool: Pool, old: Dataset) -> tuple[dict[Split, list[Row]], Counter[str]]:
+    new, counts = pool.rows, pool.counts
+    before = [(name, row) for name in SPLITS for row in old.rows(name)]
+    alike = Alike([*new, *(row for _, row in before)])
+    groups = _groups(alike)
+    # Who is alike to an old row joins it in its split, training first: the champion may have learned that row.
+    # Who is nearly the same as an old test row is a test row.
+    pinned: dict[str, Split] = {}
+    tested: set[int] = set()
+    for number, (name, _) in enumerate(before, len(new)):
+        pinned.setdefault(groups[number], name)
+        if name == "test":
+            tested.update(alike.same(alike.prompt[number]))
+    gone = _repeats(config, new, alike, pool.declared, counts, set())
+    sizes = Counter(g for n, g in enumerate(groups[: len(new)]) if n not in gone and g not in pinned)
+    share = min(_MOST_TEST_CORRECTIONS, _WANTED_TEST_CORRECTIONS / max(1, sum(sizes.values())))
+    assigned = split.assign(
+        sizes,
+        validation=config.data.split.validation,
+        test=max(config.data.split.test, share),
+        seed=config.data.split.seed,
+    )
+    assigned.update(pinned)
+    splits: dict[Split, list[Row]] = {name: [] for name in SPLITS}
+    for number, row in enumerate(new):
+        if number not in gone:
+            place = "test" if alike.prompt[number] in tested else assigned[groups[number]]
+            splits[place].append(replace(row, group=groups[number]))
+
+    asked = {alike.prompt[number] for number in range(len(new))}
+    for name in SPLITS:
+        held = [(n, row) for n, (where, row) in enumerate(before, len(new)) if where == name]
+        if name == "test":
+            splits[name] += [row for _, row in held]
+            continue
+        # A correction replaces what was taught before on the same prompt
+        fresh = [row for n, row in held if alike.prompt[n] not in asked]
+        counts["superseded"] += len(held) - len(fresh)
+        fresh.sort(key=lambda row: split.position(row.id, config.data.split.seed))
+        chosen = fresh[: max(split.LEAST[name], round(_replay(config) * len(splits[name])))]
+        counts["replayed"] += len(chosen)
+        splits[name] += chosen
+    return splits, counts
+
+
+def _note(recipe: Mapping[str, Any]) -> Path:
+    """Where the digest of what a recipe gave is noted."""
+    key = hashlib.sha256(orjson.dumps(recipe, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    return get_settings().home / "cache" / "datasets" / key
+
+
+def _read(note: Path) -> str | None:
+    return note.read_text().strip() if note.is_file() else None
+
+
+def _write(note: Path, digest: str) -> None:
+    note.parent.mkdir(parents=True, exist_ok=True)
+    fresh = note.with_suffix(".new")
+    fresh.write_text(digest)
+    fresh.replace(note)

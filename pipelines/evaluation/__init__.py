@@ -1,0 +1,1 @@
+"""Judging a version: suites, metrics, report."""

@@ -1,0 +1,108 @@
+"""An evaluation and its gate as one page that a product owner can read: no scripts, nothing loaded from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+TITLES = {  # metric -> what it is, its unit, and how its numbers are written
+    "loss": ("Loss", "nats a token on the expected answers", "{:.3f}"),
+    "exact_match": ("Exact match", "share of answers that are the expected one", "{:.3f}"),
+    "label_accuracy": ("Label accuracy", "share of right labels, but for case and punctuation", "{:.3f}"),
+    "token_f1": ("Token F1", "words shared with the expected answer", "{:.3f}"),
+    "rouge_l": ("ROUGE-L", "words in common, in the same order", "{:.3f}"),
+    "chrf": ("chrF", "characters shared with the expected answer", "{:.3f}"),
+    "p95_latency_ms": ("95th percentile latency", "ms, one request at a time", "{:,.0f}"),
+    "tokens_per_second": ("Speed", "tokens a second, one request at a time", "{:,.1f}"),
+}
+_VERDICTS = {
+    "pass": ("good", "Passes its gates"),
+    "fail": ("bad", "Does not pass its gates"),
+    "underpowered": ("unsure", "Too few rows to decide"),
+}
+_SAID = {"pass": "holds", "fail": "does not hold", "underpowered": "cannot be told"}
+
+
+def render(model: str, evaluation: Mapping[str, Any], decision: Mapping[str, Any]) -> str:
+    """The HTML page. `evaluation` as `suites.evaluate` gives it, `decision` as ``gates.Decision.to_json``."""
+    kind, verdict = _VERDICTS[decision["decision"]]
+    parts = [{"name": "All rows", "rows": evaluation["rows"], "metrics": _table(evaluation["metrics"])}]
+    for name, measured in evaluation["slices"].items() if len(evaluation["slices"]) > 1 else ():
+        rows = next(iter(measured.values()))["candidate"]["n"]
+        title = {"source=train": "Rows of the team's files", "source=feedback": "Corrections that people sent"}
+        parts.append({"name": title.get(name, name), "rows": rows, "metrics": _table(measured)})
+    page: str = _template().render(
+        model=model,
+        kind=kind,
+        verdict=verdict,
+        gates=[
+            {"reason": gate["reason"], "kind": _VERDICTS[gate["decision"]][0], "said": _SAID[gate["decision"]]}
+            for gate in decision["gates"]
+        ],
+        parts=parts,
+        champion=any(m["champion"] for m in evaluation["metrics"].values()),
+        evaluation=evaluation,
+    )
+    return page
+
+
+def _table(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+    lines = []
+    for name, values in measured.items():
+        title, unit, form = TITLES.get(name, (name, "", "{:.4g}"))
+        lines.append(
+            {
+                "title": title,
+                "unit": unit,
+                "better": "more is better" if values["candidate"]["higher_is_better"] else "less is better",
+                "values": {who: _value(values[who], form) for who in ("candidate", "base", "champion")},
+                "differences": {who: _difference(values[f"vs_{who}"], form) for who in ("base", "champion")},
+            }
+        )
+    return lines
+
+
+def _value(estimate: Mapping[str, Any] | None, form: str) -> dict[str, str] | None:
+    if estimate is None:
+        return None
+    return {"estimate": _show(estimate["estimate"], form), "interval": _interval(estimate, form)}
+
+
+def _difference(estimate: Mapping[str, Any] | None, form: str) -> dict[str, Any] | None:
+    """The difference in words and as a bar: 100 units wide, no difference in the middle, gains to the right."""
+    if estimate is None or estimate["estimate"] is None:
+        return None
+    sign = 1.0 if estimate["higher_is_better"] else -1.0
+    signed = form.replace(":", ":+", 1)
+    value, low, high = estimate["estimate"], estimate["low"], estimate["high"]
+    known = low is not None and high is not None
+    ends = sorted((sign * low, sign * high)) if known else [sign * value, sign * value]
+    reach = max(abs(ends[0]), abs(ends[1]), 1e-12) * 1.15
+    effect = "better" if known and ends[0] > 0 else "worse" if known and ends[1] < 0 else "not shown"
+    return {
+        "estimate": _show(value, signed),
+        "interval": _interval(estimate, signed),
+        "effect": effect,
+        "kind": {"better": "good", "worse": "bad"}.get(effect, "unsure"),
+        "left": 50 + 50 * ends[0] / reach,
+        "width": max(1.0, 50 * (ends[1] - ends[0]) / reach),
+        "at": 50 + 50 * sign * value / reach,
+    }
+
+
+def _interval(estimate: Mapping[str, Any], form: str) -> str:
+    return f"{_show(estimate['low'], form)} to {_show(estimate['high'], form)}"
+
+
+def _show(value: float | None, form: str) -> str:
+    return "unknown" if value is None else form.format(value)
+
+
+@lru_cache(maxsize=1)
+def _template() -> Any:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))

@@ -1,0 +1,401 @@
+"""What a run does, stage by stage, in plain functions that know nothing of Prefect.
+
+A stage's output is JSON with digests in it; the things themselves stand in the artifact store. So a stage that
+finished can be skipped by any later process, and the next one finds all it needs.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from psycopg.types.json import Jsonb
+
+from infra import storage
+from infra.db import transaction
+from infra.errors import NotFound, TunesmithError, UsageError
+from pipelines import config as configs
+from pipelines import runs, schedules
+from pipelines.progress import report
+from registry import bases, datasets, deployments, gates, leases, mlflow, profile, versions
+from registry.bundle import Generation
+from registry.datasets import Row
+
+if TYPE_CHECKING:
+    from pipelines.evaluation.suites import Evaluation
+
+_WARM_STARTS = 3  # best configurations of earlier studies that a retrain begins with
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All that is known before a run begins. `champion` is the version that serves now, if one does."""
+
+    kind: runs.Kind
+    config: configs.PipelineConfig
+    config_path: Path
+    champion: versions.Version | None
+    overrides: tuple[str, ...] = ()
+    corrections: tuple[Row, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """Same configuration, data and corrections: the same run, which is then resumed."""
+        return storage.text_digest("\n".join([self.config.fingerprint(), *(row.id for row in self.corrections)]))
+
+
+def plan_train(path: Path, overrides: list[str]) -> Plan:
+    """Read a pipeline file. Raises ConfigError with every problem, NotFound when it is not there."""
+    config = configs.load(path, overrides)
+    configs.check(config)
+    return Plan(
+        kind="train",
+        config=config,
+        config_path=path.absolute(),
+        champion=_champion(config.model),
+        overrides=tuple(overrides),
+    )
+
+
+def plan_retrain(model: str, request: str | None) -> Plan:
+    """Read the pipeline file of the model's last run, and the corrections that came since.
+
+    Raises NotFound for no such model or no file, UsageError when there are fewer corrections than
+    ``retrain.min_rows``.
+    """
+    with transaction() as conn:
+        row = conn.execute(runs.SQL["model_settings"], {"model": model}).fetchone()
+        if row is None or "config_path" not in row["settings"]:
+            raise NotFound(f"No pipeline ever ran for a model {model}.", hint="`tunesmith run -c FILE` first.")
+        found = conn.execute(runs.SQL["corrections"], {"model": model}).fetchall()
+    path = Path(row["settings"]["config_path"])
+    overrides = row["settings"].get("overrides", [])
+    config = configs.load(path, overrides)
+    champion = _champion(model)
+    if champion is None or champion.dataset_digest is None:
+        raise NotFound(f"No version of {model} serves that was trained here.", hint="`tunesmith promote` one first.")
+    corrections = tuple(
+        datasets.make_row(
+            [*(m for m in f["messages"]), {"role": "assistant", "content": f["correction"]}], source="feedback"
+        )
+        for f in found
+    )
+    known = {r.id for split in datasets.SPLITS for r in datasets.open_dataset(champion.dataset_digest).rows(split)}
+    corrections = tuple(row for row in corrections if row.id not in known)
+    least = config.retrain.min_rows if config.retrain else 1
+    if len(corrections) < least:
+        raise UsageError(
+            f"There are {len(corrections)} new corrections for {model}; retraining needs {least} (retrain.min_rows).",
+            hint=f"Send more with `tunesmith feedback {model} FILE`; the model must keep text (monitoring.keep_text).",
+        )
+    return Plan(
+        kind="retrain",
+        config=config,
+        config_path=path,
+        champion=champion,
+        overrides=tuple(overrides),
+        corrections=corrections,
+    )
+
+
+def _champion(model: str) -> versions.Version | None:
+    with transaction() as conn:
+        try:
+            number = deployments.read(conn, model).champion
+        except NotFound:
+            return None
+        return versions.get(conn, model, number) if number is not None else None
+
+
+@contextmanager
+def begin(plan: Plan, *, flow_run_id: uuid.UUID | None) -> Iterator[runs.Run]:
+    """The run of a plan, new or resumed, with its MLflow run, which ends as the block does."""
+    with runs.begin(
+        model=plan.config.model,
+        kind=plan.kind,
+        fingerprint=plan.fingerprint,
+        config=plan.config.jsonable(),
+        config_path=str(plan.config_path),
+        flow_run_id=flow_run_id,
+    ) as run:
+        if run.previous_flow_run is not None:
+            schedules.crash(str(run.previous_flow_run), "The process died; a later run goes on with its work.")
+        if run.resumed:
+            report("run", f"goes on with run {run.id} after {', '.join(run.finished) or 'its start'}")
+        if run.mlflow_run_id is None:
+            tags = {
+                "tunesmith.run": str(run.id),
+                "tunesmith.kind": plan.kind,
+                "tunesmith.config": str(plan.config_path),
+            }
+            name = f"{plan.kind} {str(run.id)[:8]}"
+            run.note(mlflow_run_id=mlflow.start_run(mlflow.experiment_of(run.model), name, key=str(run.id), tags=tags))
+        try:
+            yield run
+        except BaseException:
+            with suppress(TunesmithError):  # MLflow may be what failed
+                mlflow.end_run(_mlflow_run(run), "FAILED")
+            raise
+        mlflow.end_run(_mlflow_run(run), "FINISHED")
+
+
+def _mlflow_run(run: runs.Run) -> str:
+    assert run.mlflow_run_id is not None  # noqa: S101  `begin` sees to it
+    return run.mlflow_run_id
+
+
+def prepare(plan: Plan, run: runs.Run) -> dict[str, Any]:
+    """Rows to a clean, split data set, and a base to a folder: ``{"dataset", "base", "counts"}``."""
+
+    def work() -> dict[str, Any]:
+        from pipelines.data.prepare import prepare as prepare_rows
+
+        report("prepare", f"base {plan.config.base.path}")
+        old = None
+        if plan.kind == "retrain" and plan.champion is not None and plan.champion.dataset_digest is not None:
+            old = datasets.open_dataset(plan.champion.dataset_digest)
+        if old is not None and plan.champion is not None and plan.champion.parsed.base.id == plan.config.base.path:
+            # The very base that serves, though its branch may have moved on: versions are then compared like to like
+            base = bases.load(plan.champion.base_digest)
+        else:
+            base = bases.resolve(plan.config.base.path, plan.config.base.revision)
+        dataset = prepare_rows(plan.config, extra=plan.corrections, old=old, progress=partial(report, "prepare"))
+        report("prepare", f"{dataset.counts}", 1, 1)
+        return {"dataset": dataset.digest, "base": base.digest, "counts": dict(dataset.counts)}
+
+    return run.stage("prepare", work)
+
+
+def search(plan: Plan, run: runs.Run, data: dict[str, Any]) -> dict[str, Any]:
+    """The best adapter of an Optuna study: ``{"study", "trial", "params", "value", "adapter", ...}``."""
+
+    def work() -> dict[str, Any]:
+        from pipelines.tuning.search import make_spec
+        from pipelines.tuning.search import search as run_search
+
+        run.note(study=run.study)
+        spec = make_spec(
+            plan.config,
+            study=run.study,
+            base_digest=data["base"],
+            dataset_digest=data["dataset"],
+            rows=data["counts"]["train"],
+            trials=plan.config.retrain.trials if plan.kind == "retrain" and plan.config.retrain else None,
+            init_adapter=_init_adapter(plan, data),
+            warm_start=_warm_start(plan, run),
+        )
+        best = run_search(spec, progress=partial(report, "search"), mlflow_parent=run.mlflow_run_id)
+        return best.to_json()
+
+    return run.stage("search", work)
+
+
+def _init_adapter(plan: Plan, data: dict[str, Any]) -> Path | None:
+    """A retrain goes on from the champion's adapter, unless told otherwise or the base is another one."""
+    champion = plan.champion
+    if plan.kind != "retrain" or champion is None or champion.base_digest != data["base"]:
+        return None
+    if plan.config.retrain is None or plan.config.retrain.start_from != "champion":
+        return None
+    return champion.adapter()
+
+
+def _warm_start(plan: Plan, run: runs.Run) -> list[dict[str, Any]]:
+    with transaction() as conn:
+        rows = conn.execute(
+            runs.SQL["best_params"], {"model": plan.config.model, "study": run.study, "most": _WARM_STARTS}
+        ).fetchall()
+    return [row["params"] for row in rows if row["params"]] if plan.kind == "retrain" else []
+
+
+def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, Any]) -> dict[str, Any]:
+    """Candidate, base and champion on the same untouched rows: ``{"bundle", "evaluation", "gate", "champion"}``.
+
+    The bundle is sealed here, so that what is registered is what was judged.
+    """
+
+    def work() -> dict[str, Any]:
+        from pipelines.evaluation import report as pages
+        from pipelines.evaluation.suites import evaluate as judge
+
+        config, base = plan.config, bases.load(data["base"])
+        dataset = datasets.open_dataset(data["dataset"])
+        adapter = Path(best["adapter"])
+        champion = plan.champion if plan.champion and plan.champion.base_digest == base.digest else None
+        judged = judge(
+            base=base,
+            candidate=adapter,
+            champion=champion.adapter() if champion else None,
+            rows=dataset.rows("test"),
+            system=config.prompt.system,
+            generation=config.generation,
+            suites=config.evaluation.suites,
+            limit=config.evaluation.limit,
+            seed=config.evaluation.seed,
+            progress=partial(report, "evaluate"),
+        )
+        decision = gates.decide(
+            [gates.Gate(**gate.model_dump()) for gate in config.gates],
+            judged.evaluation,
+            on_underpowered=config.on_underpowered,
+            first=plan.champion is None,
+        )
+        digest = versions.seal(
+            versions.VersionDraft(
+                model=config.model,
+                method=config.tuning.method,
+                base=base,
+                adapter=adapter,
+                system=config.prompt.system,
+                generation=Generation(**config.generation.model_dump()),
+                dataset=dataset.digest,
+                study=best["study"],
+                trial=best["trial"],
+                params=best["params"],
+                evaluation=judged.evaluation,
+                decision=decision,
+                profile=_profile(config, base, dataset, judged).to_json(),
+                report_html=pages.render(config.model, judged.evaluation, decision.to_json()),
+            )
+        )
+        report("evaluate", f"gate {decision.decision}", 1, 1)
+        number = plan.champion.number if plan.champion else None
+        return {"bundle": digest, "evaluation": judged.evaluation, "gate": decision.to_json(), "champion": number}
+
+    return run.stage("evaluate", work)
+
+
+def _profile(
+    config: configs.PipelineConfig, base: bases.Base, dataset: datasets.Dataset, judged: Evaluation
+) -> profile.Profile:
+    """The reference that live traffic is compared with: what was trained on, and what was answered to test rows."""
+    from monitoring.feedback import similarity
+    from registry import prompts
+
+    tokenizer = bases.load_tokenizer(base.folder)
+    rows = [*dataset.rows("train"), *dataset.rows("validation")]
+    inputs = [(row.prompt, len(prompts.encode(tokenizer, row.prompt, system=config.prompt.system))) for row in rows]
+    judged_rows = list(zip(judged.rows, judged.answers, judged.prompt_tokens, strict=True))
+    answers = [(row.prompt, answer, tokens) for row, answer, tokens in judged_rows]
+    similarities = [s for row, answer, _ in judged_rows if (s := similarity(answer.text, row.answer)) is not None]
+    return profile.build(inputs, answers, similarities)
+
+
+def register(
+    plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, Any], judged: dict[str, Any]
+) -> dict[str, Any]:
+    """The version in the registry, promoted when its policy and its gates say so: what ``run --json`` prints."""
+
+    def work() -> dict[str, Any]:
+        version = versions.register(
+            judged["bundle"],
+            run_id=run.id,
+            mlflow_run_id=_mlflow_run(run),
+            guard=lambda conn: leases.check(conn, run.keeper.lease),
+        )
+        run.note(version=version.number)
+        _log_evaluation(run, version, judged["evaluation"])
+        with transaction() as conn:
+            conn.execute(
+                runs.SQL["save_model_settings"], {"model": plan.config.model, "settings": Jsonb(_settings(plan))}
+            )
+        promoted, refusal = _promote(plan, version, judged)
+        if plan.config.retrain is not None:
+            schedules.ensure_retrain(plan.config.model)
+        report("register", f"{version.name} {'serves' if promoted else 'is registered'}", 1, 1)
+        return {
+            "model": version.model,
+            "version": version.number,
+            "run_id": str(run.id),
+            "study": best["study"],
+            "best": {name: best[name] for name in ("trial", "params", "value", "trials", "pruned", "stopped_by")},
+            "evaluation": judged["evaluation"],
+            "gate": judged["gate"],
+            "promoted": promoted,
+            "refusal": refusal,
+            "mlflow_url": mlflow.run_url(_mlflow_run(run)),
+        }
+
+    return run.stage("register", work)
+
+
+def _log_evaluation(run: runs.Run, version: versions.Version, evaluation: dict[str, Any]) -> None:
+    """The run's own metrics in MLflow: each figure, its interval, and its gains."""
+    points = [
+        (f"{metric}/{who}" + (f"/{end}" if end != "estimate" else ""), float(estimate[end]), 0)
+        for metric, measured in evaluation["metrics"].items()
+        for who, estimate in measured.items()
+        if estimate is not None
+        for end in ("estimate", "low", "high")
+        if estimate[end] is not None
+    ]
+    # The version's time, so that a run that goes on sends the same points
+    mlflow.log_points(_mlflow_run(run), points, at_ms=int(version.created_at.timestamp() * 1000))
+
+
+def _settings(plan: Plan) -> dict[str, Any]:
+    """What serving and watching must know of the pipeline file, as of this run."""
+    values = plan.config.jsonable()
+    return {
+        "config_path": str(plan.config_path),
+        "overrides": list(plan.overrides),
+        "monitoring": values["monitoring"],
+        "retrain": values["retrain"],
+    }
+
+
+def _promote(plan: Plan, version: versions.Version, judged: dict[str, Any]) -> tuple[bool, str | None]:
+    """Whether the version serves now, and why it was refused that, if it was."""
+    gate = judged["gate"]
+    if plan.config.promote == "manual":
+        return False, None
+    if gate["decision"] != "pass":
+        return False, f"the gate's decision is {gate['decision']}"
+    with transaction() as conn:
+        now = deployments.read(conn, version.model)
+        if now.champion not in (judged["champion"], version.number):
+            return False, f"version {now.champion} became the champion meanwhile, and was not compared with"
+        deployments.promote(
+            conn,
+            version.model,
+            version.number,
+            actor=f"{plan.kind}:{version.run_id}",
+            reason="; ".join(gate["reasons"])[:1000] or "no gates",
+            expect_generation=now.generation,
+        )
+    return True, None
+
+
+def evaluate_again(name: str, suites: Sequence[str] = ()) -> dict[str, Any]:
+    """The evaluation of a registered version on its data set's test rows, beside its base and, if it is another
+    version of the same base, the champion. Nothing is changed.
+
+    Raises NotFound for no such version, UsageError when its data set is not here or a suite is not known.
+    """
+    from pipelines.evaluation.suites import evaluate as judge
+
+    wanted = tuple(suites) or configs.SUITES
+    if unknown := [s for s in wanted if s not in configs.SUITES]:
+        raise UsageError(f"There is no suite {unknown[0]}.", hint=f"There are {', '.join(configs.SUITES)}.")
+    model, number = versions.parse_version(name)
+    with transaction() as conn:
+        version = versions.get(conn, model, number)
+    if version.dataset_digest is None:
+        raise UsageError(f"{version.name} was not trained here: there are no test rows.", hint="Import its data set.")
+    champion = _champion(model)
+    beside = champion is not None and champion.number != number and champion.base_digest == version.base_digest
+    return judge(
+        base=bases.load(version.base_digest),
+        candidate=version.adapter(),
+        champion=champion.adapter() if champion is not None and beside else None,
+        rows=datasets.open_dataset(version.dataset_digest).rows("test"),
+        system=version.parsed.prompt.system,
+        generation=version.parsed.generation,
+        suites=wanted,
+        progress=partial(report, "evaluate"),
+    ).evaluation

@@ -1,0 +1,480 @@
+"""The search's coordinator: an Optuna study in PostgreSQL, successive halving in rounds, workers that may die.
+
+What happens next is a function of what stands in the database alone (jobs and their values), so a coordinator
+that is killed and started again goes on with the same plan. A job is done first and then told, idempotently, to
+Optuna and to MLflow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from infra import storage
+from infra.db import transaction
+from infra.errors import Conflict, TunesmithError, Unreachable
+from infra.settings import get_settings
+from pipelines.tuning import space as spaces
+from pipelines.tuning.crew import Crew
+from pipelines.tuning.methods import fixed_by
+from pipelines.tuning.spec import StudySpec, brackets, rungs
+from registry import mlflow, pricing, studies
+
+if TYPE_CHECKING:
+    import optuna
+
+    from pipelines.config import PipelineConfig
+
+log = logging.getLogger(__name__)
+_POLL = 0.4
+_PATIENCE = 300.0  # seconds without the database or MLflow, until the search gives up; its state stays
+_REDRAWS = 20  # draws of a configuration that was drawn before, until the space counts as exhausted
+
+Progress = Callable[[str, float | None, float | None], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """The winner: the lowest validation loss that any trial had at the end of any rung. `adapter` is a folder with
+    a plain PEFT adapter; `stopped_by` is trials, max_minutes, max_tokens, max_usd or user."""
+
+    study: str
+    trial: int
+    params: dict[str, Any]
+    value: float
+    steps: int
+    adapter: str
+    trials: int
+    pruned: int
+    failed: int
+    tokens: int
+    seconds: float
+    stopped_by: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_spec(
+    config: PipelineConfig, *, study: str, base_digest: str, dataset_digest: str, rows: int, trials: int | None = None,
+    init_adapter: Path | None = None, warm_start: Sequence[dict[str, Any]] = (),
+) -> StudySpec:  # fmt: skip
+    """The search that a pipeline file asks for, on `rows` training rows. With `init_adapter`, that adapter's rank,
+    alpha and target modules are fixed."""
+    tuning = config.tuning
+    space = tuning.space.model_dump(mode="json")
+    if init_adapter is not None:
+        space |= fixed_by(init_adapter)
+    per_epoch = max(1, rows // 8)  # epochs are counted at the usual batch of eight
+    total = tuning.max_steps or max(1, round(tuning.num_train_epochs * per_epoch))
+    return StudySpec(
+        study=study,
+        model=config.model,
+        base=base_digest,
+        dataset=dataset_digest,
+        system=config.prompt.system,
+        max_tokens=config.data.quality.max_tokens,
+        trials=trials or tuning.trials,
+        rungs=rungs(total, number=tuning.pruning.rungs, reduction=tuning.pruning.reduction),
+        reduction=tuning.pruning.reduction,
+        space=space,
+        sampler=tuning.sampler,
+        seed=tuning.seed,
+        workers=tuning.workers,
+        max_minutes=tuning.budget.max_minutes,
+        max_training_tokens=tuning.budget.max_tokens,
+        max_usd=tuning.budget.max_usd,
+        init_adapter=str(init_adapter) if init_adapter else None,
+        warm_start=list(warm_start),
+    )
+
+
+def search(spec: StudySpec, *, progress: Progress, mlflow_parent: str | None = None) -> Best:
+    """Run a study to its end, or go on with the one of this name, whose own spec then holds.
+
+    Raises TunesmithError when no trial succeeded, with the causes. On an interrupt the workers end and all stays
+    as it is, to be gone on with.
+    """
+    with transaction() as conn:
+        row = studies.create(conn, spec.study, spec.model, spec.to_json())
+        if row["state"] == "failed":
+            studies.resume(conn, spec.study)
+    spec = StudySpec.from_json(row["spec"])
+    if row["best"] is not None:
+        return Best(**row["best"])
+    cores = spec.workers or get_settings().search_workers or os.cpu_count() or 1
+    crew = Crew(spec.study, min(cores, spec.trials))
+    store = _open_store()
+    try:
+        return _Coordinator(spec, crew, _open_optuna(spec, store), progress, mlflow_parent).run()
+    finally:
+        crew.dismiss()
+        store.engine.dispose()
+
+
+class _Coordinator:
+    def __init__(
+        self, spec: StudySpec, crew: Crew, study: optuna.Study, progress: Progress, parent: str | None
+    ) -> None:
+        self.spec, self.crew, self.optuna, self.progress, self.parent = spec, crew, study, progress, parent
+        self.runs: dict[int, str] = {}  # trial -> MLflow run
+        self.logged: set[tuple[int, int]] = set()
+        self.told: set[int] = set()  # trials that Optuna knows the end of
+        self.closed: set[int] = set()  # trials that MLflow knows the end of
+        self.exhausted = False
+        self.seen: Any = None  # what the last turn acted on
+        self.over = 0
+        self.away_since: float | None = None
+        self.reap_from = 0.0
+
+    def run(self) -> Best:
+        while True:
+            try:
+                best = self._turn()
+                self.away_since = None
+                if best is not None:
+                    return best
+            except Exception as error:
+                self._outlast(error)
+            time.sleep(_POLL)
+
+    def _outlast(self, error: Exception) -> None:
+        """A database or MLflow that restarts costs some turns and nothing else. Raises any other error, and
+        Unreachable when it stays away."""
+        from optuna.exceptions import StorageInternalError
+        from sqlalchemy.exc import DBAPIError
+
+        if not isinstance(error, Unreachable | StorageInternalError | DBAPIError):
+            raise error
+        now = time.monotonic()
+        self.seen = None
+        self.reap_from = now + studies.LEASE_SECONDS  # meanwhile no worker could renew its lease
+        if self.away_since is None:
+            self.away_since = now
+            log.warning("waiting for a service to come back: %s", str(error).splitlines()[0])
+        if now - self.away_since > _PATIENCE:
+            if isinstance(error, Unreachable):
+                raise error
+            raise Unreachable("The search's database does not answer.", hint="See `tunesmith status`.") from error
+
+    def _turn(self) -> Best | None:
+        """Look at what changed, and act on it; the result when the search is over."""
+        self.crew.bury()
+        with transaction() as conn:
+            if time.monotonic() >= self.reap_from:
+                studies.reap(conn, self.spec.study)
+            state, jobs = studies.get(conn, self.spec.study)["state"], studies.jobs(conn, self.spec.study)
+        over = sum(j.state in ("done", "failed") for j in jobs)
+        if over > self.over:
+            self.over = over
+            self.crew.progressed()
+        if state == "running":
+            if self._budget(jobs) is not None:
+                # Unless a person was quicker
+                with contextlib.suppress(Conflict), transaction() as conn:
+                    studies.stop(conn, self.spec.study)
+                return None
+            self.crew.muster()
+        seen = (state, [(j.trial, j.rung, j.state, j.token) for j in jobs])
+        if seen == self.seen:
+            return None
+        if state == "running":
+            if self._plan(jobs):
+                return self._end(jobs, "trials")
+        elif not any(j.state == "running" for j in jobs):
+            return self._end(jobs, self._budget(jobs) or "user")
+        self._tell(jobs)
+        self._log(jobs)
+        self._report(jobs)
+        self.seen = seen
+        return None
+
+    def _budget(self, jobs: Sequence[studies.Job]) -> str | None:
+        """The budget that is used up, of work that is done; a function of the database alone."""
+        seconds = sum(j.seconds or 0.0 for j in jobs)
+        spec, workers = self.spec, max(1, self.crew.wanted)
+        if spec.max_minutes is not None and seconds / workers >= spec.max_minutes * 60:
+            return "max_minutes"
+        if spec.max_training_tokens is not None and sum(j.tokens or 0 for j in jobs) >= spec.max_training_tokens:
+            return "max_tokens"
+        price = {"per_machine_hour_usd": get_settings().machine_usd_per_hour}
+        if spec.max_usd is not None and pricing.cost_usd(0, 0, seconds / workers, price) >= spec.max_usd:
+            return "max_usd"
+        return None
+
+    def _plan(self, jobs: list[studies.Job]) -> bool:
+        """Put up what is to be done next; True when all is done. Rounds are synchronous: a rung is judged when
+        all its members are through, so that the outcome does not depend on who was faster."""
+        spec, by = self.spec, {(j.trial, j.rung): j for j in jobs}
+        begun = sorted({j.trial for j in jobs})
+        for group in brackets(spec.trials, number_of_rungs=len(spec.rungs), reduction=spec.reduction):
+            members = begun[group.start : group.stop]
+            if len(members) < len(group) and not self.exhausted:
+                drawn = self._draw(jobs, len(group) - len(members))
+                self.exhausted = drawn < len(group) - len(members)
+                if drawn:
+                    return False
+            if not members:
+                break
+            for rung in range(len(spec.rungs)):
+                here = [by[(trial, rung)] for trial in members if (trial, rung) in by]
+                if any(j.state in ("waiting", "running") for j in here):
+                    return False
+                if rung + 1 == len(spec.rungs):
+                    break
+                alive = sorted((j for j in here if j.state == "done"), key=lambda j: (_value(j), j.trial))
+                chosen = alive[: max(1, -(-len(here) // spec.reduction))]
+                missing = [j for j in chosen if (j.trial, rung + 1) not in by]
+                if missing:
+                    with transaction() as conn:
+                        for j in missing:
+                            studies.add_job(
+                                conn, spec.study, trial=j.trial, rung=rung + 1, trial_id=j.trial_id, params=j.params,
+                                steps=spec.rungs[rung + 1], checkpoint=j.checkpoint,
+                            )  # fmt: skip
+                    return False
+                members = [j.trial for j in chosen]
+                if not members:
+                    break
+        return True
+
+    def _draw(self, jobs: Sequence[studies.Job], number: int) -> int:
+        """Ask Optuna for configurations that were not drawn before and put them up; how many there were."""
+        import optuna
+
+        self._tell(jobs)
+        known = [j.params for j in jobs if j.rung == 0]
+        drawn, again = 0, 0
+        waiting = [t for t in self.optuna.get_trials(deepcopy=False) if t.state == optuna.trial.TrialState.RUNNING]
+        # Asked, but not put up when an earlier coordinator died
+        orphans = [t for t in waiting if t.number not in {j.trial for j in jobs}]
+        while drawn < number and again < _REDRAWS:
+            if orphans:
+                orphan = orphans.pop(0)
+                self.optuna.sampler = self._sampler(orphan.number)  # as when it was asked
+                trial = optuna.trial.Trial(self.optuna, orphan._trial_id)
+            else:
+                self.optuna.sampler = self._sampler(len(self.optuna.get_trials(deepcopy=False)))
+                trial = self.optuna.ask()
+            params = spaces.parameters(self.spec.space, _suggest(trial, self.spec.space))
+            if params in known:
+                self.optuna.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+                again += 1
+                continue
+            with transaction() as conn:
+                studies.add_job(
+                    conn, self.spec.study, trial=trial.number, rung=0, trial_id=trial._trial_id, params=params,
+                    steps=self.spec.rungs[0], checkpoint=None,
+                )  # fmt: skip
+            known.append(params)
+            drawn += 1
+        return drawn
+
+    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
+        """A fresh sampler for each draw, so that draws are a function of the study's trials and this number."""
+        import optuna
+
+        seed = int(storage.text_digest(f"{self.spec.seed} {number}")[7:15], 16)
+        if self.spec.sampler == "random":
+            return optuna.samplers.RandomSampler(seed=seed)
+        return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+
+    def _tell(self, jobs: Sequence[studies.Job]) -> None:
+        """Bring Optuna up to what the jobs say; all of it can be said twice."""
+        import optuna
+
+        open_ = [mine for number, mine in _by_trial(jobs).items() if number not in self.told]
+        trials = self.optuna.get_trials(deepcopy=False) if open_ else []
+        for mine in open_:
+            last = mine[-1]
+            frozen = trials[last.trial]
+            over = self._over(last, jobs)
+            if frozen.state == optuna.trial.TrialState.RUNNING:
+                trial = optuna.trial.Trial(self.optuna, last.trial_id)
+                for job in mine:
+                    if job.value is not None and job.steps not in frozen.intermediate_values:
+                        trial.report(job.value, job.steps)
+                if over is not None:
+                    value = last.value if over == optuna.trial.TrialState.COMPLETE else None
+                    self.optuna.tell(last.trial, value, state=over)
+            if over is not None:
+                self.told.add(last.trial)
+
+    def _over(self, last: studies.Job, jobs: Sequence[studies.Job]) -> optuna.trial.TrialState | None:
+        """How a trial ended, or None while it may still go on."""
+        import optuna
+
+        if last.state in ("waiting", "running"):
+            return None
+        if last.state == "failed":
+            return optuna.trial.TrialState.FAIL
+        if last.rung == len(self.spec.rungs) - 1:
+            return optuna.trial.TrialState.COMPLETE
+        begun = sorted({j.trial for j in jobs})
+        place = begun.index(last.trial)
+        groups = brackets(self.spec.trials, number_of_rungs=len(self.spec.rungs), reduction=self.spec.reduction)
+        group = next(g for g in groups if place in g)
+        peers = set(begun[group.start : group.stop])
+        # Others of its round went on, so this one was judged and left behind
+        gone_on = any(j.trial in peers and j.rung > last.rung for j in jobs)
+        return optuna.trial.TrialState.PRUNED if gone_on else None
+
+    def _log(self, jobs: Sequence[studies.Job]) -> None:
+        """Bring MLflow up to what the jobs say: a nested run a trial, with its curves. Repeating it adds nothing."""
+        if self.parent is None:
+            return
+        for number, mine in _by_trial(jobs).items():
+            if number in self.closed:
+                continue
+            if number not in self.runs:
+                self.runs[number] = mlflow.start_run(
+                    mlflow.experiment_of(self.spec.model),
+                    f"trial {number}",
+                    parent=self.parent,
+                    params=mine[0].params,
+                    tags={"tunesmith.study": self.spec.study, "tunesmith.trial": str(number)},
+                    key=f"{self.spec.study}/{number}",
+                )
+            run, last = self.runs[number], mine[-1]
+            for job in mine:
+                if job.value is None or (number, job.rung) in self.logged:
+                    continue
+                points = [("train_loss", loss, int(step)) for step, loss in job.curve or []]
+                points.append(("validation_loss", _value(job), job.steps))
+                # The time is the job's, so that another coordinator sends the same points
+                mlflow.log_points(run, points, at_ms=int(job.updated_at.timestamp() * 1000))
+                self.logged.add((number, job.rung))
+            if (over := self._over(last, jobs)) is not None:
+                self._close(run, over.name.lower(), last)
+
+    def _close(self, run: str, outcome: str, last: studies.Job) -> None:
+        mlflow.set_tags(run, {"tunesmith.outcome": outcome, "tunesmith.error": last.error or ""})
+        mlflow.end_run(run, "FAILED" if last.state == "failed" else "FINISHED")
+        self.closed.add(last.trial)
+
+    def _report(self, jobs: Sequence[studies.Job]) -> None:
+        spec = self.spec
+        done = [j for j in jobs if j.state in ("done", "failed")]
+        total = _planned(spec)
+        best = min((j for j in done if j.value is not None), key=_value, default=None)
+        begun = len({j.trial for j in jobs})
+        text = f"{begun} of {spec.trials} trials begun"
+        if failed := sum(j.state == "failed" for j in jobs):
+            text += f", {failed} failed"
+        if best is not None:
+            text += f", best loss {best.value:.3f} (trial {best.trial}, {best.steps} steps)"
+        spent = sum((j.seconds or 0.0) for j in done)
+        worked = sum(_cost(spec, j.rung) for j in done)
+        left = sum(_cost(spec, r) * n for r, n in enumerate(total)) - worked
+        if worked and left > 0:
+            text += f", about {max(1, round(spent / worked * left / self.crew.wanted / 60))} min left"
+        self.progress(text, len(done), sum(total))
+
+    def _end(self, jobs: Sequence[studies.Job], stopped_by: str) -> Best:
+        self._tell(jobs)
+        self._log(jobs)
+        done = [j for j in jobs if j.state == "done"]
+        failed = [j for j in jobs if j.state == "failed"]
+        if not done:
+            with transaction() as conn:
+                studies.end(conn, self.spec.study, state="failed", stopped_by=stopped_by, best=None)
+            causes = (
+                "; ".join(sorted({j.error or "unknown" for j in failed})) or f"the search was stopped by {stopped_by}"
+            )
+            raise TunesmithError(
+                f"No trial of {self.spec.study} succeeded: {causes}.", hint="Mend tuning.space, or raise the budget."
+            )
+        self._leave_behind(jobs)
+        winner = min(done, key=lambda j: (_value(j), j.rung, j.trial))  # more steps may have overfitted
+        last = [mine[-1] for mine in _by_trial(jobs).values()]
+        assert winner.checkpoint is not None  # noqa: S101  a done job has one
+        top = len(self.spec.rungs) - 1
+        best = Best(
+            study=self.spec.study,
+            trial=winner.trial,
+            params=winner.params,
+            value=_value(winner),
+            steps=winner.steps,
+            adapter=str(storage.get("checkpoint", winner.checkpoint) / "adapter"),
+            trials=len(last),
+            pruned=sum(j.state != "failed" and not (j.state == "done" and j.rung == top) for j in last),
+            failed=len(failed),
+            tokens=sum(j.tokens or 0 for j in jobs),
+            seconds=sum(j.seconds or 0.0 for j in jobs),
+            stopped_by=stopped_by,
+        )
+        state = "completed" if stopped_by == "trials" else "stopped"
+        with transaction() as conn:
+            studies.end(conn, self.spec.study, state=state, stopped_by=stopped_by, best=best.to_json())
+        self.progress(f"best loss {best.value:.3f} of {best.trials} trials", 1, 1)
+        return best
+
+    def _leave_behind(self, jobs: Sequence[studies.Job]) -> None:
+        """Trials that a stopped search did not get to judge are over in Optuna and MLflow too."""
+        import optuna
+
+        for number, mine in _by_trial(jobs).items():
+            if number not in self.told:
+                with contextlib.suppress(ValueError):  # told by an earlier coordinator
+                    self.optuna.tell(number, state=optuna.trial.TrialState.PRUNED)
+                self.told.add(number)
+            if number in self.runs and number not in self.closed:
+                self._close(self.runs[number], "stopped", mine[-1])
+
+
+def _by_trial(jobs: Sequence[studies.Job]) -> dict[int, list[studies.Job]]:
+    """A trial's jobs, by rung."""
+    found: dict[int, list[studies.Job]] = {}
+    for job in jobs:
+        found.setdefault(job.trial, []).append(job)
+    return found
+
+
+def _suggest(trial: optuna.trial.Trial, space: dict[str, Any]) -> dict[str, Any]:
+    return {name: trial._suggest(name, distribution) for name, distribution in spaces.distributions(space).items()}
+
+
+def _open_store() -> optuna.storages.RDBStorage:
+    import optuna
+
+    url = get_settings().database("optuna").replace("postgresql://", "postgresql+psycopg://", 1)
+    # pool_pre_ping: a connection that a database restart broke is replaced, not used
+    return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True, "pool_size": 2})
+
+
+def _open_optuna(spec: StudySpec, store: optuna.storages.RDBStorage) -> optuna.Study:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(storage=store, study_name=spec.study, direction="minimize", load_if_exists=True)
+    if spec.warm_start and "warm" not in study.user_attrs:
+        for params in spec.warm_start:
+            study.enqueue_trial(spaces.drawable(spec.space, params), skip_if_exists=True)
+        study.set_user_attr("warm", True)
+    return study
+
+
+def _planned(spec: StudySpec) -> list[int]:
+    """How many trials reach each rung, when none fails."""
+    counts = [0] * len(spec.rungs)
+    for group in brackets(spec.trials, number_of_rungs=len(spec.rungs), reduction=spec.reduction):
+        size = len(group)
+        for rung in range(len(spec.rungs)):
+            counts[rung] += size
+            size = max(1, -(-size // spec.reduction))
+    return counts
+
+
+def _cost(spec: StudySpec, rung: int) -> int:
+    """Steps of a rung alone."""
+    return spec.rungs[rung] - (spec.rungs[rung - 1] if rung else 0)
+
+
+def _value(job: studies.Job) -> float:
+    return float("inf") if job.value is None else job.value

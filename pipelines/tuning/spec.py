@@ -1,0 +1,54 @@
+"""StudySpec: all that a search's coordinator and workers must know, kept as JSON in `study.spec`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySpec:
+    """`rungs` are the optimizer steps at which trials are compared, the last being the whole of a trial; after each
+    rung but the last, the best 1/`reduction` go on. `space` is the YAML's section. With `init_adapter`, a folder
+    with a PEFT adapter, every trial starts from its weights. `max_tokens` bounds a row."""
+
+    study: str
+    model: str
+    base: str
+    dataset: str
+    system: str | None
+    max_tokens: int
+    trials: int
+    rungs: tuple[int, ...]
+    reduction: int
+    space: dict[str, Any]
+    sampler: str = "tpe"
+    seed: int = 0
+    workers: int = 0
+    max_minutes: float | None = None
+    max_training_tokens: int | None = None
+    max_usd: float | None = None
+    init_adapter: str | None = None
+    warm_start: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"rungs": list(self.rungs)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> StudySpec:
+        return cls(**value | {"rungs": tuple(value["rungs"])})
+
+
+def rungs(max_steps: int, *, number: int, reduction: int) -> tuple[int, ...]:
+    """Steps of each rung, a geometric series that ends at `max_steps` (Jamieson and Talwalkar 2016, successive
+    halving); rungs of less than one step are left out."""
+    steps = [math.ceil(max_steps / reduction ** (number - 1 - k)) for k in range(number)]
+    return tuple(dict.fromkeys(steps))
+
+
+def brackets(trials: int, *, number_of_rungs: int, reduction: int) -> list[range]:
+    """Trials in groups that are begun together, each as large as it takes for one of them to reach the last rung;
+    a group's configurations are drawn with what all earlier groups showed."""
+    size = max(1, reduction ** (number_of_rungs - 1))
+    return [range(start, min(start + size, trials)) for start in range(0, trials, size)]

@@ -1,0 +1,1 @@
+"""What everything else refers to: versions, data sets, studies, deployments, evidence."""

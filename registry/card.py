@@ -1,0 +1,97 @@
+"""The model card, made only from what was measured: Markdown with Hugging Face's front matter."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from registry.bundle import Manifest
+from registry.gates import Decision
+
+
+def render(manifest: Manifest, evaluation: Mapping[str, Any] | None, decision: Decision | None) -> str:
+    """README.md of a bundle. The same input gives the same text: no times, no version number."""
+    lines = [
+        _front_matter(manifest, evaluation),
+        f"# {manifest.model}",
+        "",
+        f"{_inline(manifest.base.id)} (revision `{_inline(manifest.base.revision)}`, {manifest.base.dtype}) "
+        + (f"with a `{_inline(manifest.method)}` adapter." if manifest.method != "prompt" else "with a prompt."),
+        "",
+    ]
+    if manifest.prompt.system:
+        lines += ["System prompt:", "", *("    " + line for line in manifest.prompt.system.splitlines()), ""]
+    lines += ["## Evaluation", "", *_evaluation(evaluation), ""]
+    if decision is not None:
+        lines += [f"Gate: **{decision.decision}**", "", *(f"- {_inline(reason)}" for reason in decision.reasons), ""]
+    lines += ["## Lineage", "", *_lineage(manifest), ""]
+    return "\n".join(lines)
+
+
+def _front_matter(manifest: Manifest, evaluation: Mapping[str, Any] | None) -> str:
+    from ruamel.yaml import YAML
+
+    results = [
+        {"type": name, "value": measured["candidate"]["estimate"], "name": name}
+        for name, measured in (evaluation or {"metrics": {}})["metrics"].items()
+        if measured.get("candidate") and measured["candidate"]["estimate"] is not None
+    ]
+    content: dict[str, Any] = {"base_model": manifest.base.id, "tags": ["tunesmith", manifest.method]}
+    if manifest.has_adapter or manifest.method != "prompt":
+        content["library_name"] = "peft"
+    content["pipeline_tag"] = "text-generation"
+    if results:
+        dataset = {"name": manifest.dataset or "own rows", "type": "private"}
+        task = {"type": "text-generation"}
+        content["model-index"] = [
+            {"name": manifest.model, "results": [{"task": task, "dataset": dataset, "metrics": results}]}
+        ]
+    text = io.StringIO()
+    yaml = YAML()
+    yaml.width = 10_000
+    yaml.dump(content, text)
+    return f"---\n{text.getvalue()}---\n"
+
+
+def _evaluation(evaluation: Mapping[str, Any] | None) -> list[str]:
+    if evaluation is None:
+        return ["Not evaluated."]
+    lines = [
+        f"On {evaluation['rows']} test rows that no tuning saw; 95 % confidence intervals.",
+        "",
+        "| metric | this version | base | against the base | champion then | against the champion |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, measured in evaluation["metrics"].items():
+        cells = [measured.get(key) for key in ("candidate", "base", "vs_base", "champion", "vs_champion")]
+        lines.append(f"| {_inline(name)} | " + " | ".join(_estimate(cell) for cell in cells) + " |")
+    return lines
+
+
+def _estimate(value: Mapping[str, Any] | None) -> str:
+    if value is None or value["estimate"] is None:
+        return "-"
+    low, high = ("?" if end is None else f"{end:.4g}" for end in (value["low"], value["high"]))
+    return f"{value['estimate']:.4g} [{low}, {high}]"
+
+
+def _lineage(manifest: Manifest) -> list[str]:
+    facts: dict[str, object] = {
+        "Base": manifest.base.digest,
+        "Tokeniser": manifest.base.tokenizer_digest,
+        "Chat template": manifest.base.template_digest,
+        "Data set": manifest.dataset,
+        "Study": manifest.study,
+        "Trial": manifest.trial,
+        "Code": manifest.code_version,
+    }
+    lines = [f"- {name}: `{_inline(str(value))}`" for name, value in facts.items() if value is not None]
+    return lines + [f"- {_inline(name)}: `{_inline(str(value))}`" for name, value in sorted(manifest.params.items())]
+
+
+def _inline(text: str) -> str:
+    """Text that cannot break out of its line, its table cell or into HTML."""
+    flat = re.sub(r"\s+", " ", text)
+    return flat.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("`", "'")

@@ -1,0 +1,174 @@
+"""Data-set versions: immutable folders of clean, split rows, kept by digest.
+
+A folder holds ``dataset.json`` and ``train.jsonl``, ``validation.jsonl``, ``test.jsonl`` (one row a line) and
+``quarantine.jsonl`` (the rows that were refused, with source, line and reason). ``dataset.json`` names every
+file's digest, and its own digest is the data set's: two data sets with the same rows, made the same way, are one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypedDict, get_args
+
+import orjson
+from psycopg.types.json import Jsonb
+
+from infra import storage
+from infra.db import Connection, load_queries
+from infra.errors import NotFound
+
+SQL = load_queries(Path(__file__).with_suffix(".sql"))
+FORMAT = 1
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+
+class Message(TypedDict):
+    """One turn of a chat: role is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One example; its last message is the assistant's, which is the answer to learn.
+
+    `id` is a digest of the messages; `source` is the slice: "train" for the pipeline's own files, "feedback" for
+    corrections that people sent; rows of one `group` have the same or nearly the same prompt and share a split.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    source: str = "train"
+    group: str = ""
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """All but the answer."""
+        return self.messages[:-1]
+
+    @property
+    def answer(self) -> str:
+        return self.messages[-1]["content"]
+
+
+def make_row(messages: Sequence[Mapping[str, Any]], *, source: str = "train", group: str = "") -> Row:
+    """A row from chat messages, with the id that its content gives it."""
+    turns = tuple(Message(role=m["role"], content=m["content"]) for m in messages)
+    return Row(id=hashlib.sha256(orjson.dumps(turns)).hexdigest()[:16], messages=turns, source=source, group=group)
+
+
+def question_key(messages: Iterable[Mapping[str, Any]]) -> str:
+    """What a prompt asks, as one comparable text: the turns without the system's (an instruction that all rows
+    share says nothing about a row), lower case, letters and digits only, one blank between words."""
+    asked = [m["content"] for m in messages if m["role"] != "system"]
+    return normalise("\n".join(asked or [m["content"] for m in messages]))
+
+
+def normalise(text: str) -> str:
+    """Unicode NFKC, case-folded, with every run of other characters than letters and digits as one blank."""
+    import unicodedata
+
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    # A text of symbols alone ("<=", "!!") keeps them: two such texts are not the same text.
+    return re.sub(r"[\W_]+", " ", folded).strip() or " ".join(folded.split())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A kept data set. `counts` has the rows of each split, and what was dropped and why."""
+
+    digest: str
+    folder: Path
+    counts: Mapping[str, int]
+    parent: str | None
+    sources: Sequence[Mapping[str, Any]] = ()
+
+    def rows(self, split: Split) -> list[Row]:
+        """The rows of a split, in the kept order."""
+        with (self.folder / f"{split}.jsonl").open("rb") as file:
+            return [_row(orjson.loads(line)) for line in file]
+
+
+def _row(value: dict[str, Any]) -> Row:
+    return Row(id=value["id"], messages=tuple(value["messages"]), source=value["source"], group=value["group"])
+
+
+def keep(
+    splits: Mapping[Split, Sequence[Row]],
+    *,
+    counts: Mapping[str, int],
+    sources: Sequence[Mapping[str, Any]],
+    recipe: Mapping[str, Any],
+    quarantine: Iterable[Mapping[str, Any]] = (),
+    parent: str | None = None,
+) -> Dataset:
+    """Write a data set into the artifact store; a no-op where it is there already.
+
+    `recipe` is what made it: settings and code format, kept for who asks how.
+    """
+    with storage.scratch("dataset") as folder:
+        for split in SPLITS:
+            with (folder / f"{split}.jsonl").open("wb") as file:
+                for row in splits.get(split, ()):
+                    value = {"id": row.id, "messages": row.messages, "source": row.source, "group": row.group}
+                    file.write(orjson.dumps(value) + b"\n")
+        with (folder / "quarantine.jsonl").open("wb") as file:
+            for refused in quarantine:
+                file.write(orjson.dumps(refused) + b"\n")
+        sizes: dict[str, int] = {split: len(splits.get(split, ())) for split in SPLITS}
+        manifest = {
+            "format": FORMAT,
+            "counts": {**counts, **sizes},
+            "sources": list(sources),
+            "recipe": recipe,
+            "parent": parent,
+            "files": {path.name: storage.file_digest(path) for path in sorted(folder.iterdir())},
+        }
+        text = orjson.dumps(manifest, option=orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2).decode()
+        (folder / "dataset.json").write_text(text)
+        digest = storage.text_digest(text)
+        storage.keep("dataset", digest, folder)
+    return open_dataset(digest)
+
+
+def open_dataset(digest: str) -> Dataset:
+    """A kept data set. Raises NotFound when the artifact store lacks it."""
+    folder = storage.get("dataset", digest)
+    manifest = orjson.loads((folder / "dataset.json").read_bytes())
+    return Dataset(
+        digest=digest,
+        folder=folder,
+        counts=manifest["counts"],
+        parent=manifest["parent"],
+        sources=manifest["sources"],
+    )
+
+
+def record(conn: Connection, model: str, dataset: Dataset) -> None:
+    """Note in the database that a model has this data set (versions refer to it); harmless when repeated."""
+    conn.execute(SQL["ensure_model"], {"model": model})
+    conn.execute(
+        SQL["record"],
+        {
+            "digest": dataset.digest,
+            "model": model,
+            "counts": Jsonb(dict(dataset.counts)),
+            "sources": Jsonb(list(dataset.sources)),
+            "parent": dataset.parent,
+        },
+    )
+
+
+def latest(conn: Connection, model: str) -> str:
+    """The digest of a model's newest data set. Raises NotFound when it has none."""
+    row = conn.execute(SQL["latest"], {"model": model}).fetchone()
+    if row is None:
+        raise NotFound(f"The model {model} has no data set yet.", hint="Run its pipeline first.")
+    return str(row["digest"])

@@ -1,0 +1,464 @@
+"""What serves: compare-and-set changes of a model's slots, each one entry of a hash-chained ledger.
+
+Every change happens in the caller's one transaction: lock the deployment row, compare the generation, write row,
+ledger entry and outbox together. So it is there entirely or not at all, and repeating a command is safe.
+"""
+
+from __future__ import annotations
+
+import getpass
+import socket
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from infra.db import Connection, load_queries, one
+from infra.errors import Conflict, NotFound, Refused, UsageError
+from infra.storage import text_digest
+from registry.bundle import canonical_json
+from registry.names import check_model_name
+
+SQL = load_queries(Path(__file__).with_suffix(".sql"))
+
+Slot = Literal["champion", "challenger", "shadow"]
+Action = Literal["promote", "rollback", "canary", "shadow", "stop"]
+FIRST_HASH = "sha256:" + "0" * 64  # what the first entry of a model is chained to
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """Which versions hold a model's slots. `generation` is the number of changes so far."""
+
+    model: str
+    generation: int = 0
+    champion: int | None = None
+    challenger: int | None = None
+    challenger_share: float = 0.0
+    shadow: int | None = None
+
+    def slot_of(self, number: int) -> Slot | None:
+        """The slot a version holds; it never holds two."""
+        holders: dict[int | None, Slot] = {
+            self.shadow: "shadow",
+            self.challenger: "challenger",
+            self.champion: "champion",
+        }
+        return holders.get(number)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One change. `evidence` is the digest of the gate decision it rests on; `forced`: a gate was overridden.
+
+    `hash` = SHA-256 over the canonical JSON of all other fields, the previous entry's hash among them.
+    """
+
+    model: str
+    generation: int
+    at: datetime
+    actor: str
+    action: Action
+    slot: Slot
+    from_version: int | None
+    to_version: int | None
+    share: float | None
+    reason: str
+    forced: bool
+    evidence: str | None
+    previous_hash: str
+    hash: str = ""
+
+    def sealed(self) -> str:
+        """The hash this entry must have."""
+        body = {**asdict(self), "at": self.at.astimezone(UTC).isoformat(timespec="microseconds")}
+        del body["hash"]
+        return text_digest(canonical_json(body))
+
+    def to_json(self) -> dict[str, Any]:
+        """The contract's ledger entry."""
+        body = asdict(self)
+        body["from"], body["to"] = body.pop("from_version"), body.pop("to_version")
+        return {**body, "at": self.at.astimezone(UTC)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What a command did. `changed` is false, and `entry` None, when all was already as asked."""
+
+    changed: bool
+    deployment: Deployment
+    entry: Entry | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "changed": self.changed,
+            **self.deployment.to_json(),
+            "entry": self.entry.to_json() if self.entry else None,
+        }
+
+
+def actor_here() -> str:
+    """Who acts on the command line: ``os:user@host``."""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # a user id without a name, as in some containers
+        user = "unknown"
+    return f"os:{user}@{socket.gethostname()}"
+
+
+def read(conn: Connection, model: str) -> Deployment:
+    """The slots of a model, all empty at generation 0 before the first change. Raises NotFound."""
+    check_model_name(model)
+    row = conn.execute(SQL["read"], {"model": model}).fetchone()
+    if row is None:
+        raise NotFound(f"There is no model {model}.", hint="See `tunesmith models`.")
+    return Deployment(**row)
+
+
+def promote(
+    conn: Connection,
+    model: str,
+    number: int,
+    *,
+    actor: str,
+    reason: str,
+    expect_generation: int | None = None,
+    force: bool = False,
+) -> Change:
+    """Make a version the champion; it leaves the challenger or shadow slot if it held one.
+
+    Raises NotFound for no such version; Conflict, naming the current generation, when that is not
+    `expect_generation` (None: the one read before waiting for the row) any more; Refused when the version's gate
+    decision is not a pass, unless `force`, which the ledger shows for ever. Promoting what serves changes nothing.
+    """
+    now = _lock(conn, model, expect_generation, done=lambda d: d.champion == number)
+    version = _version(conn, model, number)
+    if now.champion == number:
+        return Change(changed=False, deployment=now)
+    forced = _gate_allows(model, number, version["gate_body"], force=force, passed_only=True)
+    return _change(
+        conn,
+        now,
+        apply(now, action="promote", slot="champion", to=number, share=None),
+        actor=actor,
+        action="promote",
+        slot="champion",
+        reason=reason,
+        forced=forced,
+        evidence=version["gate"],
+    )
+
+
+def rollback(
+    conn: Connection,
+    model: str,
+    *,
+    actor: str,
+    reason: str,
+    to: int | None = None,
+    expect_generation: int | None = None,
+) -> Change:
+    """Take the last promotion that still stands back: the champion is again the one from before it.
+
+    Promotions stack up and rollbacks take them off: after promote 1, 2, 3 a first rollback gives 2, a second 1, and a
+    third is Refused, since nothing served before 1. With `to`, all promotions down to that version's latest are taken
+    back; a version that never served is Refused, since that would be a promotion around its gate.
+    Raises Conflict as `promote` does, and NotFound.
+    """
+    now = _lock(conn, model, expect_generation, done=lambda d: to is not None and d.champion == to)
+    if to is not None:
+        _version(conn, model, to)
+        if now.champion == to:
+            return Change(changed=False, deployment=now)
+    rows = conn.execute(SQL["champions"], {"model": model}).fetchall()
+    if to is None:
+        stood = standing((row["action"], row["to_version"]) for row in rows)
+        if len(stood) < 2:
+            raise Refused(
+                f"Nothing served {model} before "
+                + (f"version {now.champion}." if now.champion else "now: no version was ever promoted."),
+                hint="Promote another version.",
+            )
+        to = stood[-2]
+    elif all(row["to_version"] != to for row in rows):
+        raise Refused(f"{model}:{to} has never served.", hint=f"Use `tunesmith promote {model}:{to}`.")
+    return _change(
+        conn,
+        now,
+        apply(now, action="rollback", slot="champion", to=to, share=None),
+        actor=actor,
+        action="rollback",
+        slot="champion",
+        reason=reason,
+        evidence=_version(conn, model, to)["gate"],
+    )
+
+
+def canary(
+    conn: Connection,
+    model: str,
+    number: int,
+    *,
+    share: float,
+    actor: str,
+    reason: str = "",
+    expect_generation: int | None = None,
+    force: bool = False,
+) -> Change:
+    """Give a version that share (0 < share <= 1) of the model's traffic, as its challenger.
+
+    Raises Refused when nothing serves yet, when the version is the champion, or when its gate failed (an undecided
+    one may be tried on traffic) unless `force`; Conflict and NotFound as `promote` does; UsageError for the share.
+    """
+    if not 0 < share <= 1:
+        raise UsageError(f"A share lies above 0 and is at most 1 (100 %), not {share:g}.")
+    same = {"challenger": number, "challenger_share": share}
+    now = _lock(conn, model, expect_generation, done=lambda d: _has(d, same))
+    version = _version(conn, model, number)
+    if _has(now, same):
+        return Change(changed=False, deployment=now)
+    _beside_champion(now, number, "a share of its traffic")
+    forced = _gate_allows(model, number, version["gate_body"], force=force, passed_only=False)
+    return _change(
+        conn,
+        now,
+        apply(now, action="canary", slot="challenger", to=number, share=share),
+        actor=actor,
+        action="canary",
+        slot="challenger",
+        reason=reason,
+        share=share,
+        forced=forced,
+        evidence=version["gate"],
+    )
+
+
+def shadow(
+    conn: Connection,
+    model: str,
+    number: int,
+    *,
+    actor: str,
+    reason: str = "",
+    expect_generation: int | None = None,
+) -> Change:
+    """Send a version copies of the model's traffic; it answers nobody, so no gate is asked.
+
+    Raises Refused when nothing serves yet or the version is the champion or the challenger; Conflict and NotFound.
+    """
+    now = _lock(conn, model, expect_generation, done=lambda d: d.shadow == number)
+    version = _version(conn, model, number)
+    if now.shadow == number:
+        return Change(changed=False, deployment=now)
+    _beside_champion(now, number, "copies of its traffic")
+    if now.challenger == number:
+        raise Refused(
+            f"{model}:{number} is the challenger and sees traffic already.",
+            hint=f"Stop it first with `tunesmith canary {model} --stop`.",
+        )
+    return _change(
+        conn,
+        now,
+        apply(now, action="shadow", slot="shadow", to=number, share=None),
+        actor=actor,
+        action="shadow",
+        slot="shadow",
+        reason=reason,
+        evidence=version["gate"],
+    )
+
+
+def stop(
+    conn: Connection,
+    model: str,
+    slot: Literal["challenger", "shadow"],
+    *,
+    actor: str,
+    reason: str = "",
+    expect_generation: int | None = None,
+) -> Change:
+    """Empty the challenger or shadow slot; an empty one stays, unchanged. Raises Conflict and NotFound."""
+    now = _lock(conn, model, expect_generation, done=lambda d: getattr(d, slot) is None)
+    if getattr(now, slot) is None:
+        return Change(changed=False, deployment=now)
+    return _change(
+        conn,
+        now,
+        apply(now, action="stop", slot=slot, to=None, share=None),
+        actor=actor,
+        action="stop",
+        slot=slot,
+        reason=reason,
+    )
+
+
+def apply(now: Deployment, *, action: Action, slot: Slot, to: int | None, share: float | None) -> Deployment:
+    """The deployment after one more entry: the one place that says what an action does to the slots."""
+    after = replace(now, generation=now.generation + 1)
+    if slot != "challenger" and to is not None and now.challenger == to:
+        after = replace(after, challenger=None, challenger_share=0.0)
+    if slot != "shadow" and to is not None and now.shadow == to:
+        after = replace(after, shadow=None)
+    if slot == "champion":
+        return replace(after, champion=to)
+    if slot == "challenger":
+        return replace(after, challenger=to, challenger_share=share or 0.0)
+    return replace(after, shadow=to)
+
+
+def replay(model: str, entries: Iterable[Entry]) -> Deployment:
+    """The deployment that a ledger, oldest entry first, leads to."""
+    state = Deployment(model=model)
+    for entry in entries:
+        state = apply(state, action=entry.action, slot=entry.slot, to=entry.to_version, share=entry.share)
+    return state
+
+
+def standing(champions: Iterable[tuple[Action, int | None]]) -> list[int]:
+    """The promotions that still stand, oldest first, from the champion slot's (action, to) in order."""
+    stack: list[int] = []
+    for action, number in champions:
+        if number is None:
+            continue
+        if action == "rollback" and number in stack:
+            while stack[-1] != number:
+                stack.pop()
+        else:  # a promotion, or a rollback to a version whose own promotion was taken back before
+            stack.append(number)
+    return stack
+
+
+def history(conn: Connection, model: str, at: datetime | None = None) -> list[Entry]:
+    """The ledger of a model, oldest first, up to a time if one is given; `replay` it to know what served then.
+
+    Raises NotFound for no such model.
+    """
+    read(conn, model)
+    return [Entry(**row) for row in conn.execute(SQL["history"], {"model": model, "at": at})]
+
+
+def verify_chain(conn: Connection, model: str) -> list[str]:
+    """What is wrong with a model's ledger, a sentence each; an empty list when it is whole.
+
+    Generations run from 1 without a gap, each hash is its entry's and chained to the one before, and the deployment
+    row is what the entries lead to.
+    """
+    now = read(conn, model)
+    # Read after the row, the ledger may be ahead of it while others promote; it is never behind.
+    entries = [entry for entry in history(conn, model) if entry.generation <= now.generation]
+    problems = []
+    previous = FIRST_HASH
+    for expected, entry in enumerate(entries, start=1):
+        if entry.generation != expected:
+            problems.append(f"Entry {expected} of the ledger of {model} has generation {entry.generation}.")
+        if entry.previous_hash != previous:
+            problems.append(f"Generation {entry.generation} of {model} is not chained to the entry before it.")
+        if entry.hash != entry.sealed():
+            problems.append(f"Generation {entry.generation} of {model} was changed after it was written.")
+        previous = entry.hash
+    if (led_to := replay(model, entries)) != now:
+        problems.append(f"The deployment of {model} is {now.to_json()}, but its ledger leads to {led_to.to_json()}.")
+    return problems
+
+
+def _lock(conn: Connection, model: str, expected: int | None, *, done: Any) -> Deployment:
+    """The locked row. An explicit generation is compared first; the implicit one only if there is still work."""
+    seen = read(conn, model).generation
+    conn.execute(SQL["create"], {"model": model})
+    now = Deployment(**one(conn, SQL["lock"], {"model": model}))
+    if now.generation == (seen if expected is None else expected) or (expected is None and done(now)):
+        return now
+    raise Conflict(
+        f"{model} is at generation {now.generation}, not {seen if expected is None else expected}: "
+        f"someone changed it first (version {now.champion} serves).",
+        hint="Look at `tunesmith history`, then decide again.",
+        details={"generation": now.generation},
+    )
+
+
+def _version(conn: Connection, model: str, number: int) -> dict[str, Any]:
+    row = conn.execute(SQL["version"], {"model": model, "number": number}).fetchone()
+    if row is None:
+        raise NotFound(f"There is no version {model}:{number}.", hint=f"See `tunesmith versions {model}`.")
+    return row
+
+
+def _has(deployment: Deployment, values: dict[str, Any]) -> bool:
+    return all(getattr(deployment, name) == value for name, value in values.items())
+
+
+def _beside_champion(now: Deployment, number: int, what: str) -> None:
+    if now.champion is None:
+        raise Refused(
+            f"No version of {now.model} serves, so there is nothing to give {now.model}:{number} {what}.",
+            hint="Promote a version first.",
+        )
+    if now.champion == number:
+        raise Refused(f"{now.model}:{number} is the champion.", hint="Name another version.")
+
+
+def _gate_allows(model: str, number: int, gate: Any, *, force: bool, passed_only: bool) -> bool:
+    """Whether the gate had to be overridden. Raises Refused when it says no and nobody forces it."""
+    decision = gate["decision"] if gate else "none"
+    if decision == "pass" or (not passed_only and decision != "fail"):
+        return False
+    if force:
+        return True
+    reasons = [str(reason) for reason in gate.get("reasons", [])] if gate else []
+    said = "it was never judged by a gate" if gate is None else f"its gate decision is {decision}"
+    raise Refused(
+        f"{model}:{number} is not promoted: {said}." if passed_only else f"{model}:{number} gets no traffic: {said}.",
+        hint="; ".join([*reasons, "a person may override it with --force and a reason, on the record"]) + ".",
+        details={"decision": decision, "reasons": reasons},
+    )
+
+
+def _change(
+    conn: Connection,
+    now: Deployment,
+    after: Deployment,
+    *,
+    actor: str,
+    action: Action,
+    slot: Slot,
+    reason: str,
+    share: float | None = None,
+    forced: bool = False,
+    evidence: str | None = None,
+) -> Change:
+    last = conn.execute(SQL["last_entry"], {"model": now.model}).fetchone()
+    entry = Entry(
+        model=now.model,
+        generation=after.generation,
+        # The database's clock, and never before the last entry, so that `history --at` has one answer.
+        at=one(conn, SQL["next_time"], {"after": last["at"] if last else None})["at"],
+        actor=actor,
+        action=action,
+        slot=slot,
+        from_version=getattr(now, slot),
+        to_version=getattr(after, slot),
+        share=share,
+        reason=_text(reason, required=action in ("promote", "rollback")),
+        forced=forced,
+        evidence=evidence,
+        previous_hash=last["hash"] if last else FIRST_HASH,
+    )
+    entry = replace(entry, hash=entry.sealed())
+    conn.execute(SQL["update"], {**asdict(after), "at": entry.at})
+    conn.execute(SQL["append"], asdict(entry))
+    conn.execute(SQL["enqueue"], {"model": now.model})
+    return Change(changed=True, deployment=after, entry=entry)
+
+
+def _text(reason: str, *, required: bool) -> str:
+    text = reason.strip()
+    if required and not text:
+        raise UsageError("A change of what serves needs a reason.", hint="Say why with --reason.")
+    if len(text) > 2000 or "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
+        raise UsageError("A reason is at most 2000 characters of text.")
+    return text

@@ -1,0 +1,137 @@
+"""Versions in and out: a PEFT adapter made elsewhere, or a bundle that another Tunesmith exported."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any
+
+from infra import storage
+from infra.errors import NotFound, Refused, TunesmithError, UsageError
+from registry import bundle, versions
+from registry.names import check_model_name
+from registry.versions import Version, VersionDraft
+
+_NAMESPACE = uuid.UUID("6d1b3c1e-7a0f-5d55-9b58-3c8a6f1c2b47")
+_EXECUTABLE = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".py", ".so", ".h5"})
+
+
+def export_version(version: Version, target: Path) -> None:
+    """Copy a version's bundle, verified, to a folder that is not there yet; it appears whole or not at all.
+
+    Raises UsageError when there is something at `target`, Refused when the kept bundle is damaged.
+    """
+    if target.exists() or target.is_symlink():
+        raise UsageError(f"{target} exists already.", hint="Name a folder that does not.")
+    bundle.verify(version.folder(), version.bundle_digest)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as scratch:
+            copy = Path(scratch, "bundle")
+            shutil.copytree(version.folder(), copy)
+            bundle.verify(copy, version.bundle_digest)
+            copy.rename(target)
+    except OSError as error:
+        raise TunesmithError(f"Writing {target} failed: {error.strerror or error}.") from error
+
+
+def import_version(path: Path, model: str, *, base: str | None = None) -> Version:
+    """Register what stands at `path` as the next version of `model`; importing the same thing again changes nothing.
+
+    An exported bundle (it has version.json) keeps its evaluation, gate decision and profile; its base must resolve to
+    the very digests it was made on. A PEFT adapter (adapter_config.json and adapter_model.safetensors) has neither;
+    its base is the one its config names, or `base`.
+
+    Raises NotFound, UsageError, and Refused for pickles, code, links, tensors that are not finite, an adapter that
+    is not a plain LoRA, or another base.
+    """
+    check_model_name(model)
+    if not path.is_dir():
+        raise NotFound(f"There is no folder {path}.", hint="Name the adapter's, or an exported bundle's, folder.")
+    if (path / bundle.MANIFEST).is_file():
+        digest = _keep_bundle(path, model)
+    elif (path / "adapter_config.json").is_file():
+        digest = _keep_adapter(path, model, base)
+    else:
+        raise UsageError(
+            f"{path} has neither {bundle.MANIFEST} nor adapter_config.json.",
+            hint="Give an exported bundle, or a PEFT adapter's folder.",
+        )
+    return versions.register(digest, run_id=uuid.uuid5(_NAMESPACE, f"{model} {digest}"))
+
+
+def _keep_bundle(path: Path, model: str) -> str:
+    from registry import bases
+
+    bundle.check_files(path)
+    manifest = bundle.verify(path, storage.file_digest(path / bundle.MANIFEST))
+    here = (
+        bases.load(manifest.base.digest)
+        if storage.has("base", manifest.base.digest)
+        else bases.resolve(manifest.base.id, manifest.base.revision)
+    )
+    for what in ("digest", "tokenizer_digest", "template_digest"):
+        wanted, found = getattr(manifest.base, what), getattr(here, what)
+        if wanted != found:
+            raise Refused(
+                f"The bundle in {path} was made on {manifest.base.id} with {what} {wanted}; here it is {found}.",
+                hint="Bring the same base here, for example by importing where it can be resolved.",
+            )
+    with storage.scratch("bundle") as folder:
+        for name in manifest.files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path / name, folder / name)
+        digest = bundle.write(folder, manifest.model_copy(update={"model": model}))
+        bundle.verify(folder, digest)
+        storage.keep("bundle", digest, folder)
+    return digest
+
+
+def _keep_adapter(path: Path, model: str, base: str | None) -> str:
+    from registry import bases
+    from registry.profile import build
+
+    for found in sorted(path.rglob("*")):
+        if found.is_symlink():
+            raise Refused(f"{found} is a link.", hint="Copy the adapter's files into a folder of their own.")
+        if found.suffix.lower() in _EXECUTABLE:
+            raise Refused(
+                f"{path} holds {found.relative_to(path).as_posix()!r}, which can execute code when it is loaded.",
+                hint="Save the adapter as safetensors, into a folder of its own.",
+            )
+    if not (path / "adapter_model.safetensors").is_file():
+        raise UsageError(f"{path} has no adapter_model.safetensors.", hint="Save the adapter as safetensors.")
+    config = _adapter_config(path / "adapter_config.json")
+    named = base or config.get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        raise UsageError(f"{path / 'adapter_config.json'} names no base.", hint="Name it with --base.")
+    revision = config.get("revision") if base is None else None
+    bundle.check_tensors(path / "adapter_model.safetensors", "adapter_model.safetensors")
+    draft = VersionDraft(
+        model=model,
+        method="imported",
+        base=bases.resolve(named, revision if isinstance(revision, str) and revision else "main"),
+        adapter=path,
+        params={key: config[key] for key in ("r", "lora_alpha", "lora_dropout", "use_rslora") if key in config},
+        profile=build([], []).to_json(),
+    )
+    return versions.seal(draft)
+
+
+def _adapter_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        found = config.get("peft_type") if isinstance(config, dict) else None
+        raise Refused(f"{path} is not a LoRA adapter's (peft_type is {found!r}).", hint="Only LoRA can be served.")
+    for field in ("auto_mapping", "modules_to_save"):
+        if config.get(field):
+            raise Refused(
+                f"{path} has {field}, which is not served.", hint="Only the low-rank matrices of a LoRA can be served."
+            )
+    return config

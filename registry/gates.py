@@ -1,0 +1,145 @@
+"""An evaluation and a policy give a decision: pass, fail, or underpowered, with a sentence for each gate. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from registry.statistics import Estimate, deviation_of, rows_needed
+
+Outcome = Literal["pass", "fail", "underpowered"]
+Must = Literal["not_worse", "better", "at_most", "at_least"]
+
+# A limit on time, rate or money is a limit on the figure itself; see `decide`.
+_OPERATIONAL = ("_ms", "_seconds", "_per_second", "_usd")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """One line of the policy. `margin` (not negative) and `value` are in the metric's own unit."""
+
+    metric: str
+    must: Must
+    against: Literal["champion", "base"] | None = None
+    margin: float = 0.0
+    value: float | None = None
+    slice: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """`gates` holds each gate with its own decision, reason and the estimate it was judged by."""
+
+    decision: Outcome
+    reasons: list[str]
+    gates: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def decide(
+    gates: Sequence[Gate], evaluation: Mapping[str, Any], *, on_underpowered: Literal["refuse", "ask"], first: bool
+) -> Decision:
+    """Judge an evaluation (the JSON of pipelines/evaluation) by a policy; one failed gate fails it all.
+
+    - ``not_worse`` looks at the paired difference, turned so that more is better: pass when the interval's bad end
+      lies above ``-margin``, fail when all of it lies at or under ``-margin``, else underpowered.
+    - ``better`` likewise with ``+margin`` (0 unless given): pass when the whole interval lies above it, fail when
+      all of it lies at or under it, else underpowered.
+    - ``at_most`` / ``at_least`` look at the candidate's own value: pass when the whole interval keeps the limit, fail
+      when none of it does, else underpowered. Time, rate and money (metrics that end in ``_ms``, ``_seconds``,
+      ``_per_second`` or ``_usd``) are judged by the estimate alone: their spread comes from the machine as much as
+      from the rows, and the interval of a 95th percentile has no upper end on fewer than 72 rows.
+    - Against the champion means against the base for a model's `first` version, and where no champion was measured
+      nothing can be compared: fail.
+    - A metric that was not measured fails. A slice in which there are no rows is said so and does not count.
+    - An empty policy passes.
+
+    With `on_underpowered` "ask", the reasons say that a person may decide; the decision is the same.
+    """
+    judged = [_judge(gate, evaluation, first) for gate in gates]
+    outcomes = {entry["decision"] for entry in judged}
+    decision: Outcome = "fail" if "fail" in outcomes else "underpowered" if "underpowered" in outcomes else "pass"
+    reasons = [str(entry["reason"]) for entry in judged]
+    if decision == "underpowered" and on_underpowered == "ask":
+        reasons.append("There are too few rows to decide: a person may, with `tunesmith promote --force`.")
+    return Decision(decision=decision, reasons=reasons, gates=judged)
+
+
+def _judge(gate: Gate, evaluation: Mapping[str, Any], first: bool) -> dict[str, Any]:
+    where = f" on {gate.slice}" if gate.slice else ""
+    name = f"{gate.metric}{where}"
+
+    def say(decision: Outcome, reason: str, estimate: Estimate | None = None) -> dict[str, Any]:
+        return {
+            **asdict(gate),
+            "decision": decision,
+            "reason": reason,
+            "estimate": estimate.to_json() if estimate else None,
+        }
+
+    part = evaluation["slices"].get(gate.slice) if gate.slice else evaluation["metrics"]
+    if part is None:
+        return say("pass", f"{name}: no rows, does not count")
+    measured = part.get(gate.metric)
+    if measured is None:
+        return say("fail", f"{name}: was not measured")
+    if gate.must in ("at_most", "at_least"):
+        return say(*_limit(gate, name, Estimate.from_json(measured["candidate"])))
+    against = "base" if gate.against is None or first else gate.against
+    compared = measured.get(f"vs_{against}")
+    if compared is None:
+        return say("fail", f"{name}: was not measured against the {against}")
+    estimate = Estimate.from_json(compared)
+    return say(*_difference(gate, f"{name} against {against}", estimate))
+
+
+def _difference(gate: Gate, name: str, estimate: Estimate) -> tuple[Outcome, str, Estimate]:
+    sign = 1.0 if estimate.higher_is_better else -1.0
+    ends = sorted((sign * estimate.low, sign * estimate.high))
+    threshold = gate.margin if gate.must == "better" else -gate.margin
+    words = gate.must.replace("_", " ") + (f" by more than {gate.margin:g}" if gate.margin else "")
+    text = f"{name}: {_show(estimate, signed=True)}, must be {words}"
+    if math.isnan(estimate.estimate):
+        return "underpowered", f"{text}: not a number", estimate
+    if ends[0] > threshold:
+        return "pass", text, estimate
+    if ends[1] <= threshold:
+        return "fail", text, estimate
+    # `not_worse`: rows that show an equal candidate; `better`: rows that show a gain of the size seen.
+    distance = gate.margin if gate.must == "not_worse" else sign * estimate.estimate - gate.margin
+    return "underpowered", f"{text}: too few rows, {_rows(estimate, distance)}", estimate
+
+
+def _limit(gate: Gate, name: str, estimate: Estimate) -> tuple[Outcome, str, Estimate]:
+    sign = 1.0 if gate.must == "at_least" else -1.0
+    limit = sign * (gate.value if gate.value is not None else math.nan)
+    text = f"{name}: {_show(estimate)}, must be {gate.must.replace('_', ' ')} {gate.value:g}"
+    value = sign * estimate.estimate
+    if math.isnan(value) or math.isnan(limit):
+        return "fail", f"{text}: not a number", estimate
+    if gate.metric.endswith(_OPERATIONAL):
+        return "pass" if value >= limit else "fail", text, estimate
+    ends = sorted((sign * estimate.low, sign * estimate.high))
+    if ends[0] >= limit:
+        return "pass", text, estimate
+    if ends[1] < limit:
+        return "fail", text, estimate
+    return "underpowered", f"{text}: too few rows, {_rows(estimate, value - limit)}", estimate
+
+
+def _rows(estimate: Estimate, distance: float) -> str:
+    deviation = deviation_of(estimate) if math.isfinite(estimate.high - estimate.low) else math.nan
+    if not distance > 0 or not math.isfinite(deviation) or estimate.n < 2:
+        return f"{estimate.n} of them cannot tell"
+    needed = max(rows_needed(deviation, distance, level=estimate.level), estimate.n + 1)
+    return f"about {needed} would do (80 % power), there are {estimate.n}"
+
+
+def _show(estimate: Estimate, *, signed: bool = False) -> str:
+    form = "+.4g" if signed else ".4g"
+    low, high = (format(end, form) if math.isfinite(end) else "unknown" for end in (estimate.low, estimate.high))
+    return f"{estimate.estimate:{form}} [{low}, {high}] on {estimate.n} rows"

@@ -1,0 +1,442 @@
+"""The only file that knows MLflow: runs, curves, versions, and the aliases that follow our deployments.
+
+MLflow is a projection that people browse; nothing that serves depends on it. Its loaders execute code, so nothing
+is ever loaded through them. Aliases go over plain REST, since whoever delivers them (the watcher) should not pay for
+MLflow's client.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+
+from infra.db import Connection, load_queries, one
+from infra.errors import NotFound, TunesmithError, Unreachable
+from infra.settings import get_settings
+from registry.names import check_model_name
+
+if TYPE_CHECKING:
+    import httpx
+    from mlflow import MlflowClient
+
+SQL = load_queries(Path(__file__).with_suffix(".sql"))
+log = logging.getLogger(__name__)
+
+_ENVIRONMENT = {  # read by MLflow's client at import or at each call; what the user set stays
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4",  # about 8 seconds: a server that restarts, not one that is down
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
+}
+_BATCH = 1000  # MLflow's limit of metrics in one log_batch
+_PARAMS = 100  # and of params
+_TEXT = 5000  # MLflow keeps 6000 characters of a param, 5000 of a tag
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registered:
+    """A version as MLflow has it: its number and the logged model that holds the files."""
+
+    number: int
+    model_id: str
+
+
+def experiment_of(model: str) -> str:
+    """The name of a model's experiment."""
+    return f"tunesmith/{check_model_name(model)}"
+
+
+def start_run(
+    experiment: str,
+    name: str,
+    *,
+    parent: str | None = None,
+    tags: Mapping[str, str] | None = None,
+    params: Mapping[str, Any] | None = None,
+    key: str | None = None,
+) -> str:
+    """Begin a run (nested under `parent`) and return its id; the experiment is made when missing.
+
+    With a `key`, a run of the experiment that was begun with the same one is resumed instead (idempotent).
+    Raises Unreachable, as every function here, when MLflow does not answer.
+    """
+    with _answers():
+        client = _client()
+        number = _experiment(client, experiment)
+        if key is not None:
+            found = client.search_runs([number], f"tags.`tunesmith.key` = '{_quoted(key)}'", max_results=1)
+            if found:
+                run_id = str(found[0].info.run_id)
+                client.update_run(run_id, status="RUNNING")
+                return run_id
+        all_tags = {"mlflow.source.name": "tunesmith", "mlflow.source.type": "JOB", **(tags or {})}
+        if parent is not None:
+            all_tags["mlflow.parentRunId"] = parent
+        if key is not None:
+            all_tags["tunesmith.key"] = key
+        run = client.create_run(number, tags=_texts(all_tags), run_name=name)
+        run_id = str(run.info.run_id)
+    log_params(run_id, params or {})
+    return run_id
+
+
+def log_points(run_id: str, points: Iterable[tuple[str, float, int]], *, at_ms: int | None = None) -> None:
+    """Log (key, value, step) points, a thousand a call. Points that are not finite are dropped, with a warning.
+
+    Sending a point again with the same `at_ms` (Unix milliseconds; now, if not given) adds nothing.
+    """
+    from_now = int(time.time() * 1000) if at_ms is None else at_ms
+    points = list(points)
+    finite = [point for point in points if math.isfinite(point[1])]
+    if len(finite) < len(points):
+        log.warning("%d points of run %s are not finite and were not logged", len(points) - len(finite), run_id)
+    if not finite:
+        return
+    with _answers():
+        from mlflow.entities import Metric
+
+        client = _client()
+        for start in range(0, len(finite), _BATCH):
+            part = finite[start : start + _BATCH]
+            client.log_batch(run_id, metrics=[Metric(key, float(value), from_now, step) for key, value, step in part])
+
+
+def log_params(run_id: str, params: Mapping[str, Any]) -> None:
+    """Log params, cut to MLflow's length; the same values again are harmless."""
+    with _answers():
+        from mlflow.entities import Param
+
+        items = [Param(key, value) for key, value in _texts(params).items()]
+        for start in range(0, len(items), _PARAMS):
+            _client().log_batch(run_id, params=items[start : start + _PARAMS])
+
+
+def set_tags(run_id: str, tags: Mapping[str, Any]) -> None:
+    """Set tags of a run; the last write wins."""
+    with _answers():
+        from mlflow.entities import RunTag
+
+        _client().log_batch(run_id, tags=[RunTag(key, value) for key, value in _texts(tags).items()])
+
+
+def log_file(run_id: str, path: Path, artifact_path: str | None = None) -> None:
+    """Upload one file under its own name; an HTML file is shown by MLflow's page."""
+    with _answers():
+        _client().log_artifact(run_id, str(path), artifact_path)
+
+
+def log_folder(run_id: str, path: Path, artifact_path: str | None = None) -> None:
+    """Upload all files below a folder."""
+    with _answers():
+        _client().log_artifacts(run_id, str(path), artifact_path)
+
+
+def end_run(run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
+    """Say that a run is over; saying it again is harmless."""
+    with _answers():
+        _client().set_terminated(run_id, status)
+
+
+def register_version(
+    model: str,
+    *,
+    run_id: str,
+    folder: Path,
+    bundle_digest: str,
+    key: str,
+    metrics: Mapping[str, float],
+    tags: Mapping[str, Any],
+    params: Mapping[str, Any],
+    card: str,
+) -> Registered:
+    """Register a sealed bundle as the model's next version, with its files, headline metrics and lineage tags.
+
+    Idempotent by `key` (the pipeline run): a version that an interrupted attempt registered with the same bundle is
+    returned, one with another bundle is replaced, which leaves a gap in the numbers. An upload that breaks leaves a
+    logged model that is never READY, and no version.
+    """
+    check_model_name(model)
+    with _answers():
+        from mlflow.entities import LoggedModelOutput, Metric
+
+        client = _client()
+        _registered_model(client, model)
+        for found in client.search_model_versions(f"name = '{model}' and tag.`tunesmith.run` = '{_quoted(key)}'"):
+            if found.tags.get("tunesmith.bundle") == bundle_digest:
+                return Registered(number=int(found.version), model_id=str(found.model_id))
+            log.warning("version %s:%s of an interrupted attempt is replaced in MLflow", model, found.version)
+            client.delete_model_version(model, str(found.version))
+        all_tags = _texts({"tunesmith.run": key, "tunesmith.bundle": bundle_digest, **tags})
+        logged = client.create_logged_model(
+            client.get_run(run_id).info.experiment_id,
+            name=model,
+            source_run_id=run_id,
+            params=_texts(params),
+            tags=all_tags,
+            model_type="lora-adapter",
+        )
+        try:
+            client.log_model_artifacts(logged.model_id, str(folder))
+        except BaseException:
+            client.finalize_logged_model(logged.model_id, "FAILED")
+            raise
+        client.finalize_logged_model(logged.model_id, "READY")
+        now = int(time.time() * 1000)
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        if finite:
+            client.log_batch(
+                run_id, metrics=[Metric(f"test/{k}", v, now, 0, model_id=logged.model_id) for k, v in finite.items()]
+            )
+        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+        # The version's own metrics stay empty in MLflow, so the headline ones are tags too.
+        shown = {f"metric.{name}": f"{value:.6g}" for name, value in finite.items()}
+        made = client.create_model_version(
+            model,
+            f"models:/{logged.model_id}",
+            run_id=run_id,
+            model_id=logged.model_id,
+            tags={**all_tags, **shown},
+            description=_without_front_matter(card)[:_TEXT],
+            await_creation_for=None,
+        )
+        return Registered(number=int(made.version), model_id=str(logged.model_id))
+
+
+def _without_front_matter(card: str) -> str:
+    """A card's prose: its YAML head is for model hubs, and MLflow's page would show it as a heap of lists."""
+    return card.split("\n---\n", 1)[-1].lstrip() if card.startswith("---\n") else card
+
+
+def download_version(model: str, number: int, folder: Path) -> Path:
+    """A copy of what MLflow holds as that version, without loading any of it. Raises NotFound when it was deleted."""
+    check_model_name(model)
+    with _answers():
+        import mlflow
+        from mlflow.artifacts import download_artifacts
+
+        url = _url()
+        mlflow.set_tracking_uri(url)  # a logged model's address is resolved by this one, whatever is passed
+        found = _client().get_model_version(model, str(number))
+        source = f"models:/{found.model_id}" if found.model_id else found.source
+        return Path(download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=url))
+
+
+def run_url(run_id: str) -> str:
+    """The address of a run's page."""
+    with _rest() as rest:
+        info = _call(rest, "GET", "runs/get", {"run_id": run_id})["run"]["info"]
+        return f"{_url()}/#/experiments/{info['experiment_id']}/runs/{run_id}"
+
+
+def version_url(model: str, number: int) -> str:
+    """The address of a version's page."""
+    return f"{_url()}/#/models/{check_model_name(model)}/versions/{number}"
+
+
+def deliver(conn: Connection, limit: int = 20) -> int:
+    """Set the aliases ``@champion`` and ``@challenger`` of models whose deployment changed; returns how many.
+
+    What is written is what the deployment row says now, under a lock per model, so neither order nor repetition
+    matters. What fails stays in the outbox and is tried again after 1, 2, 4 ... 300 seconds; nothing is raised for it.
+    A version that somebody deleted in MLflow cannot be aliased: it is logged, and goes on serving from our own store.
+    """
+    delivered = 0
+    for row in conn.execute(SQL["open_models"], {"limit": limit}).fetchall():
+        model = str(row["model"])
+        if not one(conn, SQL["lock_model"], {"model": model})["locked"]:
+            continue  # another process is at it
+        newest = one(conn, SQL["newest"], {"model": model})["id"]
+        if newest is None:
+            continue  # another process did it
+        slots = one(conn, SQL["slots"], {"model": model})  # read after `newest`: at least as new as all these rows
+        try:
+            gone = set_aliases(model, {"champion": slots["champion"], "challenger": slots["challenger"]})
+        except TunesmithError as error:
+            seconds = min(300.0, 2.0 ** min(row["attempts"], 9))
+            log.warning("aliases of %s wait %.0f s: %s", model, seconds, error)
+            conn.execute(
+                SQL["postpone"], {"model": model, "newest": newest, "error": str(error)[:1000], "seconds": seconds}
+            )
+            continue
+        for number in gone:
+            log.warning("%s:%d serves, but was deleted in MLflow; it goes on serving from the store", model, number)
+        error_text = f"not in MLflow any more: {gone}" if gone else None
+        conn.execute(SQL["done"], {"model": model, "newest": newest, "error": error_text})
+        delivered += 1
+    return delivered
+
+
+def reconcile(conn: Connection) -> None:
+    """Have `deliver` set all aliases again, for when a hand moved them in MLflow's page."""
+    conn.execute(SQL["enqueue_all"])
+
+
+def set_aliases(model: str, wanted: Mapping[str, int | None]) -> list[int]:
+    """Make a registered model's aliases point where `wanted` says, None meaning nowhere; others are left alone.
+
+    Returns the numbers that MLflow does not have. Raises Unreachable or TunesmithError.
+    """
+    check_model_name(model)
+    gone = []
+    with _rest() as rest:
+        try:
+            found = _call(rest, "GET", "registered-models/get", {"name": model})["registered_model"]
+        except NotFound:
+            return [number for number in wanted.values() if number is not None]
+        there = {entry["alias"]: str(entry["version"]) for entry in found.get("aliases", [])}
+        for alias, number in wanted.items():
+            if number is None and alias in there:
+                _call(rest, "DELETE", "registered-models/alias", {"name": model, "alias": alias})
+            elif number is not None and there.get(alias) != str(number):
+                body = {"name": model, "alias": alias, "version": str(number)}
+                try:
+                    _call(rest, "POST", "registered-models/alias", body)
+                except NotFound:
+                    gone.append(number)
+                    if alias in there:  # rather no alias than one that names what does not serve
+                        _call(rest, "DELETE", "registered-models/alias", {"name": model, "alias": alias})
+            elif number is not None and not _exists(rest, model, number):
+                gone.append(number)
+    return gone
+
+
+def _exists(rest: httpx.Client, model: str, number: int) -> bool:
+    try:
+        _call(rest, "GET", "model-versions/get", {"name": model, "version": str(number)})
+    except NotFound:
+        return False
+    return True
+
+
+def _url() -> str:
+    return get_settings().need("mlflow_url").rstrip("/")
+
+
+def _on_loopback(url: str) -> bool:
+    return (urlsplit(url).hostname or "") in ("127.0.0.1", "localhost", "::1")
+
+
+def _client() -> MlflowClient:
+    return _client_of(_url())
+
+
+@lru_cache(maxsize=4)
+def _client_of(url: str) -> MlflowClient:
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if _on_loopback(url):  # MLflow's client reads proxies from the environment, for loopback too
+        for name in ("NO_PROXY", "no_proxy"):
+            os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=url, registry_uri=url)
+
+
+@contextmanager
+def _answers() -> Iterator[None]:
+    """Turn what MLflow's client raises into our errors."""
+    _client()  # sets the environment before anything of MLflow is imported
+    import requests
+    from mlflow.exceptions import MlflowException, RestException
+
+    try:
+        yield
+    except RestException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            raise NotFound(f"MLflow has no such thing: {_line(error)}") from error
+        raise TunesmithError(f"MLflow refused: {_line(error)}", hint="See its log in the stack's logs.") from error
+    except (MlflowException, requests.RequestException) as error:
+        cause = error.__cause__ or error.__context__ or error
+        if isinstance(cause, requests.RequestException) or "API request to" in str(error):
+            raise _unreachable(error) from error
+        raise TunesmithError(f"MLflow failed: {_line(error)}") from error
+
+
+@contextmanager
+def _rest() -> Iterator[httpx.Client]:
+    import httpx
+
+    url = _url()
+    with httpx.Client(base_url=f"{url}/api/2.0/mlflow/", timeout=10, trust_env=not _on_loopback(url)) as rest:
+        yield rest
+
+
+def _call(rest: httpx.Client, method: str, path: str, body: Mapping[str, str]) -> dict[str, Any]:
+    """One REST call, tried three times when the connection breaks; all calls made here may be repeated."""
+    import httpx
+
+    for attempt in range(3):
+        try:
+            if method == "GET":
+                answer = rest.get(path, params=dict(body))
+            else:
+                answer = rest.request(method, path, json=dict(body))
+        except httpx.TransportError as error:
+            if attempt == 2:
+                raise _unreachable(error) from error
+            time.sleep(0.2 * 2**attempt)
+            continue
+        if answer.status_code == 404 or "RESOURCE_DOES_NOT_EXIST" in answer.text[:200]:
+            raise NotFound(f"MLflow has no such thing: {answer.text[:300]}")
+        if answer.status_code >= 500:
+            raise Unreachable(f"MLflow answered {answer.status_code} to {path}.", hint="See `tunesmith status`.")
+        if answer.status_code >= 400:
+            raise TunesmithError(f"MLflow refused {path}: {answer.text[:300]}")
+        result: dict[str, Any] = answer.json() if answer.content else {}
+        return result
+    raise AssertionError("the loop returns or raises")
+
+
+def _unreachable(error: BaseException) -> Unreachable:
+    return Unreachable(f"MLflow does not answer at {_url()} ({type(error).__name__}).", hint="See `tunesmith status`.")
+
+
+def _experiment(client: MlflowClient, name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name))
+        except MlflowException:  # another process was first; any other trouble shows in the next line
+            found = client.get_experiment_by_name(name)
+    if found is None:
+        raise TunesmithError(f"MLflow neither has nor makes the experiment {name}.")
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    return str(found.experiment_id)
+
+
+def _registered_model(client: MlflowClient, model: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(model)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _texts(values: Mapping[str, Any]) -> dict[str, str]:
+    return {str(key): str(value)[:_TEXT] for key, value in values.items() if value is not None}
+
+
+def _quoted(text: str) -> str:
+    if "'" in text or "\\" in text:
+        raise TunesmithError(f"A key has no quotes: {text!r}.")
+    return text
+
+
+def _line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:300]

@@ -1,0 +1,58 @@
+"""What a request costs, by tokens or by the machine's time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from infra.errors import UsageError
+
+Usd = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class TokenPrice(BaseModel):
+    """A hosted model's price list."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    per_1k_prompt_tokens_usd: Usd
+    per_1k_completion_tokens_usd: Usd
+
+    def cost_usd(self, prompt_tokens: int, completion_tokens: int, engine_seconds: float) -> float:
+        return (
+            prompt_tokens * self.per_1k_prompt_tokens_usd + completion_tokens * self.per_1k_completion_tokens_usd
+        ) / 1000
+
+
+class MachinePrice(BaseModel):
+    """One's own machine, paid by the hour; a request costs its share of the engine's busy time."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    per_machine_hour_usd: Usd
+
+    def cost_usd(self, prompt_tokens: int, completion_tokens: int, engine_seconds: float) -> float:
+        return engine_seconds / 3600 * self.per_machine_hour_usd
+
+
+Price = TokenPrice | MachinePrice
+_PRICE: TypeAdapter[Price] = TypeAdapter(Price)
+
+
+def parse_price(price: Mapping[str, Any]) -> Price:
+    """The `price` of a model's settings. Raises UsageError that says which two forms there are."""
+    try:
+        return _PRICE.validate_python(dict(price))
+    except ValidationError as error:
+        raise UsageError(
+            "A price has the key per_machine_hour_usd, or the two keys per_1k_prompt_tokens_usd and "
+            "per_1k_completion_tokens_usd, each a number of US dollars that is not negative.",
+        ) from error
+
+
+def cost_usd(
+    prompt_tokens: int, completion_tokens: int, engine_seconds: float, price: Price | Mapping[str, Any]
+) -> float:
+    """US dollars of one request (or of sums over many: the cost is linear)."""
+    known = parse_price(price) if isinstance(price, Mapping) else price
+    return known.cost_usd(prompt_tokens, completion_tokens, engine_seconds)

@@ -1,0 +1,163 @@
+"""Studies and their rung jobs: what a search has begun, who works on it, what came out.
+
+A rung job is one trial trained up to one number of steps. Workers claim jobs under a lease on the database's
+clock; each claim raises the job's token, and every write names it, so that a worker that was taken for dead
+cannot overwrite its successor's result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from psycopg.types.json import Jsonb
+
+from infra.db import Connection, load_queries
+from infra.errors import Conflict, NotFound
+
+SQL = load_queries(Path(__file__).with_suffix(".sql"))
+LEASE_SECONDS = 30.0
+MOST_ATTEMPTS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A row of `rung_job`. `value` is the validation loss at `steps` steps, `curve` [[step, training loss], ...]."""
+
+    study: str
+    trial: int
+    rung: int
+    trial_id: int
+    params: dict[str, Any]
+    steps: int
+    state: str
+    token: int
+    attempts: int
+    worker: str | None
+    value: float | None
+    curve: list[list[float]] | None
+    checkpoint: str | None
+    tokens: int | None
+    seconds: float | None
+    error: str | None
+    updated_at: datetime
+
+
+def create(conn: Connection, name: str, model: str, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Begin a study, or find the one of this name; returns its row, whose `spec` is the one that holds."""
+    conn.execute(SQL["create"], {"name": name, "model": model, "spec": Jsonb(dict(spec))})
+    return get(conn, name)
+
+
+def get(conn: Connection, name: str) -> dict[str, Any]:
+    """A study's row. Raises NotFound."""
+    row = conn.execute(SQL["get"], {"name": name}).fetchone()
+    if row is None:
+        raise NotFound(f"There is no study {name}.", hint="See `tunesmith study list`.")
+    return dict(row)
+
+
+def list_studies(conn: Connection) -> list[dict[str, Any]]:
+    """All studies, newest first, with counts of trials and of rungs done and open."""
+    return list(conn.execute(SQL["list"]))
+
+
+def end(conn: Connection, name: str, *, state: str, stopped_by: str | None, best: Mapping[str, Any] | None) -> None:
+    """Say how a study ended; saying it again is harmless."""
+    values = {"name": name, "state": state, "stopped_by": stopped_by, "best": Jsonb(dict(best)) if best else None}
+    conn.execute(SQL["end"], values)
+
+
+def stop(conn: Connection, name: str) -> None:
+    """Have a running study end with what it has: workers finish their rung and claim no other. Raises NotFound,
+    Conflict when it is not running."""
+    row = get(conn, name)
+    if conn.execute(SQL["set_state"], {"name": name, "state": "stopped", "from": ["running"]}).fetchone() is None:
+        raise Conflict(f"The study {name} is {row['state']} already.")
+
+
+def resume(conn: Connection, name: str) -> None:
+    """Let a stopped or failed study go on, and forget how it ended; the run that owns it does the rest.
+
+    Raises NotFound, Conflict when it is neither, or when its run has completed without it.
+    """
+    row = get(conn, name)
+    values = {"name": name, "state": "running", "from": ["stopped", "failed"]}
+    if conn.execute(SQL["set_state"], values).fetchone() is None:
+        raise Conflict(f"The study {name} is {row['state']}, and no run is left to go on with it.")
+
+
+def jobs(conn: Connection, study: str) -> list[Job]:
+    """All jobs of a study, by trial and rung."""
+    return [_job(row) for row in conn.execute(SQL["jobs"], {"study": study})]
+
+
+def add_job(
+    conn: Connection, study: str, *, trial: int, rung: int, trial_id: int, params: Mapping[str, Any], steps: int,
+    checkpoint: str | None,
+) -> None:  # fmt: skip
+    """Put a rung up for work, to go on from a checkpoint; no-op when it is there."""
+    values = {"study": study, "trial": trial, "rung": rung, "trial_id": trial_id, "steps": steps}
+    conn.execute(SQL["add_job"], values | {"params": Jsonb(dict(params)), "checkpoint": checkpoint})
+
+
+def claim(conn: Connection, study: str, worker: str, *, seconds: float = LEASE_SECONDS) -> Job | None:
+    """Take a waiting job, higher rungs first. None when there is none, or the study does not run."""
+    values = {"study": study, "worker": worker, "seconds": seconds}
+    row = conn.execute(SQL["claim"], values).fetchone()
+    return _job(row) if row else None
+
+
+def renew(conn: Connection, job: Job, *, seconds: float = LEASE_SECONDS) -> None:
+    """Hold on to a job, also to one whose lease ran out unnoticed. Raises Conflict when it was taken away."""
+    _held(conn.execute(SQL["renew"], _key(job) | {"seconds": seconds}).fetchone(), job)
+
+
+def finish(
+    conn: Connection, job: Job, *, value: float, curve: Sequence[Sequence[float]], checkpoint: str, tokens: int,
+    seconds: float,
+) -> None:  # fmt: skip
+    """A rung's result. Raises Conflict when the job went to another worker; nothing is then written."""
+    values = {"value": value, "curve": Jsonb([list(p) for p in curve]), "checkpoint": checkpoint}
+    row = conn.execute(SQL["finish"], _key(job) | values | {"tokens": tokens, "seconds": seconds}).fetchone()
+    _held(row, job)
+
+
+def fail(conn: Connection, job: Job, error: str) -> None:
+    """A rung that cannot succeed, with its cause. Raises Conflict when the job went to another worker."""
+    _held(conn.execute(SQL["fail"], _key(job) | {"error": error}).fetchone(), job)
+
+
+def bury(conn: Connection, study: str, worker: str) -> None:
+    """The worker is known to be dead: its leases end now. `reap` says what becomes of its jobs."""
+    conn.execute(SQL["bury"], {"study": study, "worker": worker})
+
+
+def give_back(conn: Connection, study: str, worker: str) -> None:
+    """The worker was ended on purpose: its jobs wait again, and the attempt does not count against them."""
+    conn.execute(SQL["give_back"], {"study": study, "worker": worker})
+
+
+def reap(conn: Connection, study: str) -> None:
+    """Jobs whose lease ran out wait again, from their last checkpoint, or fail after the attempts that are allowed.
+
+    For the coordinator alone: workers never take from each other. After an outage of the database, in which nobody
+    could renew, it must wait for the length of a lease first.
+    """
+    conn.execute(SQL["reap"], {"study": study, "attempts": MOST_ATTEMPTS})
+
+
+def _key(job: Job) -> dict[str, Any]:
+    return {"study": job.study, "trial": job.trial, "rung": job.rung, "token": job.token}
+
+
+def _held(row: Any, job: Job) -> None:
+    if row is None:
+        raise Conflict(f"Rung {job.rung} of trial {job.trial} of {job.study} went to another worker.")
+
+
+def _job(row: Mapping[str, Any]) -> Job:
+    return Job(**{name: row[name] for name in Job.__dataclass_fields__})

@@ -1,0 +1,68 @@
+-- name: create
+insert into study (name, model, spec) values (%(name)s, %(model)s, %(spec)s) on conflict do nothing
+
+-- name: get
+select * from study where name = %(name)s
+
+-- name: list
+select s.*, count(j.*) filter (where j.rung = 0) as trials, count(j.*) filter (where j.state = 'done') as rungs_done,
+    count(j.*) filter (where j.state in ('waiting', 'running')) as rungs_open
+from study s left join rung_job j on j.study = s.name
+group by s.name order by s.created_at desc
+
+-- name: end
+update study set state = %(state)s, stopped_by = %(stopped_by)s, best = %(best)s, updated_at = now()
+where name = %(name)s
+
+-- name: set_state
+update study set state = %(state)s, stopped_by = null, best = null, updated_at = now()
+where name = %(name)s and state = any(%(from)s)
+  and not exists (select from run where run.study = study.name and run.state = 'completed')
+returning name
+
+-- name: jobs
+select * from rung_job where study = %(study)s order by trial, rung
+
+-- name: add_job
+insert into rung_job (study, trial, rung, trial_id, params, steps, checkpoint)
+values (%(study)s, %(trial)s, %(rung)s, %(trial_id)s, %(params)s, %(steps)s, %(checkpoint)s)
+on conflict do nothing
+
+-- name: claim
+update rung_job set state = 'running', token = token + 1, attempts = attempts + 1, worker = %(worker)s,
+    lease_until = now() + make_interval(secs => %(seconds)s), updated_at = now()
+where (study, trial, rung) = (
+    select j.study, j.trial, j.rung from rung_job j join study s on s.name = j.study
+    where j.study = %(study)s and s.state = 'running' and j.state = 'waiting'
+    order by j.rung desc, j.trial limit 1 for update of j skip locked)
+returning *
+
+-- name: renew
+update rung_job set lease_until = now() + make_interval(secs => %(seconds)s)
+where study = %(study)s and trial = %(trial)s and rung = %(rung)s and token = %(token)s and state = 'running'
+returning token
+
+-- name: finish
+update rung_job set state = 'done', value = %(value)s, curve = %(curve)s, checkpoint = %(checkpoint)s,
+    tokens = %(tokens)s, seconds = %(seconds)s, lease_until = null, error = null, updated_at = now()
+where study = %(study)s and trial = %(trial)s and rung = %(rung)s and token = %(token)s and state = 'running'
+returning token
+
+-- name: fail
+update rung_job set state = 'failed', error = %(error)s, lease_until = null, updated_at = now()
+where study = %(study)s and trial = %(trial)s and rung = %(rung)s and token = %(token)s and state = 'running'
+returning token
+
+-- name: bury
+update rung_job set lease_until = '-infinity' where study = %(study)s and worker = %(worker)s and state = 'running'
+
+-- name: give_back
+update rung_job set state = 'waiting', attempts = attempts - 1, lease_until = null, updated_at = now()
+where study = %(study)s and worker = %(worker)s and state = 'running'
+
+-- name: reap
+update rung_job set lease_until = null, updated_at = now(),
+    state = case when attempts < %(attempts)s then 'waiting' else 'failed' end,
+    error = case when attempts < %(attempts)s then error
+                 else 'its worker died ' || attempts || ' times, last ' || worker end
+where study = %(study)s and state = 'running' and lease_until < now()

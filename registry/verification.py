@@ -1,0 +1,92 @@
+"""Is a version still exactly what was judged? Its files, its evidence, MLflow's copy, its base, and the ledger."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from infra import storage
+from infra.db import transaction
+from infra.errors import NotFound, TunesmithError, Unreachable
+from registry import bundle, deployments, mlflow, versions
+from registry.versions import Version
+
+State = Literal["ok", "failed", "unreachable", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One thing that was looked at; `none`: the version has no such thing."""
+
+    name: str
+    state: State
+    detail: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def verify_version(model: str, number: int) -> list[Check]:
+    """Look at all a version stands on; a failed check does not keep the others from being made.
+
+    Raises NotFound for no such version, Unreachable without the database.
+    """
+    with transaction() as conn:
+        version = versions.get(conn, model, number)
+        problems = deployments.verify_chain(conn, model)
+        length = deployments.read(conn, model).generation
+        evidence = _check("evidence", lambda: _evidence(version, lambda digest: versions.evidence(conn, digest)))
+    whole = f"{length} entries, chained"
+    return [
+        _check("bundle", lambda: _bundle(version)),
+        evidence,
+        _check("mlflow", lambda: _mlflow(version)),
+        _check("base", lambda: _stored("base", version.base_digest)),
+        _check("dataset", lambda: _stored("dataset", version.dataset_digest)),
+        Check(name="ledger", state="failed" if problems else "ok", detail=" ".join(problems) or whole),
+    ]
+
+
+def _check(name: str, look: Callable[[], str | None]) -> Check:
+    try:
+        detail = look()
+    except Unreachable as error:
+        return Check(name=name, state="unreachable", detail=error.message)
+    except TunesmithError as error:
+        return Check(name=name, state="failed", detail=error.message)
+    return Check(name=name, state="none" if detail is None else "ok", detail=detail or "")
+
+
+def _bundle(version: Version) -> str:
+    manifest = bundle.verify(version.folder(), version.bundle_digest)
+    if manifest.model_dump(mode="json") != version.manifest:
+        raise TunesmithError("The manifest in the database is not the bundle's.")
+    return f"{len(manifest.files) + 1} files, {version.bundle_digest}"
+
+
+def _evidence(version: Version, read: Callable[[str], dict[str, Any] | None]) -> str | None:
+    digests = [digest for digest in (version.evaluation, version.gate) if digest is not None]
+    for digest in digests:
+        if storage.text_digest(bundle.canonical_json(read(digest))) != digest:
+            raise TunesmithError(f"The evidence {digest} was changed after it was written.")
+    return f"{len(digests)} kept" if digests else None
+
+
+def _mlflow(version: Version) -> str:
+    with tempfile.TemporaryDirectory(prefix="tunesmith-verify-") as scratch:
+        try:
+            copy = mlflow.download_version(version.model, version.number, Path(scratch))
+        except NotFound as error:
+            raise TunesmithError(f"{version.name} was deleted in MLflow; it is still served from the store.") from error
+        bundle.verify(copy, version.bundle_digest)
+    return f"the same files, model {version.mlflow_model_id}"
+
+
+def _stored(kind: Literal["base", "dataset"], digest: str | None) -> str | None:
+    if digest is None:
+        return None
+    storage.get(kind, digest)
+    return digest

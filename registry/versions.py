@@ -1,0 +1,345 @@
+"""Versions: immutable bundles of a model, numbered by MLflow's registry, kept by digest in our own store."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import subprocess
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from psycopg.types.json import Jsonb
+
+from infra import storage
+from infra.db import Connection, load_queries, transaction
+from infra.errors import NotFound, Refused, TunesmithError
+from registry import bundle, card, deployments, mlflow
+from registry.bundle import BaseIdentity, Generation, Manifest, Prompt, canonical_json
+from registry.gates import Decision
+from registry.names import MODEL_NAME, Ref, check_model_name, parse_ref, parse_version
+
+if TYPE_CHECKING:
+    from registry.bases import Base
+
+__all__ = ["MODEL_NAME", "Ref", "Version", "VersionDraft", "check_model_name", "parse_ref", "parse_version"]
+
+SQL = load_queries(Path(__file__).with_suffix(".sql"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VersionDraft:
+    """All that is sealed into a bundle. `adapter` is a folder with a plain PEFT adapter, or None for a prompt on the
+    base; `evaluation` and `profile` are JSON; `decision` is the gate's, None when none was asked."""
+
+    model: str
+    method: str
+    base: Base
+    adapter: Path | None
+    system: str | None = None
+    generation: Generation = field(default_factory=Generation)
+    dataset: str | None = None
+    study: str | None = None
+    trial: int | None = None
+    params: Mapping[str, Any] = field(default_factory=dict)
+    evaluation: Mapping[str, Any] | None = None
+    decision: Decision | None = None
+    profile: Mapping[str, Any] = field(default_factory=dict)
+    report_html: str | None = None
+    code_version: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version:
+    """A row of `version`. `evaluation` and `gate` are digests of evidence; `manifest` is version.json."""
+
+    model: str
+    number: int
+    created_at: datetime
+    bundle_digest: str
+    base_digest: str
+    dataset_digest: str | None
+    method: str
+    study: str | None
+    run_id: uuid.UUID | None
+    mlflow_run_id: str | None
+    mlflow_model_id: str | None
+    manifest: dict[str, Any]
+    metrics: dict[str, float | None]
+    evaluation: str | None
+    gate: str | None
+    profile: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}:{self.number}"
+
+    @property
+    def parsed(self) -> Manifest:
+        return Manifest.model_validate(self.manifest)
+
+    def folder(self) -> Path:
+        """The bundle in the artifact store, to be read only and not yet verified. Raises NotFound."""
+        return storage.get("bundle", self.bundle_digest)
+
+    def adapter(self) -> Path | None:
+        """The PEFT adapter's folder, or None for a version without one. Raises NotFound."""
+        return self.folder() / "adapter" if self.parsed.has_adapter else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """A version as lists show it. `base` is the base's id, `decision` the gate's, None when never judged."""
+
+    model: str
+    number: int
+    created_at: datetime
+    bundle_digest: str
+    base_digest: str
+    dataset_digest: str | None
+    method: str
+    study: str | None
+    base: str
+    metrics: dict[str, float | None]
+    decision: str | None
+
+
+def seal(draft: VersionDraft) -> str:
+    """Write a draft's bundle into the artifact store and return its digest, so that what will be registered is what
+    was judged. The same draft gives the same digest. Raises Refused for an adapter that may not be kept."""
+    check_model_name(draft.model)
+    with storage.scratch("bundle") as folder:
+        digest = bundle.write(folder, _fill(folder, draft))
+        bundle.verify(folder, digest)
+        storage.keep("bundle", digest, folder)
+    return digest
+
+
+def register(
+    digest: str,
+    *,
+    run_id: uuid.UUID,
+    mlflow_run_id: str | None = None,
+    guard: Callable[[Connection], None] | None = None,
+) -> Version:
+    """Make a sealed bundle of the artifact store a version: first in MLflow, with lineage, then our row.
+
+    Idempotent by `run_id`: the row of an earlier call is returned; after a crash between MLflow and our row, the
+    version that MLflow already has is taken up. `mlflow_run_id` is the run that made it; one is made when it is None.
+    `guard` is called in each transaction, to refuse a run that lost its lease.
+
+    Raises NotFound for no such bundle, Refused when it is not what was sealed, Unreachable without MLflow.
+    """
+    folder = storage.get("bundle", digest)
+    manifest = bundle.verify(folder, digest)
+    model = check_model_name(manifest.model)
+    with transaction() as conn:
+        if guard is not None:
+            guard(conn)
+        found = conn.execute(SQL["by_run"], {"model": model, "run_id": run_id}).fetchone()
+    if found is not None:
+        return Version(**found)
+    evaluation = _json(folder / "evaluation.json")
+    gate = evaluation.pop("gate", None) if evaluation else None
+    metrics = headline(evaluation)
+    run = mlflow_run_id or mlflow.start_run(
+        mlflow.experiment_of(model), f"{manifest.method} {str(run_id)[:8]}", key=str(run_id), params=manifest.params
+    )
+    registered = mlflow.register_version(
+        model,
+        run_id=run,
+        folder=folder,
+        bundle_digest=digest,
+        key=str(run_id),
+        metrics={name: value for name, value in metrics.items() if value is not None},
+        tags={
+            "tunesmith.base": f"{manifest.base.id}@{manifest.base.revision}",
+            "tunesmith.base_digest": manifest.base.digest,
+            "tunesmith.dataset": manifest.dataset,
+            "tunesmith.study": manifest.study,
+            "tunesmith.trial": manifest.trial,
+            "tunesmith.method": manifest.method,
+            "tunesmith.code_version": manifest.code_version,
+            "tunesmith.gate": gate["decision"] if gate else None,
+        },
+        params=manifest.params,
+        card=(folder / "README.md").read_text(encoding="utf-8") if "README.md" in manifest.files else "",
+    )
+    if "report.html" in manifest.files:
+        mlflow.log_file(run, folder / "report.html")
+    if mlflow_run_id is None:
+        mlflow.end_run(run)
+    with transaction() as conn:
+        if guard is not None:
+            guard(conn)
+        conn.execute(SQL["ensure_model"], {"model": model})
+        conn.execute(
+            SQL["insert"],
+            {
+                "model": model,
+                "number": registered.number,
+                "bundle_digest": digest,
+                "base_digest": manifest.base.digest,
+                "dataset_digest": manifest.dataset if _has_dataset(conn, manifest.dataset) else None,
+                "method": manifest.method,
+                "study": manifest.study,
+                "run_id": run_id,
+                "mlflow_run_id": run,
+                "mlflow_model_id": registered.model_id,
+                "manifest": Jsonb(manifest.model_dump(mode="json")),
+                "metrics": Jsonb(metrics),
+                "evaluation": keep_evidence(conn, "evaluation", evaluation) if evaluation else None,
+                "gate": keep_evidence(conn, "gate", gate) if gate else None,
+                "profile": Jsonb(_json(folder / "profile.json") or {}),
+            },
+        )
+        version = get(conn, model, registered.number)
+    if version.run_id != run_id:
+        raise TunesmithError(
+            f"MLflow gave {version.name} to a second registration: its registry was emptied or swapped.",
+            hint="Use the MLflow server that this home began with.",
+        )
+    return version
+
+
+def get(conn: Connection, model: str, number: int) -> Version:
+    """One version. Raises NotFound, UsageError for a name that cannot be one."""
+    check_model_name(model)
+    row = conn.execute(SQL["get"], {"model": model, "number": number}).fetchone()
+    if row is None:
+        raise NotFound(f"There is no version {model}:{number}.", hint=f"See `tunesmith versions {model}`.")
+    return Version(**row)
+
+
+def find(conn: Connection, ref: Ref) -> Version:
+    """The version a reference means now. Raises NotFound when there is none, or nothing holds the slot."""
+    if ref.number is not None:
+        return get(conn, ref.model, ref.number)
+    number: int | None = getattr(deployments.read(conn, ref.model), ref.slot)
+    if number is None:
+        raise NotFound(f"{ref.model} has no {ref.slot}.", hint=f"See `tunesmith versions {ref.model}`.")
+    return get(conn, ref.model, number)
+
+
+def list_versions(conn: Connection, model: str) -> list[Listed]:
+    """All versions of a model, oldest first. Raises NotFound for no such model."""
+    check_model_name(model)
+    if conn.execute(SQL["model_exists"], {"model": model}).fetchone() is None:
+        raise NotFound(f"There is no model {model}.", hint="See `tunesmith models`.")
+    return [Listed(**row) for row in conn.execute(SQL["list"], {"model": model})]
+
+
+def list_models(conn: Connection) -> list[dict[str, Any]]:
+    """All models, by name: model, created_at, generation, champion, challenger, challenger_share, shadow, versions."""
+    return list(conn.execute(SQL["models"]))
+
+
+def evidence(conn: Connection, digest: str | None) -> dict[str, Any] | None:
+    """The kept evaluation or gate decision of a digest; None for None. Raises NotFound."""
+    if digest is None:
+        return None
+    row = conn.execute(SQL["evidence"], {"digest": digest}).fetchone()
+    if row is None:
+        raise NotFound(f"There is no evidence {digest}.")
+    return dict(row["body"])
+
+
+def keep_evidence(conn: Connection, kind: str, body: Mapping[str, Any]) -> str:
+    """Keep evidence for ever and return its digest, which is that of its canonical JSON."""
+    import orjson
+
+    text = canonical_json(dict(body))
+    digest = storage.text_digest(text)
+    conn.execute(SQL["keep_evidence"], {"digest": digest, "kind": kind, "body": Jsonb(orjson.loads(text))})
+    return digest
+
+
+def headline(evaluation: Mapping[str, Any] | None) -> dict[str, float | None]:
+    """A version's headline numbers: the candidate's estimate of each metric."""
+    if evaluation is None:
+        return {}
+    return {
+        name: measured["candidate"]["estimate"]
+        for name, measured in evaluation["metrics"].items()
+        if measured.get("candidate") is not None
+    }
+
+
+@lru_cache(maxsize=1)
+def code_version() -> str:
+    """This program's version, with the commit when it runs from a checkout."""
+    version = importlib.metadata.version("tunesmith")
+    checkout = Path(__file__).parents[1]
+    if not (checkout / ".git").exists():  # installed: a repository further up would be somebody else's
+        return version
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"],
+            cwd=checkout,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return version
+    return f"{version}+g{done.stdout.strip()}"
+
+
+def _has_dataset(conn: Connection, digest: str | None) -> bool:
+    """A bundle from elsewhere names a data set that may not be here; its manifest goes on naming it."""
+    return conn.execute(SQL["dataset_exists"], {"digest": digest}).fetchone() is not None
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    import orjson
+
+    if not path.is_file():
+        return None
+    value = orjson.loads(path.read_bytes())
+    if not isinstance(value, dict):
+        raise Refused(f"{path.name} in {path.parent} is not a JSON object.")
+    return value
+
+
+def _fill(folder: Path, draft: VersionDraft) -> Manifest:
+    """Put all but version.json into the folder; what is written depends on the draft alone, not on time."""
+    base = BaseIdentity(
+        id=draft.base.id,
+        revision=draft.base.revision,
+        digest=draft.base.digest,
+        tokenizer_digest=draft.base.tokenizer_digest,
+        template_digest=draft.base.template_digest,
+        dtype=draft.base.dtype,
+    )
+    manifest = Manifest(
+        model=draft.model,
+        method=draft.method,
+        base=base,
+        prompt=Prompt(system=draft.system),
+        generation=draft.generation,
+        dataset=draft.dataset,
+        study=draft.study,
+        trial=draft.trial,
+        params=dict(draft.params),
+        code_version=draft.code_version or code_version(),
+    )
+    if draft.adapter is not None:
+        (folder / "adapter").mkdir()
+        for name in (bundle.ADAPTER_CONFIG, bundle.ADAPTER_WEIGHTS):
+            source = draft.adapter / Path(name).name
+            if source.is_symlink() or not source.is_file():
+                raise Refused(f"The adapter in {draft.adapter} has no plain file {source.name}.")
+            shutil.copyfile(source, folder / name)
+    (folder / "profile.json").write_text(canonical_json(dict(draft.profile)), encoding="utf-8")
+    if draft.evaluation is not None:
+        text = canonical_json({**draft.evaluation, "gate": draft.decision.to_json() if draft.decision else None})
+        (folder / "evaluation.json").write_text(text, encoding="utf-8")
+    if draft.report_html is not None:
+        (folder / "report.html").write_text(draft.report_html, encoding="utf-8")
+    (folder / "README.md").write_text(card.render(manifest, draft.evaluation, draft.decision), encoding="utf-8")
+    return manifest

@@ -1,0 +1,46 @@
+-- name: ensure_model
+insert into model (name) values (%(model)s) on conflict (name) do nothing
+
+-- name: keep_evidence
+insert into evidence (digest, kind, body) values (%(digest)s, %(kind)s, %(body)s) on conflict (digest) do nothing
+
+-- name: insert
+insert into version (model, number, bundle_digest, base_digest, dataset_digest, method, study, run_id, mlflow_run_id,
+                     mlflow_model_id, manifest, metrics, evaluation, gate, profile)
+values (%(model)s, %(number)s, %(bundle_digest)s, %(base_digest)s, %(dataset_digest)s, %(method)s, %(study)s,
+        %(run_id)s, %(mlflow_run_id)s, %(mlflow_model_id)s, %(manifest)s, %(metrics)s, %(evaluation)s, %(gate)s,
+        %(profile)s)
+on conflict (model, number) do nothing
+
+-- name: get
+select model, number, created_at, bundle_digest, base_digest, dataset_digest, method, study, run_id, mlflow_run_id,
+       mlflow_model_id, manifest, metrics, evaluation, gate, profile
+from version where model = %(model)s and number = %(number)s
+
+-- name: by_run
+select model, number, created_at, bundle_digest, base_digest, dataset_digest, method, study, run_id, mlflow_run_id,
+       mlflow_model_id, manifest, metrics, evaluation, gate, profile
+from version where model = %(model)s and run_id = %(run_id)s
+
+-- name: list
+select v.model, v.number, v.created_at, v.bundle_digest, v.base_digest, v.dataset_digest, v.method, v.study,
+       v.manifest -> 'base' ->> 'id' as base, v.metrics, g.body ->> 'decision' as decision
+from version v left join evidence g on g.digest = v.gate
+where v.model = %(model)s order by v.number
+
+-- name: evidence
+select body from evidence where digest = %(digest)s
+
+-- name: models
+select m.name as model, m.created_at, coalesce(d.generation, 0) as generation, d.champion, d.challenger,
+       coalesce(d.challenger_share, 0) as challenger_share, d.shadow,
+       coalesce(v.versions, 0) as versions
+from model m left join deployment d on d.model = m.name
+    left join (select model, count(*) as versions from version group by model) v on v.model = m.name
+order by m.name
+
+-- name: model_exists
+select 1 as yes from model where name = %(model)s
+
+-- name: dataset_exists
+select 1 as yes from dataset where digest = %(digest)s

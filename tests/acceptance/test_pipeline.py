@@ -1,0 +1,268 @@
+"""`tunesmith run` and its schedules as a person has them: on a real stack, interrupted in every way."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import psycopg
+import pytest
+
+from infra import state
+from pipelines.docstrings import standard_library
+from tests.stacks import Stack, tunesmith
+
+
+@pytest.fixture(scope="module")
+def data(stack: Stack) -> Path:
+    """200 rows of real text in the stack's home."""
+    pairs = standard_library()
+    random.Random(0).shuffle(pairs)
+    lines = [
+        {"messages": [{"role": "user", "content": p.signature}, {"role": "assistant", "content": p.summary}]}
+        for p in pairs[:200]
+    ]
+    path = stack.home / "rows.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def pipeline(data: Path, model: str, *, steps: int, trials: int = 2, rungs: int = 2, most_loss: float = 100) -> str:
+    """A pipeline file, with a gate that holds unless told otherwise; returns its path."""
+    path = data.with_name(f"{model}.yaml")
+    path.write_text(
+        f"""# tunesmith run -c {path.name}
+model: {model}
+base: {{path: "builtin:tiny"}}
+data: {{train: {data.name}, quality: {{max_tokens: 160}}}}
+generation: {{max_tokens: 8}}
+tuning:
+  trials: {trials}
+  max_steps: {steps}
+  pruning: {{reduction: 3, rungs: {rungs}}}
+  space: {{r: [4, 8], learning_rate: {{low: 1e-3, high: 5e-3, log: true}}, per_device_train_batch_size: 8}}
+evaluation: {{suites: [quality], limit: 12}}
+gates: [{{metric: loss, must: at_most, value: {most_loss}}}]
+promote: when_gates_pass
+"""
+    )
+    return str(path)
+
+
+def asked(stack: Stack, query: str, *values: object) -> list[tuple[Any, ...]]:
+    found = state.read(stack.home)
+    assert found is not None
+    with psycopg.connect(found.settings["database_url"]) as conn:
+        return conn.execute(query, values).fetchall()  # type: ignore[arg-type]
+
+
+def until(true: Callable[[], Any], what: str, seconds: float = 600) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := true()):
+        assert time.monotonic() < end, f"{what} never came"
+        time.sleep(0.05)
+    return found
+
+
+def flow_runs(stack: Stack, name: str) -> list[dict[str, Any]]:
+    body = {"flow_runs": {"name": {"like_": name}}, "sort": "START_TIME_ASC"}
+    found: list[dict[str, Any]] = httpx.post(
+        f"{stack.prefect_url}/flow_runs/filter", json=body, trust_env=False, timeout=60
+    ).json()
+    return found
+
+
+def nested(stack: Stack, parent: str) -> list[dict[str, Any]]:
+    with httpx.Client(base_url=f"{stack.mlflow_url}/api/2.0/mlflow", trust_env=False, timeout=60) as client:
+        experiment = client.get("runs/get", params={"run_id": parent}).json()["run"]["info"]["experiment_id"]
+        body = {"experiment_ids": [experiment], "filter": f"tags.`mlflow.parentRunId` = '{parent}'"}
+        found: list[dict[str, Any]] = client.post("runs/search", json=body).json().get("runs", [])
+    return found
+
+
+def curve(stack: Stack, run: str, key: str) -> list[int]:
+    """The steps of a metric's history."""
+    url = f"{stack.mlflow_url}/api/2.0/mlflow/metrics/get-history"
+    answer = httpx.get(url, params={"run_id": run, "metric_key": key}, trust_env=False, timeout=60).json()
+    return [int(point.get("step", 0)) for point in answer.get("metrics", [])]
+
+
+def said(done: subprocess.CompletedProcess[str]) -> str:
+    """What an error is: one sentence and a hint after the progress, and never a traceback."""
+    assert "Traceback" not in done.stderr + done.stdout, done.stderr
+    lines = done.stderr.splitlines()
+    sentences = [n for n, line in enumerate(lines) if line.startswith("error: ")]
+    assert len(sentences) == 1, done.stderr
+    assert len(lines) - sentences[0] <= 2, done.stderr
+    return lines[sentences[0]]
+
+
+def test_a_run_turns_rows_into_a_version_that_serves(stack: Stack, data: Path) -> None:
+    done = stack.tunesmith("run", "-c", pipeline(data, "whole", steps=6), "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert {"model", "version", "run_id", "study", "best", "evaluation", "gate", "promoted"} <= set(result)
+    assert (result["model"], result["version"], result["promoted"]) == ("whole", 1, True)
+    measured = result["evaluation"]["metrics"]["loss"]
+    assert set(measured) == {"candidate", "base", "champion", "vs_base", "vs_champion"}
+    assert set(measured["candidate"]) >= {"estimate", "low", "high", "level", "n", "higher_is_better"}
+    assert measured["champion"] is None
+    # What a terminal shows is the run's own: no logs of workers, no progress bars of libraries
+    foreign = ("INFO", "Warning", "it/s", "shards", "deployments", "Traceback", "Prefect")
+    assert [line for line in done.stderr.splitlines() if any(word in line for word in foreign)] == []
+    (parent,) = (row[0] for row in asked(stack, "select mlflow_run_id from run where model = 'whole'"))
+    trials = nested(stack, parent)
+    assert len(trials) == 2
+    lengths = sorted(curve(stack, run["info"]["run_id"], "train_loss") for run in trials)
+    assert lengths == [[1, 2], [1, 2, 3, 4, 5, 6]]
+    assert {run["info"]["status"] for run in trials} == {"FINISHED"}
+    (flow,) = flow_runs(stack, "whole.yaml")
+    assert flow["state"]["type"] == "COMPLETED"
+    body = {"flow_runs": {"id": {"any_": [flow["id"]]}}}
+    tasks = httpx.post(f"{stack.prefect_url}/task_runs/filter", json=body, trust_env=False, timeout=60).json()
+    assert {(t["name"].rpartition("-")[0], t["state"]["type"]) for t in tasks} == {
+        (name, "COMPLETED") for name in ("prepare", "search", "evaluate", "register")
+    }
+    listed = json.loads(stack.tunesmith("versions", "whole", "--json").stdout)["versions"]
+    assert [(v["version"], v["serving"]) for v in listed] == [(1, "champion")]
+
+
+def start(stack: Stack, config: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "pipelines.cli", "run", "-c", config]
+    return subprocess.Popen(
+        command, env=os.environ | {"TUNESMITH_HOME": str(stack.home)}, cwd=stack.home,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_where_it_stopped(stack: Stack, data: Path) -> None:
+    """Killed in its search, then interrupted in its search, then left alone: no rung twice, one version."""
+    config = pipeline(data, "broken-off", steps=600, rungs=3)
+    jobs = (
+        "select j.trial, j.rung, j.steps, j.state, j.attempts from rung_job j join study s on s.name = j.study"
+        " where s.model = 'broken-off' order by trial, rung"
+    )
+
+    def rung_is_begun(rung: int) -> Callable[[], bool]:
+        return lambda: any(row[1] == rung and row[3] != "waiting" for row in asked(stack, jobs))
+
+    first = start(stack, config)
+    try:
+        until(rung_is_begun(1), "the second rung")
+        other = stack.tunesmith("run", "-c", config)
+        assert other.returncode == 4, other.stderr
+        assert "run:broken-off is held by" in said(other)
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        finished = {row[:2] for row in asked(stack, jobs) if row[3] == "done"}
+        assert len(finished) >= 2
+        second = start(stack, config)
+        try:
+            until(psutil.Process(second.pid).children, "a worker of the second run")
+            second.send_signal(signal.SIGINT)
+            assert second.wait(300) == 130
+        finally:
+            second.kill()
+            second.wait()
+    finally:
+        first.kill()
+        first.wait()
+    assert [r[0] for r in asked(stack, "select state from run where model = 'broken-off'")] == ["cancelled"]
+    last = stack.tunesmith("run", "-c", config, "--json")
+    assert last.returncode == 0, last.stderr
+    assert "goes on with run" in last.stderr
+    found = asked(stack, jobs)
+    assert [(row[0], row[3]) for row in found if row[1] == 0] == [(0, "done"), (1, "done")]
+    assert {row[3] for row in found} == {"done"}
+    assert all(row[4] == 1 for row in found)  # none was run twice, nor did the interrupt cost an attempt
+    assert json.loads(last.stdout)["version"] == 1
+    assert asked(stack, "select count(*) from run where model = 'broken-off'") == [(1,)]
+    assert asked(stack, "select count(*) from version where model = 'broken-off'") == [(1,)]
+    states = [run["state"]["type"] for run in flow_runs(stack, "broken-off.yaml")]
+    assert states.count("COMPLETED") == 1
+    assert set(states) <= {"CRASHED", "FAILED", "CANCELLED", "COMPLETED"}
+    assert states[0] == "CRASHED"
+    (parent,) = (row[0] for row in asked(stack, "select mlflow_run_id from run where model = 'broken-off'"))
+    for run in nested(stack, parent):
+        steps = curve(stack, run["info"]["run_id"], "train_loss")
+        assert steps == sorted(set(steps))  # sent again by the next coordinator, and not there twice
+
+
+def test_a_gate_that_refuses_registers_all_the_same(stack: Stack, data: Path) -> None:
+    done = stack.tunesmith("run", "-c", pipeline(data, "refused", steps=1, trials=1, rungs=1, most_loss=0.001))
+    assert done.returncode == 3, done.stderr
+    assert "Not promoted: the gate's decision is fail" in done.stderr
+    listed = json.loads(stack.tunesmith("versions", "refused", "--json").stdout)["versions"]
+    assert [(v["version"], v["serving"]) for v in listed] == [(1, None)]
+
+
+def test_errors_are_one_sentence(stack: Stack, data: Path, tmp_path: Path) -> None:
+    config = pipeline(data, "errors", steps=1, trials=1, rungs=1)
+    (stack.home / "empty").mkdir()
+
+    def fails(code: int, *arguments: str) -> str:
+        done = stack.tunesmith(*arguments)
+        assert done.returncode == code, (arguments, done.stderr)
+        return said(done)
+
+    assert "no readable config.json" in fails(2, "run", "-c", config, "--set", f"base.path={stack.home / 'empty'}")
+    assert "nowhere.yaml" in fails(2, "run", "-c", str(tmp_path / "nowhere.yaml"))
+    assert "No pipeline ever ran for a model nobody" in fails(5, "retrain", "nobody")
+    assert "There are 0 new corrections for whole" in fails(2, "retrain", "whole")
+    assert "There is no schedule nobody" in fails(5, "schedule", "pause", "nobody")
+    assert "not a schedule" in fails(2, "schedule", "add", "never", "-c", config, "--cron", "61 * * * *")
+    assert "cannot name a schedule" in fails(2, "schedule", "add", "../x", "-c", config, "--cron", "0 2 * * 1")
+    other = tunesmith(tmp_path, "run", "-c", config)  # a home without a stack
+    assert other.returncode == 6, other.stderr
+    said(other)
+
+
+def test_a_schedule_can_be_added_triggered_paused_and_removed(stack: Stack, data: Path) -> None:
+    config = pipeline(data, "weekly", steps=1, trials=1, rungs=1)
+
+    def schedule(*arguments: str) -> Any:
+        done = stack.tunesmith("schedule", *arguments, "--json")
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        return json.loads(done.stdout)
+
+    added = schedule("add", "weekly", "-c", config, "--cron", "0 2 * * 1", "--timezone", "Europe/Berlin")
+    assert (added["cron"], added["timezone"], added["paused"]) == ("0 2 * * 1", "Europe/Berlin", False)
+    again = stack.tunesmith("schedule", "add", "weekly", "-c", config, "--cron", "0 2 * * 1")
+    assert again.returncode == 4
+    assert "There is already a schedule weekly" in said(again)
+    assert schedule("pause", "weekly")["paused"] is True
+    assert [s["paused"] for s in schedule("list")["schedules"] if s["name"] == "weekly"] == [True]
+    assert schedule("resume", "weekly")["paused"] is False
+    run = schedule("trigger", "weekly")
+
+    def ended() -> str | None:
+        answer = httpx.get(f"{stack.prefect_url}/flow_runs/{run['flow_run_id']}", trust_env=False, timeout=60).json()
+        kind: str = answer["state"]["type"]
+        return kind if kind in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") else None
+
+    assert until(ended, "the end of the run") == "COMPLETED"
+    assert asked(stack, "select number from version where model = 'weekly'") == [(1,)]
+    assert schedule("list")["schedules"][0]["last_run"]["state"] == "completed"
+    assert schedule("remove", "weekly")["name"] == "weekly"
+    assert schedule("list")["schedules"] == []
+
+
+@pytest.mark.slow
+def test_a_schedule_fires_by_itself(stack: Stack, data: Path) -> None:
+    config = pipeline(data, "each-minute", steps=1, trials=1, rungs=1)
+    added = stack.tunesmith("schedule", "add", "each-minute", "-c", config, "--cron", "* * * * *")
+    assert added.returncode == 0, added.stderr
+    until(lambda: asked(stack, "select number from version where model = 'each-minute'"), "a version", 400)
+    stack.tunesmith("schedule", "remove", "each-minute")

@@ -1,0 +1,242 @@
+"""The console as a browser has it: the gateway's real application, a real database, believable rows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+
+import pytest
+from console_seed import HOSTILE, MODEL, seed
+from starlette.testclient import TestClient
+
+from deploy.auth import create_key
+from deploy.gateway import create_app
+from infra.db import transaction
+from infra.settings import Settings
+from monitoring.console.app import console_routes
+from registry import deployments
+
+SITE = "http://testserver"
+BROWSER = {"accept": "text/html", "origin": SITE}
+
+
+class Page(HTMLParser):
+    """What a strict content security policy would forbid, and the ids and links of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.forbidden: list[str] = []
+        self.ids: list[str] = []
+        self.links: set[str] = set()
+        self.titles = 0
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        if "style" in given or tag == "style":
+            self.forbidden.append(f"style on {tag}")
+        if tag == "script" and not (given.get("src") or "").startswith("/static/"):
+            self.forbidden.append("inline script")
+        self.forbidden += [f"{name} on {tag}" for name in given if name.startswith("on")]
+        if identifier := given.get("id"):
+            self.ids.append(identifier)
+        if tag == "a" and (href := given.get("href")):
+            self.links.add(href)
+        self.titles += tag == "title"
+
+
+@pytest.fixture
+def app(database: Settings) -> Iterator[TestClient]:
+    with TestClient(
+        create_app(database, routes=console_routes()), base_url=SITE, follow_redirects=False, headers=BROWSER
+    ) as client:
+        yield client
+
+
+def log_in(client: TestClient, role: str) -> None:
+    with transaction() as conn:
+        key = create_key(conn, name=f"a {role}", role=role).key
+    answer = client.post("/login", data={"key": key, "next": "/alerts"})
+    assert (answer.status_code, answer.headers["location"]) == (303, "/alerts")
+    cookie = answer.headers["set-cookie"]
+    assert "HttpOnly" in cookie
+    assert "SameSite=strict" in cookie
+
+
+def fill() -> None:
+    with transaction() as conn:
+        seed(conn, requests=160)
+
+
+def check(client: TestClient, path: str) -> tuple[str, Page]:
+    answer = client.get(path)
+    assert answer.status_code == 200, (path, answer.text[:2000])
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert "unsafe-inline" not in answer.headers["content-security-policy"]
+    page = Page(answer.text)
+    assert page.forbidden == [], path
+    assert len(page.ids) == len(set(page.ids)), path
+    assert page.titles >= 1
+    return answer.text, page
+
+
+def test_every_page_of_an_empty_database_says_what_to_do(app: TestClient) -> None:
+    log_in(app, "viewer")
+    for path, words in {
+        "/": "tunesmith demo",
+        "/alerts": "Nothing is wrong",
+        "/requests": "No request matches",
+        "/playground": "Nothing to ask",
+        "/runs": "tunesmith run",
+    }.items():
+        assert words in check(app, path)[0]
+    for path in ("/models/none", "/models/none/drift", "/models/none/versions/1", "/requests/x", "/runs/x"):
+        assert app.get(path).status_code == 404, path
+    assert app.get("/models/%2e%2e%00").status_code == 400
+
+
+def test_every_page_and_every_link_renders_with_hostile_text_harmless(app: TestClient) -> None:
+    fill()
+    log_in(app, "admin")
+    seen: set[str] = set()
+    todo = ["/"]
+    while todo:
+        path = todo.pop()
+        text, page = check(app, path)
+        assert "<script>alert" not in text, path
+        # No more than a few requests and example pages: they are all alike.
+        for link in sorted(page.links):
+            target = link if link.startswith("/") else path.partition("?")[0] + link if link.startswith("?") else ""
+            kind = re.sub(r"[0-9a-f-]{36}|before=[^&]+|(feature|since|version)=[^&]+", "*", target)
+            if target and kind not in seen and not target.startswith(("/static", "/links")):
+                seen.add(kind)
+                todo.append(target)
+    wanted = {f"/models/{MODEL}", f"/models/{MODEL}/drift", f"/models/{MODEL}/versions/2", "/requests/*", "/runs/*"}
+    assert wanted <= seen
+    assert "&lt;script&gt;alert" in app.get("/requests?feedback=").text
+    assert "&lt;script&gt;alert" in app.get(f"/models/{MODEL}/versions/1").text
+    assert "&lt;script&gt;alert" in app.get("/alerts").text
+
+
+def test_pages_say_what_happened(app: TestClient) -> None:
+    fill()
+    log_in(app, "viewer")
+    model, _ = check(app, f"/models/{MODEL}?since=1h")
+    assert "v2</strong> promoted over v1" in model
+    assert "Rolled back to <strong>v1" in model
+    assert model.count("data-tip") > 30  # charts with figures
+    drift, _ = check(app, f"/models/{MODEL}/drift?version=1&since=1h")
+    assert "Share of words the training data never had" in drift
+    assert '<span class="tag bad light">drift</span>' in drift
+    assert "distribution-title" in drift
+    for feature in ("similarity", "topic", "refusal", "mean_logprob"):
+        assert "distribution-title" in check(app, f"/models/{MODEL}/drift?version=1&since=1h&feature={feature}")[0]
+    version, _ = check(app, f"/models/{MODEL}/versions/2")
+    assert "Corrections that people sent" in version
+    assert '<span class="tag ">unclear</span>' in version
+    live = app.get(f"/models/{MODEL}", headers={"x-live": "1"})
+    assert live.status_code == 200
+    assert "<html" not in live.text
+    assert "Requests, by version" in live.text
+
+
+def test_the_request_list_filters_and_pages(app: TestClient) -> None:
+    fill()
+    log_in(app, "viewer")
+    failed = app.get("/requests?status=error&since=6h").text
+    assert failed.count("/requests/0") == 2
+    first = app.get("/requests?since=6h").text
+    older = re.search(r'href="(\?[^"]*before=[^"]*)"', first)
+    assert older
+    second = app.get("/requests" + older[1].replace("&amp;", "&")).text
+    ids = [set(re.findall(r"/requests/(0[0-9a-f-]{35})", text)) for text in (first, second)]
+    assert [len(i) for i in ids] == [50, 50]
+    assert not ids[0] & ids[1]
+    assert "No request matches" in app.get("/requests?version=77").text
+    assert app.get("/requests?version=99999999999999999999&before=x&since=y&slot=z").status_code == 200
+
+
+def test_nothing_without_a_session(app: TestClient) -> None:
+    for path in ("/", "/alerts", "/requests", f"/models/{MODEL}", "/runs", "/playground"):
+        answer = app.get(path)
+        assert answer.status_code == 303
+        assert answer.headers["location"] == f"/login?next={path}"
+    assert app.post(f"/models/{MODEL}/rollback").status_code in (401, 403)
+    assert app.get("/login").status_code == 200
+    assert app.get("/static/console.css").status_code == 200
+    assert app.post("/login", data={"key": "ts_x_y"}).status_code == 401
+
+
+@pytest.mark.parametrize("target", ["https://evil.example/", "//evil.example", "/\\evil.example", "/login?next=/"])
+def test_logging_in_never_leads_to_another_site(app: TestClient, target: str) -> None:
+    with transaction() as conn:
+        key = create_key(conn, name="n", role="viewer").key
+    assert app.post("/login", data={"key": key, "next": target}).headers["location"] == "/"
+
+
+def test_a_service_key_cannot_log_in_and_a_log_out_ends_the_session(app: TestClient) -> None:
+    with transaction() as conn:
+        service = create_key(conn, name="app", role="service").key
+    assert app.post("/login", data={"key": service}).status_code == 403
+    log_in(app, "viewer")
+    assert app.post("/logout").status_code == 303
+    assert app.get("/").status_code == 303
+
+
+def test_a_viewer_looks_and_an_operator_changes(app: TestClient) -> None:
+    fill()
+    log_in(app, "viewer")
+    form = check(app, f"/models/{MODEL}/promote/1")[0]
+    assert "The role viewer may look" in form
+    assert "Promote…" not in app.get(f"/models/{MODEL}").text
+    change = {"reason": "because", "generation": "4"}
+    assert app.post(f"/models/{MODEL}/promote/1", data=change).status_code == 403
+    assert app.post(f"/models/{MODEL}/rollback", data=change).status_code == 403
+    log_in(app, "operator")
+    elsewhere = app.post(
+        f"/models/{MODEL}/promote/1",
+        data=change,
+        headers={"origin": "https://evil.example", "sec-fetch-site": "cross-site"},
+    )
+    assert elsewhere.status_code == 403
+    with transaction() as conn:
+        assert deployments.read(conn, MODEL).champion == 2
+    assert "needs a reason" in app.post(f"/models/{MODEL}/promote/1", data={**change, "reason": " "}).text
+    assert app.post(f"/models/{MODEL}/promote/1", data=change).status_code == 303
+    with transaction() as conn:
+        last = deployments.history(conn, MODEL)[-1]
+        assert deployments.verify_chain(conn, MODEL) == []
+    assert (last.action, last.to_version, last.reason) == ("promote", 1, "because")
+    assert "(a operator)" in last.actor
+
+
+def test_a_conflict_shows_what_serves_now_and_keeps_the_reason(app: TestClient) -> None:
+    fill()
+    log_in(app, "operator")
+    assert 'name="generation" value="4"' in app.get(f"/models/{MODEL}/rollback").text
+    with transaction() as conn:
+        deployments.promote(conn, MODEL, 1, actor="someone", reason="faster")
+    answer = app.post(f"/models/{MODEL}/rollback", data={"reason": HOSTILE, "generation": "4", "to": "1"})
+    assert answer.status_code == 412
+    assert "Someone changed docstring-writer first" in answer.text
+    assert 'name="generation" value="5"' in answer.text
+    assert "&lt;script&gt;alert" in answer.text
+    with transaction() as conn:
+        assert deployments.read(conn, MODEL).generation == 5
+    again = app.post(f"/models/{MODEL}/rollback", data={"reason": "really", "generation": "5", "to": "2"})
+    assert again.status_code == 303
+    with transaction() as conn:
+        assert deployments.read(conn, MODEL).champion == 2
+
+
+def test_a_gate_that_did_not_pass_is_overridden_only_on_purpose(app: TestClient) -> None:
+    fill()
+    log_in(app, "operator")
+    path, change = "/models/support-intents/promote/1", {"reason": "we need it", "generation": "0"}
+    refused = app.post(path, data=change)
+    assert refused.status_code == 409
+    assert "310 are needed" in refused.text
+    assert 'name="force"' in refused.text
+    assert app.post(path, data={**change, "force": "yes"}).status_code == 303
+    assert '<span class="tag bad">forced</span>' in app.get("/models/support-intents").text

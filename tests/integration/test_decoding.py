@@ -1,0 +1,283 @@
+"""The batch: answers in company equal answers alone, and adapters equal PEFT's own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lora import save_adapter, save_base
+
+from deploy.adapters import Adapters, BadAdapter, NameTaken
+from deploy.decoding import Batch, Request, generate, open_model
+from deploy.sampling import Sampling, Text
+
+# PEFT 0.21 asks transformers 5.23 by an old name.
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "cats-v1": {"seed": 1, "r": 4},
+    "cats-v2": {"seed": 2, "r": 16, "use_rslora": True},
+    "dogs-v1": {"seed": 3, "r": 8, "targets": ["q_proj", "v_proj"]},
+    "dogs-v2": {"seed": 4, "r": 8, "targets": ["down_proj", "o_proj"], "alpha_pattern": {"o_proj": 3}},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The base, and the adapters by name."""
+    root = tmp_path_factory.mktemp("lora")
+    base = save_base(root / "base")
+    model, _ = open_model(base)
+    return {"base": base} | {name: save_adapter(model, root / name, **how) for name, how in ADAPTERS.items()}
+
+
+@pytest.fixture(scope="module")
+def opened(folders: dict[str, Path]) -> tuple[Any, Any, Adapters]:
+    model, tokenizer = open_model(folders["base"])
+    adapters = Adapters(model)
+    for name in ADAPTERS:
+        adapters.load(name, folders[name])
+    return model, tokenizer, adapters
+
+
+def _requests(tokenizer: Any) -> list[Request]:
+    """Twelve requests of all adapters and the base, long and short, greedy and random."""
+    texts = ["the cat", "a rat ran on and on and on over the mat", "émigré 猫", "the"]
+    names = [None, *ADAPTERS]
+    return [
+        Request(
+            prompt=tokenizer(texts[i % 4]).input_ids,
+            adapter=names[i % 5],
+            sampling=Sampling(
+                max_tokens=5 + 3 * i, temperature=0.8 * (i % 3 == 1), top_p=0.9, seed=i, ignore_eos=i % 2 == 0
+            ),
+        )
+        for i in range(12)
+    ]
+
+
+def test_a_mixed_batch_answers_as_each_request_alone(opened: tuple[Any, Any, Adapters]) -> None:
+    model, tokenizer, adapters = opened
+    requests = _requests(tokenizer)
+    alone = [generate(model, tokenizer, adapters, [request])[0] for request in requests]
+    # Four places for twelve requests of different lengths: rows join and leave all the time.
+    together = generate(model, tokenizer, adapters, requests, max_rows=4)
+    assert [result.tokens for result in together] == [result.tokens for result in alone]
+    assert [result.text for result in together] == [result.text for result in alone]
+    assert [result.finish_reason for result in together] == [result.finish_reason for result in alone]
+    assert len({result.tokens[:4] for result in alone}) > 6, "the adapters must not all say the same"
+    for one, other in zip(alone, together, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_computes_what_peft_computes(
+    name: str, folders: dict[str, Path], opened: tuple[Any, Any, Adapters]
+) -> None:
+    import torch
+    from peft import PeftModel
+
+    model, tokenizer, adapters = opened
+    reference, _ = open_model(folders["base"])
+    peft = PeftModel.from_pretrained(reference, folders[name]).eval()
+    tokens = torch.tensor([tokenizer("the rat sat on the mat").input_ids])
+    with torch.inference_mode():
+        expected, plain = peft(input_ids=tokens).logits, None
+        with adapters.rows([adapters.get(name)]):
+            direct = model(input_ids=tokens).logits
+        with adapters.rows([adapters.get("cats-v1"), adapters.get(name), None]):
+            mixed = model(input_ids=tokens.expand(3, -1)).logits
+        plain = model(input_ids=tokens).logits
+    torch.testing.assert_close(direct, expected, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(mixed[1:2], expected, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(mixed[2:], plain, atol=2e-5, rtol=1e-5)
+    assert (expected - plain).abs().max() > 0.1
+
+
+def test_in_bf16_teacher_forced_logprobs_stay_close_to_peft(
+    folders: dict[str, Path], opened: tuple[Any, Any, Adapters]
+) -> None:
+    import torch
+    from peft import PeftModel
+
+    tokenizer = opened[1]
+    model, _ = open_model(folders["base"], dtype="bfloat16")
+    adapters = Adapters(model)
+    adapters.load("cats-v1", folders["cats-v1"])
+    adapters.load("cats-v2", folders["cats-v2"])
+    reference, _ = open_model(folders["base"], dtype="bfloat16")
+    peft = PeftModel.from_pretrained(reference, folders["cats-v2"]).eval()
+    tokens = torch.tensor([tokenizer("the cat sat on the mat and the rat ran").input_ids])
+    with torch.inference_mode():
+        expected = torch.log_softmax(peft(input_ids=tokens).logits.float(), -1)
+        with adapters.rows([adapters.get("cats-v1"), adapters.get("cats-v2")]):
+            mixed = torch.log_softmax(model(input_ids=tokens.expand(2, -1)).logits.float(), -1)
+    targets = tokens[:, 1:, None]
+    difference = (mixed[1:, :-1].gather(2, targets) - expected[:, :-1].gather(2, targets)).abs()
+    assert difference.mean() < 0.05
+
+
+def test_logprobs_are_those_of_the_forced_answer(opened: tuple[Any, Any, Adapters]) -> None:
+    import torch
+
+    model, tokenizer, adapters = opened
+    request = _requests(tokenizer)[7]
+    result = generate(model, tokenizer, adapters, [request])[0]
+    tokens = torch.tensor([[*request.prompt, *result.tokens]])
+    with torch.inference_mode(), adapters.rows([adapters.get(str(request.adapter))]):
+        logprobs = torch.log_softmax(model(input_ids=tokens).logits, -1)[0]
+    begin = len(request.prompt)
+    forced = [float(logprobs[begin + i - 1, token]) for i, token in enumerate(result.tokens)]
+    assert result.logprobs == pytest.approx(forced, abs=1e-4)
+    assert result.mean_logprob == pytest.approx(sum(forced) / len(forced), abs=1e-4)
+
+
+def test_the_end_token_ends_an_answer(opened: tuple[Any, Any, Adapters]) -> None:
+    model, tokenizer, adapters = opened
+    prompt = tokenizer("the").input_ids
+    free = generate(
+        model, tokenizer, adapters, [Request(prompt=prompt, sampling=Sampling(max_tokens=20, ignore_eos=True))]
+    )[0]
+    batch = Batch(model, tokenizer, adapters)
+    batch._ends = frozenset({free.tokens[6]})
+    row = batch.row(Request(prompt=prompt, sampling=Sampling(max_tokens=20)))
+    batch.join(row)
+    while row.finish is None:
+        batch.step()
+    first = free.tokens.index(free.tokens[6])
+    assert (row.finish, tuple(row.tokens)) == ("stop", free.tokens[: first + 1])
+    assert row.text.value == tokenizer.decode(free.tokens[:first])
+
+
+def test_pieces_of_text_make_the_whole_text(opened: tuple[Any, Any, Adapters]) -> None:
+    tokenizer = opened[1]
+    for whole in ("naïve 猫と犬 🐈‍⬛ the cat", "\ufffd genuine", "  spaces  "):
+        text, pieces = Text(tokenizer), []
+        for token in tokenizer(whole).input_ids:
+            text.push(token)
+            pieces.append(text.take())
+        text.close()
+        pieces.append(text.take())
+        assert "".join(pieces) == text.value == whole
+        assert len([piece for piece in pieces if piece]) > 3
+    # Bytes that are no character at all: nothing is lost, and the end is as the tokeniser shows it.
+    text, tokens = Text(tokenizer), tokenizer("猫").input_ids[:-1] * 3
+    for token in tokens:
+        text.push(token)
+    text.close()
+    assert text.value == tokenizer.decode(tokens)
+
+
+def test_stop_strings_end_before_themselves_and_never_show(opened: tuple[Any, Any, Adapters]) -> None:
+    tokenizer = opened[1]
+    text, shown = Text(tokenizer, (" the mat", "rat!")), ""
+    for token in tokenizer("the cat sat on the map and the mat was red").input_ids:
+        stopped = text.push(token)
+        shown += text.take()
+        assert "the cat sat on the map and the mat".startswith(shown)
+        if stopped:
+            break
+    text.close()
+    assert stopped
+    assert shown + text.take() == text.value == "the cat sat on the map and"
+
+
+def test_cancelling_frees_the_place_and_disturbs_nobody(opened: tuple[Any, Any, Adapters]) -> None:
+    model, tokenizer, adapters = opened
+    long = Request(prompt=tokenizer("the mat " * 20).input_ids, sampling=Sampling(max_tokens=200, ignore_eos=True))
+    short = Request(
+        prompt=tokenizer("a cat").input_ids, adapter="cats-v1", sampling=Sampling(max_tokens=30, ignore_eos=True)
+    )
+    alone = generate(model, tokenizer, adapters, [short])[0]
+    batch = Batch(model, tokenizer, adapters, max_rows=2)
+    gone, stays = batch.row(long), batch.row(short)
+    batch.join(gone)
+    batch.join(stays)
+    for _ in range(5):
+        batch.step()
+    assert not batch.fits(batch.row(short))
+    batch.cancel(gone)
+    assert batch.fits(batch.row(short))
+    assert batch._mask is not None
+    assert batch._mask.shape[1] == stays.length, "dead columns are cut off"
+    while batch.rows:
+        batch.step()
+    assert tuple(stays.tokens) == alone.tokens
+    assert gone.finish == "cancelled"
+
+
+def test_an_adapter_removed_meanwhile_goes_on_for_its_rows(folders: dict[str, Path], opened: Any) -> None:
+    model, tokenizer, _ = opened
+    adapters = Adapters(model)
+    adapters.load("cats-v1", folders["cats-v1"])
+    adapters.load("cats-v2", folders["cats-v2"])
+    requests = [
+        Request(prompt=tokenizer("the cat").input_ids, adapter=name, sampling=Sampling(max_tokens=12, ignore_eos=True))
+        for name in ("cats-v1", "cats-v2")
+    ]
+    alone = [generate(model, tokenizer, adapters, [request])[0].tokens for request in requests]
+    batch = Batch(model, tokenizer, adapters)
+    rows = [batch.row(request) for request in requests]
+    for row in rows:
+        batch.join(row)
+    batch.step()
+    assert adapters.remove("cats-v1")
+    while batch.rows:
+        batch.step()
+    assert [tuple(row.tokens) for row in rows] == alone
+    adapters.add("cats-v1", adapters.read(folders["cats-v1"]))  # the same content may come back
+    with pytest.raises(NameTaken):
+        adapters.load("cats-v1", folders["dogs-v1"])
+
+
+def test_bad_adapters_are_refused_by_name(folders: dict[str, Path], opened: Any, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    _, _, adapters = opened
+    good = folders["dogs-v1"]
+    weights = load_file(good / "adapter_model.safetensors")
+    some = next(key for key in weights if "lora_A" in key)
+
+    def changed(name: str, **config: Any) -> Path:
+        folder = tmp_path / name
+        shutil.copytree(good, folder)
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | config))
+        return folder
+
+    truncated = changed("truncated")
+    data = (truncated / "adapter_model.safetensors").read_bytes()
+    (truncated / "adapter_model.safetensors").write_bytes(data[: len(data) // 2])
+    poisoned = changed("poisoned")
+    save_file(weights | {some: torch.full_like(weights[some], float("nan"))}, poisoned / "adapter_model.safetensors")
+    foreign = changed("foreign")
+    save_file(weights | {some: torch.ones(8, 96)}, foreign / "adapter_model.safetensors")
+    elsewhere = changed("elsewhere")
+    save_file(
+        {key.replace("q_proj", "query"): t for key, t in weights.items()}, elsewhere / "adapter_model.safetensors"
+    )
+    pickled = changed("pickled")
+    (pickled / "adapter_model.bin").write_bytes(b"\x80\x04.")
+    linked = changed("linked")
+    (linked / "adapter_model.safetensors").unlink()
+    (linked / "adapter_model.safetensors").symlink_to(good / "adapter_model.safetensors")
+    cases = {
+        tmp_path / "missing": "no adapter folder",
+        truncated: "not a whole safetensors file",
+        poisoned: "NaN",
+        foreign: "another base|shapes",
+        elsewhere: "query",
+        pickled: "adapter_model.bin does not belong",
+        linked: "does not belong",
+        changed("dora", use_dora=True): "use_dora",
+        changed("ia3", peft_type="IA3"): "IA3",
+        changed("pissa", init_lora_weights="pissa"): "pissa",
+        changed("biases", bias="all"): "biases",
+    }
+    before = adapters.names()
+    for folder, reason in cases.items():
+        with pytest.raises(BadAdapter, match=reason):
+            adapters.load("bad-v1", folder)
+    assert adapters.names() == before

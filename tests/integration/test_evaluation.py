@@ -1,0 +1,231 @@
+"""The judgement on a real small model: an adapter that was trained is told from the base, and from a worse one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from infra.errors import UsageError
+from infra.settings import get_settings
+from pipelines.data.tokenise import tokenised
+from pipelines.evaluation import report
+from pipelines.evaluation.answers import Bench
+from pipelines.evaluation.suites import EXAMPLES, choose, evaluate
+from pipelines.tuning.trainer import Trainer
+from registry import datasets, prompts
+from registry.bases import Base, load_model, load_tokenizer
+from registry.datasets import Row, make_row
+from registry.gates import Gate, decide
+
+LABELS = ["refund", "order status", "opening hours"]
+ASKED = [
+    ["money back", "refund me", "return it"],
+    ["where is it", "my parcel", "track it"],
+    ["are you open", "when", "time"],
+]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    max_tokens: int = 24
+
+
+def row(number: int, source: str = "train") -> Row:
+    label = number % 3
+    asked = f"{ASKED[label][number // 3 % 3]} {number}"
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": LABELS[label]}]
+    return make_row(turns, source=source, group=str(number))
+
+
+@dataclass(frozen=True)
+class World:
+    base: Base
+    trained: Path
+    barely: Path
+    rows: list[Row]
+
+
+def train(trainer: Trainer, folder: Path, steps: int) -> Path:
+    params = {
+        "r": 16,
+        "lora_alpha": 32,
+        "lora_dropout": 0.0,
+        "learning_rate": 5e-3,
+        "lr_scheduler_type": "linear",
+        "warmup_ratio": 0.05,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "target_modules": "all-linear",
+        "per_device_train_batch_size": 12,
+    }
+    folder.mkdir()
+    trainer.run(
+        params,
+        seed=0,
+        total_steps=steps,
+        until=steps,
+        checkpoint=None,
+        init_adapter=None,
+        save_to=folder,
+        alive=lambda: None,
+    )
+    return folder / "adapter"
+
+
+@pytest.fixture(scope="module")
+def world(tiny_made: Base, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    torch.set_num_threads(1)
+    adapters = tmp_path_factory.mktemp("adapters")
+    base = replace(tiny_made, dtype="float32")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNESMITH_HOME", str(tmp_path_factory.mktemp("home")))
+        get_settings.cache_clear()
+        learned = [row(n) for n in range(48)]
+        dataset = datasets.keep({"train": learned, "validation": learned[:3]}, counts={}, sources=[], recipe={})
+        train_tokens = tokenised(dataset, "train", base, max_tokens=128, system=None)
+        validation_tokens = tokenised(dataset, "validation", base, max_tokens=128, system=None)
+        model, tokenizer = load_model(base.folder, "float32"), load_tokenizer(base.folder)
+        trainer = Trainer(model, train_tokens, validation_tokens, pad=tokenizer.pad_token_id)
+        yield World(
+            base=base,
+            trained=train(trainer, adapters / "trained", 150),
+            barely=train(trainer, adapters / "barely", 4),
+            rows=[row(n, "feedback" if n % 4 == 0 else "train") for n in range(100, 148)],
+        )
+    get_settings.cache_clear()
+
+
+def test_losses_are_those_of_each_row_alone(world: World) -> None:
+    """In fp32: batched, padded and with the head on few positions, as one row at a time through PEFT."""
+    from peft import PeftModel
+
+    bench = Bench(world.base, {"candidate": world.trained, "base": None})
+    cases = bench.cases(world.rows[:9], system="Name the intent.", max_tokens=8)
+    found = bench.losses(cases)
+    model = load_model(world.base.folder, "float32")
+    for name in ("base", "candidate"):
+        judged = model if name == "base" else PeftModel.from_pretrained(model, world.trained).eval()
+        for case, loss in zip(cases, found[name], strict=True):
+            ids = torch.tensor([case.whole])
+            with torch.inference_mode():
+                logits = judged(ids).logits[0, case.prompt_length - 1 : -1]
+            alone = torch.nn.functional.cross_entropy(logits, ids[0, case.prompt_length :])
+            assert loss == pytest.approx(float(alone), abs=1e-4)
+
+
+def test_a_trained_adapter_is_told_from_base_and_champion(world: World) -> None:
+    said: list[str] = []
+    judged = evaluate(
+        base=world.base,
+        candidate=world.trained,
+        champion=world.barely,
+        rows=world.rows,
+        system=None,
+        generation=Lengths(),
+        suites=("quality", "latency"),
+        progress=lambda text, *_: said.append(text),
+    )
+    found = judged.evaluation
+    assert set(found["metrics"]) == {
+        "loss", "exact_match", "token_f1", "rouge_l", "chrf", "label_accuracy", "p95_latency_ms", "tokens_per_second",
+    }  # fmt: skip
+    assert found["metrics"]["loss"]["vs_base"]["high"] < 0
+    assert found["metrics"]["loss"]["vs_champion"]["high"] < 0
+    assert found["metrics"]["label_accuracy"]["vs_base"]["low"] > 0
+    assert found["metrics"]["chrf"]["vs_champion"]["low"] > 0
+    assert {name: part["loss"]["candidate"]["n"] for name, part in found["slices"].items()} == {
+        "source=train": 36,
+        "source=feedback": 12,
+    }
+    assert found["rows"] == len(judged.answers) == len(judged.rows) == len(judged.prompt_tokens) == 48
+    ended = [answer for answer in judged.answers if answer.finish_reason == "stop"]
+    assert ended
+    assert all(1 <= answer.completion_tokens <= 24 and -20 < (answer.mean_logprob or 0) < 0 for answer in ended)
+    assert len(found["examples"]) == EXAMPLES
+    assert {"loss of the expected answers", "answers", "latency"} <= set(said)
+
+    gate = Gate(metric="loss", must="better", against="champion", slice="source=feedback")
+    assert decide([gate], found, on_underpowered="refuse", first=False).decision == "pass"
+    swapped = evaluate(
+        base=world.base,
+        candidate=world.barely,
+        champion=world.trained,
+        rows=world.rows,
+        system=None,
+        generation=Lengths(),
+        suites=("quality",),
+        limit=24,
+    )
+    assert decide([gate], swapped.evaluation, on_underpowered="refuse", first=False).decision == "fail"
+    assert (swapped.evaluation["rows"], "p95_latency_ms" in swapped.evaluation["metrics"]) == (24, False)
+
+
+def test_the_report_shows_what_was_found_and_escapes_it(world: World) -> None:
+    turns = [{"role": "user", "content": "<script>alert(1)</script>"}, {"role": "assistant", "content": "<b>x</b>"}]
+    judged = evaluate(
+        base=world.base,
+        candidate=world.trained,
+        champion=None,
+        rows=[*world.rows[:10], make_row(turns)],
+        system=None,
+        generation=Lengths(),
+        suites=("quality", "latency"),
+    )
+    assert judged.evaluation["metrics"]["loss"]["champion"] is None
+    decision = decide(
+        [Gate(metric="loss", must="better", against="base")], judged.evaluation, on_underpowered="refuse", first=True
+    )
+    page = report.render("support", judged.evaluation, decision.to_json())
+    assert "Passes its gates" in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "<script" not in page
+    assert "<b>" not in page
+    assert "http://" not in page
+    assert "https://" not in page
+
+
+def test_a_sample_is_stable_and_keeps_small_slices() -> None:
+    rows = [row(n) for n in range(300)] + [row(n, "feedback") for n in range(1000, 1020)]
+    chosen = choose(rows, 100, 0)
+    assert len(chosen) == 100
+    assert sum(r.source == "feedback" for r in chosen) == 20
+    assert {r.id for r in choose(rows[::-1], 100, 0)} == {r.id for r in chosen}
+    assert {r.id for r in choose(rows, 100, 1)} != {r.id for r in chosen}
+
+
+def test_rows_that_do_not_fit_are_left_out(world: World) -> None:
+    turns = [{"role": "user", "content": "x y " * 1500}, {"role": "assistant", "content": "y"}]
+    with pytest.raises(UsageError, match="None of the 1 test rows fits"):
+        evaluate(
+            base=world.base,
+            candidate=None,
+            champion=None,
+            rows=[make_row(turns)],
+            system=None,
+            generation=Lengths(),
+            suites=("quality",),
+        )
+
+
+def test_tokens_hold_the_prompt_as_served_and_the_answer_with_its_end(world: World, home: Path) -> None:
+    rows = [row(n) for n in range(20)]
+    turns = [{"role": "user", "content": "x y " * 100}, {"role": "assistant", "content": "y"}]
+    dataset = datasets.keep({"train": [*rows, make_row(turns)]}, counts={}, sources=[], recipe={})
+    tokens = tokenised(dataset, "train", world.base, max_tokens=128, system="Be brief.")
+    tokenizer = load_tokenizer(world.base.folder)
+    assert (len(tokens), tokens.too_long, tokens.rows.tolist()) == (20, 1, list(range(20)))
+    for number, one in enumerate(rows):
+        ids, length = tokens.row(number).tolist(), int(tokens.prompt_lengths[number])
+        assert ids[:length] == prompts.encode(tokenizer, one.prompt, system="Be brief.")
+        assert tokenizer.decode(ids[length:-1]) == one.answer
+        assert ids[-1] == tokenizer.eos_token_id
+    assert isinstance(tokens.ids, np.memmap)
+    assert tokenised(dataset, "train", world.base, max_tokens=128, system="Be brief.").digest == tokens.digest
+    assert tokenised(dataset, "train", world.base, max_tokens=128, system=None).digest != tokens.digest
+    with pytest.raises(UsageError, match="All 21 train rows are longer than 8 tokens"):
+        tokenised(dataset, "train", world.base, max_tokens=8, system=None)

@@ -1,0 +1,158 @@
+"""Feedback finds its request, whenever it comes; a bulk file names its wrong lines."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+import traffic
+from click.testing import CliRunner, Result
+from sacrebleu.metrics.chrf import CHRF
+
+from deploy import recorder
+from infra.db import one, transaction
+from infra.errors import NotFound, UsageError
+from infra.settings import Settings
+from monitoring import commands, feedback
+
+PAIRS = [(f"os.path.join{i}(a, *p)", f"Join two or more pathname components, {i}.") for i in range(40)]
+PROFILE = traffic.profile(PAIRS, PAIRS)
+
+
+@pytest.fixture
+def model(database: Settings) -> str:
+    with transaction() as conn:
+        traffic.register(conn, "m", 1, PROFILE, settings={})
+        traffic.register(conn, "other", 1, PROFILE, settings={})
+    return "m"
+
+
+def event(**changes: Any) -> dict[str, Any]:
+    return traffic.event("m", 1, PROFILE, PAIRS[0], at=traffic.minutes_ago(1), **changes)
+
+
+def send(*events: dict[str, Any]) -> None:
+    with transaction() as conn:
+        recorder.store(conn, uuid.uuid4(), events)
+
+
+def give(value: dict[str, Any], **options: Any) -> dict[str, Any]:
+    with transaction() as conn:
+        [identifier] = feedback.record(conn, [feedback.parse(value)], **options)
+    return row(identifier)
+
+
+def row(identifier: uuid.UUID | str) -> dict[str, Any]:
+    with transaction() as conn:
+        return one(conn, "select * from feedback where request_id = %(id)s", {"id": str(identifier)})
+
+
+def test_last_write_wins_and_similarity_is_chrf(model: str) -> None:
+    kept = event(keep_text=True)
+    send(kept)
+    first = give({"request_id": kept["id"], "score": 1})
+    assert (first["model"], first["version"], first["score"], first["similarity"]) == ("m", 1, 1, None)
+    second = give({"id": f"chatcmpl-{kept['id']}", "score": -1, "correction": "Join path components."})
+    expected = CHRF().sentence_score(kept["answer"], ["Join path components."]).score / 100
+    assert second["score"] == -1
+    assert second["similarity"] == pytest.approx(expected)
+    third = give({"request_id": kept["id"], "label": "checked"})
+    assert (third["score"], third["correction"]) == (-1, "Join path components."), "what was not given stays"
+    assert give({"request_id": kept["id"], "correction": None})["correction"] is None, "what is given as null goes"
+
+
+def test_feedback_before_its_event(model: str) -> None:
+    late = event(keep_text=True)
+    early = give({"request_id": late["id"], "correction": late["answer"]})
+    assert (early["model"], early["version"]) == ("", None)
+    assert abs((early["request_at"] - traffic.minutes_ago(1)).total_seconds()) < 5
+    send(late)
+    with transaction() as conn:
+        assert feedback.settle(conn) == 1
+        assert feedback.settle(conn) == 0
+    joined = row(late["id"])
+    assert (joined["model"], joined["version"], joined["similarity"]) == ("m", 1, 1.0)
+
+
+def test_client_ids_are_looked_for_among_the_key_s_own_requests(model: str) -> None:
+    mine = event(client_request_id="job-7", key_id="mine")
+    theirs = event(client_request_id="job-8", key_id="theirs")
+    send(mine, theirs)
+    assert str(give({"request_id": "job-7", "score": 0}, key_id="mine", own_only=True)["request_id"]) == mine["id"]
+    with pytest.raises(NotFound, match="job-8"):
+        give({"request_id": "job-8", "score": 0}, key_id="mine", own_only=True)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"score": 1},
+        {"request_id": "x"},
+        {"request_id": "x", "score": 2},
+        {"request_id": "x", "score": "nan"},
+        {"request_id": "x", "id": "x", "score": 1},
+        {"request_id": "x", "score": 1, "extra": 1},
+        {"request_id": "x", "correction": "a\0b"},
+        {"request_id": "0198c000-0000-7000-8000-000000000000", "score": 1, "id": None, "label": 5},
+        [],
+        None,
+    ],
+)
+def test_what_is_not_feedback(value: Any) -> None:
+    with pytest.raises(UsageError):
+        feedback.parse(value)
+
+
+def test_ids_of_another_time_are_refused(model: str) -> None:
+    with pytest.raises(UsageError, match="older"):
+        give({"request_id": "00000000-0000-7000-8000-000000000000", "score": 1})
+
+
+def test_personal_data_in_corrections_is_redacted(model: str) -> None:
+    kept = event()
+    send(kept)
+    assert "[EMAIL]" in give({"request_id": kept["id"], "correction": "Write to ada@example.org."})["correction"]
+
+
+def command(path: Path, *more: str) -> Result:
+    return CliRunner().invoke(commands.feedback, ["m", str(path), *more])
+
+
+def test_a_bulk_file(model: str, tmp_path: Path) -> None:
+    events = [event(keep_text=True) for _ in range(60)]
+    foreign = traffic.event("other", 1, PROFILE, PAIRS[0])
+    send(*events, foreign)
+    path = tmp_path / "corrections.jsonl"
+    lines = [json.dumps({"request_id": e["id"], "score": -1, "correction": "Join."}) for e in events]
+    path.write_text(
+        "\n".join([*lines[:30], "{broken", "", *lines[30:], json.dumps({"request_id": foreign["id"], "score": 1})])
+    )
+    done = command(path, "--json")
+    assert done.exit_code == 0, done
+    result = json.loads(done.stdout)
+    assert result["accepted"] == 60
+    assert [r["line"] for r in result["rejected"]] == [31, 63]
+    assert "not JSON" in result["rejected"][0]["reason"]
+    assert "went to other" in result["rejected"][1]["reason"]
+    with transaction() as conn:
+        assert one(conn, "select count(*) as n from feedback where model = 'm' and similarity > 0")["n"] == 60
+
+
+def test_a_file_that_is_mostly_wrong_is_not_taken(model: str, tmp_path: Path) -> None:
+    good = event()
+    send(good)
+    path = tmp_path / "f.jsonl"
+    with path.open("wb") as file:
+        file.write(json.dumps({"request_id": good["id"], "score": 1}).encode() + b"\n")
+        file.write(b'{"request_id": "' + b"x" * 3_000_000 + b'"}\n')
+        file.write(b'{"request_id": "\\ud800", "score": 1}\n{"request_id": "y", "score": 9}\n\xff\n')
+    with pytest.raises(UsageError, match="4 of 5 lines") as caught:
+        CliRunner().invoke(commands.feedback, ["m", str(path)], catch_exceptions=False)
+    assert [r["line"] for r in caught.value.details["rejected"]] == [2, 3, 4, 5]
+    with transaction() as conn:
+        assert one(conn, "select count(*) as n from feedback")["n"] == 0
+    with pytest.raises(NotFound):
+        CliRunner().invoke(commands.feedback, ["m", str(tmp_path / "none")], catch_exceptions=False)

@@ -1,0 +1,461 @@
+"""The gateway as a process, with PostgreSQL and an engine that can be asked for faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from psycopg.types.json import Jsonb
+from serving import Stand, add_version, make_stand, wait_for
+
+from infra.db import transaction
+from infra.settings import Settings
+from registry import deployments
+
+
+def promote(model: str, number: int) -> None:
+    with transaction() as conn:
+        deployments.promote(conn, model, number, actor="test", reason="test", force=True)
+
+
+@pytest.fixture
+def stand(database: Settings) -> Iterator[Stand]:
+    """Model ``demo`` with versions 1 to 3, of which 1 serves."""
+    for number in (1, 2, 3):
+        add_version("demo", number, system=f"You are version {number}.")
+    promote("demo", 1)
+    with make_stand(database.home) as stand, stand.running_engine(), stand.running_gateway():
+        stand.wait_ready()
+        yield stand
+
+
+def test_the_official_client(stand: Stand) -> None:
+    with openai.OpenAI(base_url=f"{stand.url}/v1", api_key=stand.keys["service"], max_retries=0) as client:
+        messages: Any = [{"role": "user", "content": "hello"}]
+        raw = client.chat.completions.with_raw_response.create(
+            model="demo", messages=messages, user="ann", extra_headers={"x-request-id": "mine"}
+        )
+        answer = raw.parse()
+        assert answer.model == "demo:1"
+        assert answer.choices[0].message.content == "demo-v1 word0 word1"
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == 3
+        assert raw.headers["x-tunesmith-version"] == "demo:1"
+        assert answer.id == f"chatcmpl-{raw.headers['x-request-id']}"
+        assert int(raw.headers["x-ratelimit-remaining-requests"]) < int(raw.headers["x-ratelimit-limit-requests"])
+
+        chunks = list(client.chat.completions.create(model="demo@champion", messages=messages, stream=True))
+        assert "".join(c.choices[0].delta.content or "" for c in chunks) == "demo-v1 word0 word1"
+        assert {c.model for c in chunks} == {"demo:1"}
+        assert len({c.id for c in chunks}) == 1
+        counted = list(
+            client.chat.completions.create(
+                model="demo", messages=messages, stream=True, stream_options={"include_usage": True}
+            )
+        )
+        assert counted[-1].usage is not None
+        assert client.completions.create(model="demo:2", prompt="hello").choices[0].text.startswith("demo-v2")
+        assert {m.id for m in client.models.list()} >= {"demo", "demo:1", "demo:2"}
+        with pytest.raises(openai.NotFoundError):
+            client.chat.completions.create(model="nobody", messages=messages)
+        with pytest.raises(openai.NotFoundError):
+            client.chat.completions.create(model="demo:99", messages=messages)
+        with pytest.raises(openai.BadRequestError) as wrong:
+            client.chat.completions.create(model="demo", messages=messages, n=10**6)
+        assert wrong.value.param == "n"
+    # The version's own prompt and defaults were applied, and the user's name went no further.
+    first = next(b for b in stand.stats()["bodies"] if b["messages"][-1]["content"] == "hello")
+    assert first["messages"][0] == {"role": "system", "content": "You are version 1."}
+    assert (first["max_tokens"], first["temperature"]) == (17, 0.25)
+    assert "user" not in first
+
+    events = stand.wait_events(7)
+    asked, streamed = events[0], events[1]
+    assert str(asked["id"]) == raw.headers["x-request-id"]
+    assert (asked["model"], asked["version"], asked["slot"], asked["status"]) == ("demo", 1, "champion", 200)
+    assert (asked["client_request_id"], asked["prompt_tokens"], asked["completion_tokens"]) == ("mine", 5, 3)
+    assert asked["cost_usd"] == pytest.approx(0.01 / 3600 * 0.1)
+    assert asked["subject"].startswith("sha256:")
+    assert asked["messages"] is None
+    assert asked["features"][0] == 5.0
+    assert streamed["stream"]
+    assert 0 < streamed["ttft_ms"] <= streamed["latency_ms"]
+    assert [e["status"] for e in events].count(404) == 2
+    assert [e["version"] for e in events if e["status"] in (400, 404)] == [None, None, None]
+
+
+def test_bad_input_is_refused_in_openais_shape(stand: Stand) -> None:
+    good = {"model": "demo", "messages": [{"role": "user", "content": "x"}]}
+    names = ["../x", "%2e%2e", "a\x1b[31m", "\u202eevil", "A", "x" * 10_000, "a..b", " demo", "demo:0", 7, ["demo"]]
+    wrong: list[tuple[dict[str, Any], str | None]] = [
+        ({"model": name}, None) for name in names
+    ] + [
+        ({"n": 10**6}, "n"), ({"n": 0}, "n"), ({"n": True}, "n"), ({"n": "1"}, "n"), ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 10**9}, "max_tokens"), ({"max_tokens": 1.5}, "max_tokens"), ({"temperature": 3}, "temperature"),
+        ({"temperature": "hot"}, "temperature"), ({"top_p": -1}, "top_p"), ({"stream": "yes"}, "stream"),
+        ({"stop": [""]}, "stop"), ({"stop": ["x"] * 17}, "stop"), ({"user": {"a": 1}}, "user"), ({"seed": 2.5}, "seed"),
+        ({"messages": []}, "messages"), ({"messages": "hi"}, "messages"), ({"messages": [1]}, "messages[0]"),
+        ({"messages": [{"role": "king", "content": "x"}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
+        ({"stream_options": 3}, "stream_options"), ({"logprobs": 3}, "logprobs"),
+    ]  # fmt: skip
+    for change, param in wrong:
+        answer = stand.http.post(f"{stand.url}/v1/chat/completions", json=good | change, headers=stand.header())
+        assert answer.status_code == 400, (change, answer.text)
+        error = answer.json()["error"]
+        assert error["type"] == "invalid_request_error"
+        assert error["param"] == param, change
+        assert len(answer.content) < 1000
+        if "model" in change:
+            assert "^[a-z0-9][a-z0-9-]{0,62}$" in error["hint"]
+    raw: list[tuple[bytes, int]] = [
+        (b"{", 400), (b"[]", 400), (b'"x"', 400), (b"\xff\xfe", 400), (b'{"a":' * 5000, 400),
+        (b'{"model": "demo", "messages": [{"role": "user", "content": "\\ud800"}]}', 400), (b"x" * (2**20 + 1), 413),
+    ]  # fmt: skip
+    for body, status in raw:
+        answer = stand.http.post(f"{stand.url}/v1/chat/completions", content=body, headers=stand.header())
+        assert answer.status_code == status, body[:50]
+    endless = stand.http.post(
+        f"{stand.url}/v1/chat/completions", content=(b" " * 65536 for _ in range(100)), headers=stand.header()
+    )
+    assert endless.status_code == 413
+    assert stand.ask().status_code == 200
+    events = stand.wait_events(len(wrong) + len(raw) + 2)
+    assert len(events) == len(wrong) + len(raw) + 2
+    assert {e["version"] for e in events if e["status"] != 200} == {None}
+
+
+def test_nobody_gets_in_without_the_right_key(stand: Stand) -> None:
+    """Walks every route of the whole application, pages and feedback included."""
+    from deploy.gateway import create_app
+    from infra.settings import get_settings
+    from monitoring.console.app import console_routes
+    from monitoring.routes import routes
+
+    values = {"{model}": "demo", "{number}": "1", "{key_id}": "abc", "{id}": "x", "{run_id}": "x"}
+
+    def walk(routes: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+        for route in routes:
+            path = prefix + route.path
+            if getattr(route, "routes", None):
+                yield from walk(route.routes, path)
+            elif hasattr(route, "methods"):
+                for name, value in values.items():
+                    path = path.replace(name, value)
+                assert "{" not in path
+                yield from ((method, path) for method in route.methods)
+
+    found = set(walk(create_app(get_settings(), routes=[*routes(), *console_routes()]).routes))
+    assert len(found) > 40
+    public = {"/healthz", "/readyz", "/login", "/favicon.ico"}
+    service_may = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/demo", "/metrics"}
+    service_may |= {"/v1/feedback", "/api/v1/docs", "/api/v1/openapi.json"}
+    last = stand.keys["admin"][-1]
+    forged = stand.keys["admin"][:-1] + ("0" if last != "0" else "1")
+    for method, path in sorted(found):
+        if path in public:
+            if method == "GET":
+                assert stand.http.request(method, stand.url + path).status_code in (200, 308, 404)
+            continue
+        for header in ({}, {"authorization": f"Bearer {forged}"}):
+            answer = stand.http.request(method, stand.url + path, headers=header)
+            assert answer.status_code == 401, (method, path)
+            assert "script-src 'self'" in answer.headers["content-security-policy"]
+        answer = stand.http.request(method, stand.url + path, headers=stand.header("service"))
+        assert (answer.status_code != 403) == (path in service_may), (method, path, answer.text)
+        writes = method not in ("GET", "HEAD")
+        if writes and path not in ("/logout",):
+            assert stand.http.request(method, stand.url + path, headers=stand.header("viewer")).status_code == 403, path
+        if path.startswith("/api/v1/keys"):
+            assert stand.http.request(method, stand.url + path, headers=stand.header("operator")).status_code == 403
+    for header in ({"authorization": "Basic eDp5"}, {"authorization": "Bearer"}, {"cookie": "tunesmith_session=x"}):
+        assert stand.http.get(f"{stand.url}/v1/models", headers=header).status_code == 401
+    # A browser without a session is shown the way in.
+    page = stand.http.get(f"{stand.url}/models/x?y=1", headers={"accept": "text/html"})
+    assert (page.status_code, page.headers["location"]) == (303, "/login?next=/models/x%3Fy%3D1")
+    # A new key works at once, a revoked one stops within seconds.
+    made = stand.http.post(
+        f"{stand.url}/api/v1/keys", json={"name": "temp", "role": "service"}, headers=stand.header("admin")
+    ).json()
+    header = {"authorization": f"Bearer {made['key']}"}
+    assert stand.http.get(f"{stand.url}/v1/models", headers=header).status_code == 200
+    gone = stand.http.delete(f"{stand.url}/api/v1/keys/{made['id']}", headers=stand.header("admin"))
+    assert gone.status_code == 200
+    wait_for(lambda: stand.http.get(f"{stand.url}/v1/models", headers=header).status_code == 401)
+
+
+def test_promotions_under_load(stand: Stand) -> None:
+    """Nothing fails while versions come and go, and each answer is from the version it names."""
+    stop = threading.Event()
+    answers: list[tuple[int, str, str, str]] = []
+
+    def load(stream: bool) -> None:
+        with httpx.Client(trust_env=False, timeout=60) as http:
+            while not stop.is_set():
+                body = {"model": "demo", "messages": [{"role": "user", "content": "hi"}], "stream": stream}
+                answer = http.post(f"{stand.url}/v1/chat/completions", json=body, headers=stand.header())
+                if stream:
+                    chunks = [json.loads(line[6:]) for line in answer.text.split("\n\n") if line.startswith("data: {")]
+                    text = "".join(c["choices"][0]["delta"]["content"] for c in chunks)
+                    model = chunks[0]["model"]
+                else:
+                    text, model = answer.json()["choices"][0]["message"]["content"], answer.json()["model"]
+                answers.append((answer.status_code, answer.headers["x-tunesmith-version"], model, text.split()[0]))
+
+    threads = [threading.Thread(target=load, args=(index % 2 == 0,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for number in (2, 3, 1, 2):
+        promote("demo", number)
+        wait_for(lambda number=number: answers and answers[-1][1] == f"demo:{number}", what=f"for demo:{number}")  # type: ignore[misc]
+    loads = stand.stats()["loads"]
+    with transaction() as conn:
+        deployments.rollback(conn, "demo", actor="test", reason="worse")
+    wait_for(lambda: answers[-1][1] == "demo:1", what="for the rollback")
+    assert stand.stats()["loads"] == loads, "the rollback's target was still loaded"
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert {status for status, *_ in answers} == {200}
+    assert {version for _, version, _, _ in answers} == {"demo:1", "demo:2", "demo:3"}
+    for _, version, model, word in answers:
+        assert version == model == word.replace("-v", ":")
+    events = stand.wait_events(len(answers))
+    assert len(events) == len(answers)
+    with transaction() as conn:
+        row = conn.execute("select generation, ready from replica where model = 'demo'").fetchone()
+    assert row == {"generation": 6, "ready": True}
+
+
+def test_a_version_that_does_not_become_ready_changes_nothing(stand: Stand) -> None:
+    from infra import storage
+
+    with transaction() as conn:
+        row = conn.execute("select bundle_digest from version where number = 2").fetchone()
+    assert row is not None
+    weights = storage.get("bundle", row["bundle_digest"]) / "adapter/adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-3] ^= 1
+    weights.write_bytes(data)
+    promote("demo", 2)
+
+    def told() -> Any:
+        body = stand.http.get(f"{stand.url}/readyz", headers=stand.header("viewer")).json()
+        return body["models"]["demo"]["message"] and body
+
+    body = wait_for(told)
+    assert body["status"] == "stale"
+    assert "adapter_model.safetensors has digest" in body["models"]["demo"]["message"]
+    assert stand.ask().headers["x-tunesmith-version"] == "demo:1"
+    assert stand.ask("demo:2").status_code == 409
+    promote("demo", 3)
+    wait_for(lambda: stand.ask().headers["x-tunesmith-version"] == "demo:3")
+
+
+def test_shares_are_sticky_and_shadows_silent(stand: Stand) -> None:
+    with transaction() as conn:
+        deployments.canary(conn, "demo", 2, share=0.3, actor="t", force=True)
+        deployments.shadow(conn, "demo", 3, actor="t")
+    wait_for(lambda: stand.ask("demo@challenger").status_code == 200)
+    chosen = {f"user{i}": stand.ask(user=f"user{i}").json()["model"] for i in range(100)}
+    assert 15 <= sum(model == "demo:2" for model in chosen.values()) <= 45
+    for user in list(chosen)[:10]:
+        assert stand.ask(user=user).json()["model"] == chosen[user]
+    with transaction() as conn:
+        deployments.canary(conn, "demo", 2, share=0.6, actor="t", force=True)
+    time.sleep(1.5)
+    grown = {user: stand.ask(user=user).json()["model"] for user in chosen}
+    assert all(grown[user] == "demo:2" for user, model in chosen.items() if model == "demo:2")
+    events = wait_for(lambda: [e for e in stand.events() if e["slot"] == "shadow"])
+    assert {e["version"] for e in events} == {3}
+    assert {e["client_request_id"] for e in events} <= {str(e["id"]) for e in stand.events()}
+
+
+def test_a_client_that_goes_away_frees_its_slot(stand: Stand) -> None:
+    for stream in (True, False):
+        before = stand.stats()["cancelled"]
+        body = {"model": "demo", "messages": [{"role": "user", "content": "slow"}], "stream": stream}
+        with httpx.Client(trust_env=False) as http:
+            if stream:
+                with http.stream("POST", f"{stand.url}/v1/chat/completions", json=body, headers=stand.header()) as r:
+                    next(r.iter_bytes())
+            else:
+                patience = httpx.Timeout(30, read=1.0)
+                with pytest.raises(httpx.ReadTimeout):
+                    http.post(f"{stand.url}/v1/chat/completions", json=body, headers=stand.header(), timeout=patience)
+        wait_for(lambda before=before: stand.stats()["cancelled"] == before + 1)  # type: ignore[misc]
+        assert stand.stats()["active"] == 0
+    gone = [e for e in stand.wait_events(2) if e["status"] == 499]
+    assert [e["stream"] for e in gone] == [True, False]
+
+
+def test_an_engine_that_fails(stand: Stand) -> None:
+    expected = {"garbage": 502, "fail": 502, "full": 429, "break": 200}
+    for text, status in expected.items():
+        answer = stand.ask(text=text, stream=text == "break")
+        assert answer.status_code == status, text
+        assert "error" in answer.text
+        assert "[DONE]" not in answer.text
+    assert stand.ask(text="full").headers["retry-after"] == "1"
+    assert stand.engine is not None
+    stand.engine.kill()
+    stand.engine.wait()
+    down = stand.ask()
+    assert (down.status_code, down.json()["error"]["code"]) == (503, "unreachable")
+    with stand.running_engine():  # a new process at the same address, without adapters
+        assert stand.ask().json()["choices"][0]["message"]["content"].startswith("demo-v1")
+    events = stand.wait_events(7)
+    assert [e["status"] for e in events] == [502, 502, 429, 502, 429, 503, 200]
+    assert {e["version"] for e in events} == {1}
+
+
+def test_a_killed_gateway_loses_no_event(stand: Stand) -> None:
+    for _ in range(50):
+        assert stand.ask().status_code == 200
+    assert stand.gateway is not None
+    stand.gateway.kill()
+    stand.gateway.wait()
+    with stand.running_gateway():
+        stand.wait_ready()
+        assert stand.ask().status_code == 200
+        stand.wait_events(51)
+        time.sleep(0.5)
+        assert len(stand.events()) == 51
+    with transaction() as conn:
+        row = conn.execute("select sum(rows)::int as told from event_batch").fetchone()
+    assert row == {"told": 51}
+
+
+def test_serving_goes_on_while_the_database_is_away(stand: Stand, server: Any) -> None:
+    with transaction() as conn:
+        pids = [
+            r["pid"] for r in conn.execute("select pid from pg_stat_activity where backend_type = 'client backend'")
+        ]
+        postmaster = int(Path(f"/proc/{pids[0]}/stat").read_text().split()[3])
+    assert stand.ask().status_code == 200
+    stopped = [*pids, postmaster]
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        until = time.monotonic() + 6
+        count = 1
+        while time.monotonic() < until:
+            assert stand.ask().status_code == 200
+            count += 1
+        unknown = stand.http.get(f"{stand.url}/v1/models", headers={"authorization": "Bearer ts_x_y"})
+        assert unknown.status_code == 503
+        assert stand.http.get(f"{stand.url}/readyz").status_code == 200
+    finally:
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+    assert len(stand.wait_events(count)) == count
+    promote("demo", 2)
+    wait_for(lambda: stand.ask().headers["x-tunesmith-version"] == "demo:2")
+
+
+def test_too_many_at_once_are_turned_away(database: Settings) -> None:
+    add_version("demo", 1)
+    promote("demo", 1)
+    with make_stand(database.home) as stand, stand.running_engine(), stand.running_gateway(concurrent=2):
+        stand.wait_ready()
+        threads = [threading.Thread(target=stand.ask, kwargs={"text": "slow"}) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: stand.stats()["active"] == 2)
+        refused = stand.ask()
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        assert refused.json()["error"]["code"] == "busy"
+        for thread in threads:
+            thread.join()
+        assert stand.ask().status_code == 200
+        assert sorted(e["status"] for e in stand.wait_events(4)) == [200, 200, 200, 429]
+
+
+def test_the_control_api(stand: Stand) -> None:
+    base = f"{stand.url}/api/v1/models/demo"
+    read = stand.http.get(f"{base}/deployment", headers=stand.header("viewer"))
+    assert read.headers["etag"] == '"1"'
+    assert read.json()["champion"] == 1
+
+    def patch(body: dict[str, Any], match: str | None, role: str = "operator") -> httpx.Response:
+        headers = stand.header(role) | ({"if-match": match} if match else {})
+        return stand.http.patch(f"{base}/deployment", json=body, headers=headers)
+
+    assert patch({"champion": 2, "reason": "x"}, None).status_code == 428
+    assert patch({"champion": 2, "reason": "x"}, '"0"').status_code == 412
+    assert patch({"champion": 2, "reason": "x"}, '"1"').status_code == 409, "never judged by a gate"
+    assert patch({"champion": 2, "reason": "x", "force": True}, '"1"').status_code == 403
+    done = patch({"champion": 2, "reason": "x", "force": True}, '"1"', "admin")
+    assert (done.status_code, done.headers["etag"]) == (200, '"2"')
+    assert patch({"challenger": 3, "challenger_share": 0.1, "reason": "try"}, "2").status_code == 200
+    assert patch({"challenger": None, "reason": "enough"}, "3").json()["challenger"] is None
+    for wrong in ({"reason": "x"}, {"champion": None, "reason": "x"}, {"champion": 1}, {"champion": 1, "shadow": 2},
+                  {"champion": "1; drop table", "reason": "x"}, {"champion": 1, "reason": "x", "more": 1}):  # fmt: skip
+        answer = patch(wrong, "4")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "usage"), wrong
+    back = stand.http.post(f"{base}/rollback", json={"reason": "worse"}, headers=stand.header("operator"))
+    assert back.json()["champion"] == 1
+    entries = stand.http.get(f"{base}/history", headers=stand.header("viewer")).json()["entries"]
+    assert [e["action"] for e in entries] == ["promote", "promote", "canary", "stop", "rollback"]
+    assert entries[1]["forced"]
+    assert "the admin" in entries[1]["actor"]
+    assert entries[1]["at"].endswith("Z")
+    listed = stand.http.get(f"{base}/versions", headers=stand.header("viewer")).json()["versions"]
+    assert [(v["version"], v["serving"]) for v in listed] == [(1, "champion"), (2, None), (3, None)]
+    hostile = stand.http.get(f"{stand.url}/api/v1/models/%E2%80%AEx/versions", headers=stand.header("viewer"))
+    assert hostile.status_code == 400
+    docs = stand.http.get(f"{stand.url}/api/v1/docs", headers=stand.header("viewer"))
+    assert "PATCH /api/v1/models/{model}/deployment" in docs.text
+    assert "http" not in docs.text.replace("http-equiv", "")
+    schema = stand.http.get(f"{stand.url}/api/v1/openapi.json", headers=stand.header("viewer")).json()
+    assert "/models/{model}/promote" in schema["paths"]
+
+
+def test_text_is_kept_only_where_the_model_says_so_and_redacted(stand: Stand) -> None:
+    secret = "write to ann@example.com\0 please"
+    stand.ask(text=secret)
+    price = {"per_1k_prompt_tokens_usd": 1.0, "per_1k_completion_tokens_usd": 2.0}
+    with transaction() as conn:
+        conn.execute("update model set settings = %s", (Jsonb({"monitoring": {"keep_text": True, "price": price}}),))
+    time.sleep(2.5)
+    stand.ask(text=secret)
+    before, after = stand.wait_events(2)
+    assert (before["messages"], before["answer"]) == (None, None)
+    assert after["messages"] == [{"role": "user", "content": "write to [EMAIL]\ufffd please"}]
+    assert after["answer"] == "demo-v1 word0 word1"
+    assert after["cost_usd"] == pytest.approx((5 * 1.0 + 3 * 2.0) / 1000)
+    assert "ann@" not in (stand.home / "gateway.log").read_text()
+
+
+def test_an_outage_of_the_database_does_not_make_engines_dead(stand: Stand) -> None:
+    """Engines cannot write while it is away; when it is back their rows look old for a moment."""
+    with transaction() as conn:
+        conn.execute("update engine set seen_at = now() - interval '1 minute'")
+    until = time.monotonic() + 5
+    while time.monotonic() < until:
+        assert stand.ask().status_code == 200
+        time.sleep(0.1)
+    wait_for(lambda: stand.ask().status_code == 503)
+    with transaction() as conn:
+        conn.execute("update engine set seen_at = now() + interval '1 hour'")
+    wait_for(lambda: stand.ask().status_code == 200)
+
+
+def test_a_stopped_gateway_leaves_nothing_behind(stand: Stand) -> None:
+    for _ in range(20):
+        stand.ask()
+    assert stand.gateway is not None
+    stand.gateway.terminate()
+    stand.gateway.wait(60)
+    assert len(stand.events()) == 20
+    assert not list((stand.home / "spool").iterdir())

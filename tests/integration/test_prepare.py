@@ -1,0 +1,203 @@
+"""From files to a data set: what is dropped is counted, what is alike never straddles two splits."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import orjson
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from infra.db import transaction
+from infra.errors import UsageError
+from infra.settings import Settings
+from pipelines.config import PipelineConfig, load
+from pipelines.data.dedup import ALIKE, Alike
+from pipelines.data.prepare import build, prepare
+from registry import datasets
+from registry.datasets import SPLITS, Dataset, Row, make_row, question_key
+
+VERBS = ["open", "close", "read", "write", "copy", "move", "send", "fetch", "parse", "render", "split", "merge"]
+NOUNS = ["parcel", "ticket", "invoice", "calendar", "playlist", "recipe", "flight", "meeting", "sensor", "archive"]
+PLACES = ["kitchen", "office", "garden", "station", "museum", "harbour", "library", "theatre", "warehouse"]
+WORDS = ["book", "flight", "to", "paris", "rome", "on", "monday", "for", "two", "please", "with", "my", "card"]
+
+
+def question(number: int) -> str:
+    pick = random.Random(number)
+    what = f"{pick.choice(VERBS)} the {pick.choice(NOUNS)} {number} in the {pick.choice(PLACES)}"
+    return f"please {what} {pick.getrandbits(40):x}"
+
+
+def line(asked: str, answer: str) -> bytes:
+    return orjson.dumps({"prompt": asked, "completion": answer}) + b"\n"
+
+
+def pipeline(folder: Path, more: str = "", **files: bytes) -> PipelineConfig:
+    for name, content in files.items():
+        (folder / f"{name}.jsonl").write_bytes(content)
+    named = ", ".join(f"{name}: {name}.jsonl" for name in files)
+    path = folder / "pipeline.yaml"
+    path.write_text(f"model: support\nbase: builtin:tiny\ndata: {{{named}{more}}}\n")
+    return load(path)
+
+
+def some(count: int, start: int = 0) -> bytes:
+    return b"".join(line(question(n), f"answer {n}") for n in range(start, start + count))
+
+
+def prompts(rows: Sequence[Row]) -> set[str]:
+    return {question_key(row.prompt) for row in rows}
+
+
+def test_the_same_inputs_are_no_work_and_the_same_digest(tmp_path: Path, database: Settings) -> None:
+    config = pipeline(tmp_path, train=some(200))
+    first = prepare(config)
+    said: list[str] = []
+    assert prepare(config, progress=lambda text, *_: said.append(text)).digest == first.digest
+    assert said == ["the same rows as before: nothing to do"]
+    with transaction() as conn:
+        assert datasets.latest(conn, "support") == first.digest
+    assert sum(first.counts[split] for split in SPLITS) == first.counts["read"] == 200
+    (tmp_path / "train.jsonl").write_bytes(some(201))
+    assert prepare(config).digest != first.digest
+
+
+def test_two_homes_give_one_digest(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from infra.settings import get_settings
+
+    config = pipeline(tmp_path, train=some(60))
+    first = build(config)
+    monkeypatch.setenv("TUNESMITH_HOME", str(home / "another"))
+    get_settings.cache_clear()
+    again = build(config)
+    assert again.folder != first.folder
+    assert again.digest == first.digest
+
+
+def test_malformed_rows_are_quarantined_up_to_the_allowed_share(tmp_path: Path, home: Path) -> None:
+    good = some(97)
+    config = pipeline(tmp_path, train=good + b'{"prompt": "call +49 30 1234567"\n{}\n\n{"prompt": "x\\ud800"}\n')
+    dataset = build(config)
+    entries = [orjson.loads(entry) for entry in (dataset.folder / "quarantine.jsonl").read_bytes().splitlines()]
+    assert [entry["line"] for entry in entries] == [98, 99, 101]
+    assert entries[0]["text"] == '{"prompt": "call [PHONE]"'
+    assert (dataset.counts["quarantined"], dataset.counts["read"]) == (3, 100)
+
+    strict = pipeline(tmp_path, ", quality: {max_bad: 0.02}", train=(tmp_path / "train.jsonl").read_bytes())
+    with pytest.raises(UsageError, match=r"3 of 100 rows are malformed, and data\.quality\.max_bad allows 2%") as error:
+        build(strict)
+    assert "train.jsonl:98: is not JSON" in error.value.message
+    assert len(Path(error.value.details["quarantine"]).read_bytes().splitlines()) == 3
+
+
+def test_leaked_and_repeated_training_rows_are_dropped_and_counted(tmp_path: Path, home: Path) -> None:
+    """Fault 23: rows that stand in the test file, exactly, in other writing, or nearly, are not trained on."""
+    test = some(50, start=1000)
+    leaks = b"".join(
+        [
+            line(question(1000), "answer 1000"),  # exactly
+            line(question(1001).upper() + "!!", "poisoned"),  # in other writing, with another answer
+            line(question(1002) + " ok", "answer 1002"),  # nearly
+        ]
+    )
+    repeats = line(question(5), "answer 5") + line(question(6).replace("please", "Please,"), "Answer 6.")
+    other_answer = line(question(7), "quite another thing")
+    config = pipeline(tmp_path, train=some(200) + leaks + repeats + other_answer, test=test)
+    dataset = build(config)
+    counts = dataset.counts
+    assert (counts["leaked_test"], counts["duplicates"], counts.get("near_duplicates", 0)) == (3, 2, 0)
+    assert counts["test"] == 50
+    assert counts["train"] + counts["validation"] == 201
+    learned = dataset.rows("train") + dataset.rows("validation")
+    assert not prompts(learned) & prompts(dataset.rows("test"))
+    assert "poisoned" not in {row.answer for row in learned}
+
+
+def test_short_requests_that_differ_are_all_kept(tmp_path: Path, home: Path) -> None:
+    rows = ["what is my balance", "whats my balance", "tell me my balance", "balance please", "my balance"]
+    rows += [f"set a timer for {n} minutes" for n in range(1, 40)]
+    config = pipeline(tmp_path, train=b"".join(line(text, "label") for text in rows))
+    counts = build(config).counts
+    assert sum(counts[split] for split in SPLITS) == len(rows)
+
+
+def test_privacy_redacts_or_drops(tmp_path: Path, home: Path) -> None:
+    rows = some(40) + line("my mail is joe@example.com, thanks", "noted, joe@example.com")
+    kept = build(pipeline(tmp_path, train=rows))
+    texts = [message["content"] for split in SPLITS for row in kept.rows(split) for message in row.messages]
+    assert not any("joe@" in text for text in texts)
+    assert "noted, [EMAIL]" in texts
+    assert kept.counts["redacted"] == 1
+    dropped = build(pipeline(tmp_path, ", quality: {pii: drop}", train=rows))
+    assert dropped.counts["private"] == 1
+
+
+words = st.lists(st.sampled_from(WORDS), min_size=1)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(words, min_size=40, max_size=120), st.integers(0, 2))
+def test_no_two_splits_have_alike_prompts(tmp_path: Path, home: Path, texts: list[list[str]], seed: int) -> None:
+    rows = b"".join(line(" ".join(text), f"answer {n}") for n, text in enumerate(texts)) + some(40)
+    dataset = build(pipeline(tmp_path, f", quality: {{dedup: none}}, split: {{seed: {seed}}}", train=rows))
+    assert sum(dataset.counts[split] for split in SPLITS) == len(texts) + 40
+    every = [(split, row) for split in SPLITS for row in dataset.rows(split)]
+    groups: dict[str, set[str]] = {}
+    for split, row in every:
+        groups.setdefault(row.group, set()).add(split)
+    assert all(len(splits) == 1 for splits in groups.values())
+    alike = Alike([row for _, row in every])
+    places: dict[int, set[str]] = {}
+    for (split, _), prompt in zip(every, alike.prompt, strict=True):
+        places.setdefault(prompt, set()).add(split)
+    for prompt, near in enumerate(alike.near):
+        assert all(places[prompt] == places[other] for other, similarity in near if similarity >= ALIKE)
+
+
+def correction(number: int, asked: str | None = None) -> Row:
+    turns = [
+        {"role": "user", "content": asked or f"numpy.{question(10_000 + number)}"},
+        {"role": "assistant", "content": f"corrected {number}, says joe@example.com"},
+    ]
+    return make_row(turns, source="feedback")
+
+
+@pytest.fixture
+def old(tmp_path: Path, home: Path) -> tuple[PipelineConfig, Dataset]:
+    config = pipeline(tmp_path, train=some(300))
+    return config, build(config)
+
+
+def test_corrections_join_old_rows_without_leaks(old: tuple[PipelineConfig, Dataset]) -> None:
+    config, before = old
+    taught, tested = before.rows("train")[0], before.rows("test")[0]
+    extra = [correction(n) for n in range(100)]
+    extra.append(correction(200, taught.prompt[0]["content"]))  # corrects what was taught
+    extra.append(correction(201, tested.prompt[0]["content"] + " ok"))  # nearly a test row
+    after = build(config, extra=extra, old=before)
+    assert after.parent == before.digest
+    assert build(config, extra=extra, old=before).digest == after.digest
+
+    new = {split: [row for row in after.rows(split) if row.source == "feedback"] for split in SPLITS}
+    kept = {split: [row for row in after.rows(split) if row.source == "train"] for split in SPLITS}
+    assert sum(map(len, new.values())) == len(extra)
+    assert [row.id for row in kept["test"]] == [row.id for row in before.rows("test")]
+    assert 15 <= len(new["test"]) <= 50
+    assert len(kept["train"]) == len(new["train"])  # replay: 1.0
+    assert {row.id for row in kept["train"]} <= {row.id for row in before.rows("train")}
+    assert not prompts(after.rows("train") + after.rows("validation")) & prompts(after.rows("test"))
+    answers = {row.answer: split for split in SPLITS for row in new[split]}
+    assert answers["corrected 200, says [EMAIL]"] == "train"
+    assert answers["corrected 201, says [EMAIL]"] == "test"
+    assert taught.id not in {row.id for row in kept["train"]}
+    assert after.counts["superseded"] == 1
+
+
+def test_too_few_rows_leave_nothing_behind(tmp_path: Path, home: Path) -> None:
+    with pytest.raises(UsageError, match="Too few rows"):
+        build(pipeline(tmp_path, train=some(5)))
+    assert not (home / "artifacts").exists()

@@ -1,0 +1,175 @@
+"""Rung jobs on a real database: who may take them, who may write, and what becomes of those whose worker is gone."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from infra.db import transaction
+from infra.errors import Conflict, NotFound
+from infra.settings import Settings
+from registry import studies
+from registry.studies import Job
+
+
+@pytest.fixture
+def study(database: Settings) -> str:
+    with transaction() as conn:
+        conn.execute("insert into model (name) values ('m')")
+        studies.create(conn, "s", "m", {"trials": 3})
+        for trial in range(3):
+            put_up(conn, trial)
+    return "s"
+
+
+def put_up(conn: object, trial: int, rung: int = 0) -> None:
+    studies.add_job(
+        conn, "s", trial=trial, rung=rung, trial_id=trial + 10, params={"r": trial}, steps=5, checkpoint=None
+    )  # type: ignore[arg-type]
+
+
+def take(worker: str) -> Job | None:
+    with transaction() as conn:
+        return studies.claim(conn, "s", worker)
+
+
+def taken(worker: str) -> Job:
+    job = take(worker)
+    assert job is not None
+    return job
+
+
+def finish(job: Job, value: float = 1.0) -> None:
+    with transaction() as conn:
+        studies.finish(conn, job, value=value, curve=[(1, 2.0)], checkpoint="c", tokens=10, seconds=1.0)
+
+
+def reap() -> None:
+    with transaction() as conn:
+        studies.reap(conn, "s")
+
+
+def job(trial: int, rung: int = 0) -> Job:
+    with transaction() as conn:
+        return next(j for j in studies.jobs(conn, "s") if (j.trial, j.rung) == (trial, rung))
+
+
+def let_expire(trial: int) -> None:
+    with transaction() as conn:
+        conn.execute("update rung_job set lease_until = now() - interval '1 hour' where trial = %s", [trial])
+
+
+def test_racing_workers_get_one_job_each(study: str) -> None:
+    with transaction() as conn:
+        for trial in range(3, 40):
+            put_up(conn, trial)
+    with ThreadPoolExecutor(8) as pool:
+        got = [j for j in pool.map(lambda n: take(f"w{n}"), range(60)) if j is not None]
+    assert sorted(j.trial for j in got) == list(range(40))
+    assert {(j.token, j.attempts, j.state) for j in got} == {(1, 1, "running")}
+
+
+def test_higher_rungs_come_first_and_a_rung_is_put_up_once(study: str) -> None:
+    with transaction() as conn:
+        put_up(conn, 2, rung=1)
+        put_up(conn, 2, rung=1)
+        assert len(studies.jobs(conn, "s")) == 4
+    assert [(j.trial, j.rung) for j in (taken("w"), taken("w"))] == [(2, 1), (0, 0)]
+
+
+def test_a_stale_token_writes_nothing(study: str) -> None:
+    """Fault 3: a worker that was taken for dead wakes up."""
+    sleeper = taken("sleeper")
+    let_expire(sleeper.trial)
+    reap()
+    successor = taken("successor")
+    assert (successor.trial, successor.token, successor.attempts) == (sleeper.trial, 2, 2)
+    for write in (
+        lambda: finish(sleeper, 0.0),
+        lambda: _fail(sleeper),
+        lambda: _renew(sleeper),
+    ):
+        with pytest.raises(Conflict, match="went to another worker"):
+            write()
+    assert job(0) == successor
+    finish(successor, 2.5)
+    assert (job(0).state, job(0).value) == ("done", 2.5)
+    with pytest.raises(Conflict):  # done is done, for its own worker too
+        finish(successor, 0.0)
+    assert job(0).value == 2.5
+
+
+def _fail(held: Job) -> None:
+    with transaction() as conn:
+        studies.fail(conn, held, "woke up late")
+
+
+def _renew(held: Job) -> None:
+    with transaction() as conn:
+        studies.renew(conn, held)
+
+
+def test_leases_follow_the_databases_clock(study: str) -> None:
+    """Fault 24: a worker's own clock is never asked. A lease that ran out unnoticed can still be renewed."""
+    held = taken("w")
+    with transaction() as conn:
+        row = conn.execute("select lease_until - now() as left from rung_job where trial = 0").fetchone()
+    assert row is not None
+    assert 25 < row["left"].total_seconds() <= studies.LEASE_SECONDS
+    let_expire(0)
+    assert taken("other").trial == 1  # workers take nothing from each other
+    _renew(held)
+    reap()
+    assert job(0).state == "running"
+
+
+def test_a_job_whose_worker_died_is_tried_twice_and_then_fails_with_its_cause(study: str) -> None:
+    for attempt in (1, 2):
+        died = taken(f"host:{attempt}")
+        assert (died.trial, died.attempts) == (0, attempt)
+        with transaction() as conn:
+            studies.bury(conn, "s", f"host:{attempt}")
+            studies.bury(conn, "s", "host:7")
+        reap()
+    assert job(0).state == "failed"
+    assert job(0).error == "its worker died 2 times, last host:2"
+    assert taken("w").trial == 1
+
+
+def test_a_job_that_was_given_back_has_lost_no_attempt(study: str) -> None:
+    """Ctrl-C, as often as it comes, is no fault of the trial's."""
+    for token in range(1, 6):
+        held = taken("host:1")
+        assert (held.trial, held.attempts, held.token) == (0, 1, token)
+        with transaction() as conn:
+            studies.give_back(conn, "s", "host:1")
+        reap()
+        assert job(0).state == "waiting"
+        with pytest.raises(Conflict):
+            finish(held)
+
+
+def test_a_stopped_study_gives_no_work_and_a_resumed_one_forgets_its_end(study: str) -> None:
+    with transaction() as conn:
+        studies.stop(conn, "s")
+    assert take("w") is None
+    with transaction() as conn:
+        studies.end(conn, "s", state="stopped", stopped_by="user", best={"trial": 1})
+        with pytest.raises(Conflict, match="stopped already"):
+            studies.stop(conn, "s")
+    with transaction() as conn:
+        studies.resume(conn, "s")
+        row = studies.get(conn, "s")
+    assert (row["state"], row["stopped_by"], row["best"]) == ("running", None, None)
+    assert taken("w").trial == 0
+    with transaction() as conn:
+        with pytest.raises(Conflict, match="s is running"):
+            studies.resume(conn, "s")
+        with pytest.raises(NotFound, match="no study nobody"):
+            studies.get(conn, "nobody")
+    with transaction() as conn:
+        again = studies.create(conn, "s", "m", {"trials": 99})
+        listed = studies.list_studies(conn)
+    assert again["spec"] == {"trials": 3}
+    assert [(s["name"], s["trials"], s["rungs_open"]) for s in listed] == [("s", 3, 3)]

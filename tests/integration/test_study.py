@@ -1,0 +1,185 @@
+"""The search on builtin:tiny with real workers: what it does, and what it outlives."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from infra.db import transaction
+from infra.errors import TunesmithError
+from pipelines.tuning.search import search
+from pipelines.tuning.spec import StudySpec
+from registry import datasets, studies
+from registry.bases import Base
+from registry.datasets import Row, make_row
+
+SPACE: dict[str, Any] = {
+    "r": [4, 8],
+    "lora_alpha": 16,
+    "lora_dropout": 0.1,
+    "learning_rate": {"low": 1e-4, "high": 1e-2, "log": True},
+    "lr_scheduler_type": "linear",
+    "warmup_ratio": 0.0,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "target_modules": ["attention"],
+    "per_device_train_batch_size": 8,
+}
+
+
+def rows(count: int, start: int = 0) -> list[Row]:
+    words = ["red", "green", "blue", "black", "white"]
+    turns = [
+        ({"role": "user", "content": f"colour {n}"}, {"role": "assistant", "content": words[n % 5]})
+        for n in range(start, start + count)
+    ]
+    return [make_row(list(pair), source="train", group=str(n)) for n, pair in enumerate(turns)]
+
+
+@pytest.fixture
+def spec(tiny_base: Base) -> StudySpec:
+    """Four trials of at most 72 steps, in three rungs; one worker, so that the order is one."""
+    splits = {"train": rows(80), "validation": rows(16, 100), "test": rows(4, 200)}
+    kept = datasets.keep(splits, counts={}, sources=[], recipe={})
+    with transaction() as conn:
+        conn.execute("insert into model (name) values ('m')")
+    return StudySpec(
+        study="m-1", model="m", base=tiny_base.digest, dataset=kept.digest, system=None, max_tokens=64, trials=4,
+        rungs=(8, 24, 72), reduction=3, space=SPACE, workers=1,
+    )  # fmt: skip
+
+
+def jobs(study: str = "m-1") -> list[studies.Job]:
+    with transaction() as conn:
+        return studies.jobs(conn, study)
+
+
+def quiet(*_: object) -> None:
+    pass
+
+
+def until(true: Callable[[], Any], seconds: float = 300) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := true()):
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.02)
+    return found
+
+
+def outline(study: str) -> list[tuple[object, ...]]:
+    """All that must not depend on who was killed when."""
+    return [(j.trial, j.rung, j.params, j.steps, j.state, j.value, j.curve, j.tokens) for j in jobs(study)]
+
+
+def test_a_disturbed_search_ends_as_an_undisturbed_one(spec: StudySpec, server: Any) -> None:
+    told: list[str] = []
+    calm = search(spec, progress=lambda text, done, total: told.append(f"{text} {done:g}/{total:g}"))
+    found = jobs()
+    assert [(j.trial, j.steps) for j in found if j.rung == 0] == [(n, 8) for n in range(4)]
+    assert [sum(j.rung == rung for j in found) for rung in range(3)] == [4, 2, 1]
+    assert all(j.state == "done" and j.attempts == 1 for j in found)
+    for j in found:  # each step of each rung once
+        begun = spec.rungs[j.rung - 1] if j.rung else 0
+        assert [step for step, _ in j.curve or []] == list(range(begun + 1, j.steps + 1))
+    last = found[[j.rung for j in found].index(2)]
+    assert (calm.trial, calm.value, calm.steps, calm.stopped_by) == (last.trial, last.value, 72, "trials")
+    assert (calm.trials, calm.pruned, calm.failed) == (4, 3, 0)
+    assert told[-1].startswith("best loss")
+    assert last.value is not None
+    assert last.curve is not None
+    assert last.value < last.curve[0][1]  # it learned
+    assert search(spec, progress=quiet) == calm  # over is over
+
+    again = replace(spec, study="m-2")
+    coordinator = coordinate(again)
+    try:
+        victim = until(lambda: next((j for j in jobs("m-2") if j.state == "running" and j.rung == 0), None))
+        worker = int(str(victim.worker).rpartition(":")[2])
+        os.kill(worker, signal.SIGKILL)
+        until(lambda: any(j.rung == 0 and j.state == "done" for j in jobs("m-2")))
+        with server.admin() as conn:  # as an immediate restart of the database does to connections
+            prefix = os.environ["TUNESMITH_DATABASE_PREFIX"]
+            conn.execute(
+                "select pg_terminate_backend(pid) from pg_stat_activity where datname like %s", (f"{prefix}%",)
+            )
+        until(lambda: any(j.rung == 1 for j in jobs("m-2")))
+    finally:
+        workers = psutil.Process(coordinator.pid).children()
+        coordinator.kill()
+        coordinator.wait()
+    outcome = search(again, progress=quiet)
+    psutil.wait_procs(workers, timeout=120)
+    assert not any(p.is_running() for p in workers)  # those of a dead coordinator end by themselves
+    assert outline("m-2") == outline("m-1")
+    assert [j.attempts for j in jobs("m-2") if j.trial == victim.trial and j.rung == 0] == [2]
+    assert sum(j.attempts for j in jobs("m-2")) <= 9  # the one that was killed, perhaps the one of the outage
+    assert (outcome.trial, outcome.params, outcome.value) == (calm.trial, calm.params, calm.value)
+
+
+def coordinate(spec: StudySpec) -> subprocess.Popen[bytes]:
+    """The search in a process of its own."""
+    code = (
+        "import json, sys; from pipelines.tuning.search import search; from pipelines.tuning.spec import StudySpec\n"
+        "search(StudySpec.from_json(json.loads(sys.argv[1])), progress=lambda *_: None)"
+    )
+    return subprocess.Popen([sys.executable, "-c", code, json.dumps(spec.to_json())])
+
+
+def test_broken_and_repeated_trials_do_not_stop_the_others(spec: StudySpec) -> None:
+    space = SPACE | {"learning_rate": [1e-3, 1e30]}
+    best = search(replace(spec, space=space, trials=6, rungs=(8,)), progress=quiet)
+    found = jobs()
+    assert len(found) == best.trials == 4  # the space has no more, and none is run twice
+    assert len({(j.params["r"], j.params["learning_rate"]) for j in found}) == 4
+    broken = [j for j in found if j.params["learning_rate"] > 1]
+    assert {j.state for j in broken} == {"failed"}
+    assert all("the loss became" in str(j.error) or "the gradient became" in str(j.error) for j in broken)
+    assert all(j.attempts == 1 for j in found)
+    assert (best.failed, best.pruned, best.params["learning_rate"]) == (2, 0, 1e-3)
+
+
+def test_a_search_without_a_success_says_why(spec: StudySpec) -> None:
+    with pytest.raises(
+        TunesmithError, match=r"^No trial of m-1 succeeded: the (loss|gradient) became nan at"
+    ) as raised:
+        search(replace(spec, space=SPACE | {"learning_rate": 1e30}, trials=1, rungs=(8,)), progress=quiet)
+    assert "\n" not in raised.value.message
+    with transaction() as conn:
+        assert studies.get(conn, "m-1")["state"] == "failed"
+
+
+def test_a_budget_ends_a_search_with_what_it_has(spec: StudySpec) -> None:
+    # Rungs that take much longer than a coordinator's turn, in which no more than the next one can begin
+    best = search(replace(spec, max_training_tokens=1, rungs=(150, 300)), progress=quiet)
+    found = jobs()
+    assert best.stopped_by == "max_tokens"
+    assert sum(j.state == "done" for j in found) < 3
+    assert not any(j.state == "running" for j in found)
+    assert best.value == min(j.value for j in found if j.value is not None)
+    import optuna
+
+    url = f"{os.environ['TUNESMITH_DATABASE_URL'].rpartition('/')[0]}/{os.environ['TUNESMITH_DATABASE_PREFIX']}optuna"
+    store = optuna.storages.RDBStorage(url.replace("postgresql://", "postgresql+psycopg://", 1))
+    trials = optuna.load_study(study_name="m-1", storage=store).trials
+    store.engine.dispose()
+    assert {t.state.name for t in trials} == {"PRUNED"}  # none is left running
+
+
+@pytest.mark.slow
+def test_workers_that_cannot_start_end_the_search_with_their_words(spec: StudySpec, home: Path) -> None:
+    with pytest.raises(
+        TunesmithError, match=r"Search workers died \d times in a row.*No base sha256:0+ is known"
+    ) as raised:
+        search(replace(spec, base="sha256:" + "0" * 64), progress=quiet)
+    assert raised.value.hint == f"See {home / 'logs' / 'worker-1.log'}."

@@ -1,0 +1,389 @@
+"""Versions against a real MLflow server: lineage, idempotence, aliases, import and export (faults 7, 8, 11, 12)."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from lora import save_base
+from safetensors.numpy import load_file, save_file
+
+from infra import storage
+from infra.db import one, transaction
+from infra.errors import Conflict, NotFound, Refused, Unreachable, UsageError
+from infra.settings import Settings, get_settings
+from registry import bases, deployments, mlflow, versions
+from registry.exchange import export_version, import_version
+from registry.gates import Gate, decide
+from registry.statistics import mean_ci, paired_difference
+from registry.verification import verify_version
+from registry.versions import Version, VersionDraft
+
+WHO = {"actor": "os:test@here", "reason": "because"}
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def base(database: Settings, base_folder: Path) -> bases.Base:
+    """A small real base, known to the test's database and store."""
+    return bases.resolve(str(base_folder))
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> Path:
+    """A LoRA adapter in PEFT's form."""
+    folder = tmp_path_factory.mktemp("adapter")
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(base_folder), "r": 4, "lora_alpha": 8}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj"]}))
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    weights = {name.format("A"): np.ones((4, 64), np.float32), name.format("B"): np.zeros((64, 4), np.float32)}
+    save_file(weights, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def model() -> str:
+    """A name of the test's own, since the MLflow server is shared."""
+    return f"m-{uuid.uuid4().hex[:8]}"
+
+
+def _evaluation(gain: float) -> dict[str, Any]:
+    random = np.random.default_rng(1)
+    base = random.normal(3, 0.5, 200)
+    candidate = base - gain + random.normal(0, 0.05, 200)
+    return {
+        "metrics": {
+            "loss": {
+                "candidate": mean_ci(candidate, higher_is_better=False).to_json(),
+                "base": mean_ci(base, higher_is_better=False).to_json(),
+                "champion": None,
+                "vs_base": paired_difference(candidate, base, higher_is_better=False).to_json(),
+                "vs_champion": None,
+            }
+        },
+        "slices": {},
+        "rows": 200,
+        "suites": ["quality"],
+        "examples": [],
+    }
+
+
+def _draft(model: str, base: bases.Base, adapter: Path, *, gain: float = 0.5, seed: int = 1) -> VersionDraft:
+    evaluation = _evaluation(gain)
+    gate = Gate(metric="loss", must="better", against="champion")
+    return VersionDraft(
+        model=model,
+        method="lora",
+        base=base,
+        adapter=adapter,
+        system="Be <brief>.",
+        study=f"{model}-study",
+        trial=3,
+        params={"r": 4, "learning_rate": 1e-5, "seed": seed},
+        evaluation=evaluation,
+        decision=decide([gate], evaluation, on_underpowered="refuse", first=True),
+        profile={"format": 1},
+        report_html="<h1>report</h1>",
+    )
+
+
+def _register(draft: VersionDraft) -> Version:
+    run = mlflow.start_run(mlflow.experiment_of(draft.model), "train")
+    version = versions.register(versions.seal(draft), run_id=uuid.uuid4(), mlflow_run_id=run)
+    mlflow.end_run(run)
+    return version
+
+
+def _rest(path: str, **params: str) -> Any:
+    url = get_settings().need("mlflow_url")
+    return httpx.get(f"{url}/api/2.0/mlflow/{path}", params=params, trust_env=False, timeout=60).json()
+
+
+def _aliases(model: str) -> dict[str, str]:
+    found = _rest("registered-models/get", name=model)["registered_model"].get("aliases", [])
+    return {entry["alias"]: entry["version"] for entry in found}
+
+
+def _deliver() -> int:
+    with transaction() as conn:
+        return mlflow.deliver(conn)
+
+
+def test_a_version_carries_its_lineage_into_mlflow(
+    mlflow_server: str, base: bases.Base, adapter: Path, model: str
+) -> None:
+    version = _register(_draft(model, base, adapter))
+    assert (version.number, version.method, version.base_digest) == (1, "lora", base.digest)
+    found = _rest("model-versions/get", name=model, version="1")["model_version"]
+    tags = {tag["key"]: tag["value"] for tag in found["tags"]}
+    assert tags["tunesmith.bundle"] == version.bundle_digest
+    assert tags["tunesmith.base_digest"] == base.digest
+    assert tags["tunesmith.study"] == f"{model}-study"
+    assert tags["tunesmith.gate"] == "pass"
+    assert float(tags["metric.loss"]) == pytest.approx(2.5, abs=0.2)
+    assert found["run_id"] == version.mlflow_run_id
+    assert "## Evaluation" in found["description"]
+    assert "<brief>" in found["description"]
+    files = _rest("artifacts/list", run_id=version.mlflow_run_id)["files"]
+    assert [file["path"] for file in files] == ["report.html"]
+    assert mlflow.run_url(str(version.mlflow_run_id)).endswith(f"/runs/{version.mlflow_run_id}")
+    assert httpx.get(mlflow.version_url(model, 1), trust_env=False, timeout=60).status_code == 200
+    adapter_folder = version.adapter()
+    assert adapter_folder is not None
+    assert sorted(path.name for path in adapter_folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    states = {check.name: check.state for check in verify_version(model, 1)}
+    assert states == {
+        "bundle": "ok", "evidence": "ok", "mlflow": "ok", "base": "ok", "dataset": "none", "ledger": "ok",
+    }  # fmt: skip
+
+
+def test_a_registration_that_was_interrupted_anywhere_ends_as_one_version(
+    mlflow_server: str, base: bases.Base, adapter: Path, model: str
+) -> None:
+    """Killed between MLflow and our row: the same run takes up what MLflow has; a changed bundle replaces it."""
+    digest, run_id = versions.seal(_draft(model, base, adapter)), uuid.uuid4()
+    assert versions.seal(_draft(model, base, adapter)) == digest
+    run = mlflow.start_run(mlflow.experiment_of(model), "train", key="k")
+    assert mlflow.start_run(mlflow.experiment_of(model), "train", key="k") == run
+
+    def fenced_off(conn: object) -> None:
+        calls.append(1)
+        if len(calls) == 2:  # after MLflow, before our row
+            raise Conflict("another process took over")
+
+    calls: list[int] = []
+    with pytest.raises(Conflict):
+        versions.register(digest, run_id=run_id, mlflow_run_id=run, guard=fenced_off)
+    with transaction() as conn, pytest.raises(NotFound):
+        versions.get(conn, model, 1)
+    assert versions.register(digest, run_id=run_id, mlflow_run_id=run).number == 1
+    assert versions.register(digest, run_id=run_id, mlflow_run_id=run).number == 1
+
+    calls, run_id = [], uuid.uuid4()
+    with pytest.raises(Conflict):
+        versions.register(digest, run_id=run_id, mlflow_run_id=run, guard=fenced_off)
+    other = versions.seal(_draft(model, base, adapter, seed=2))
+    assert versions.register(other, run_id=run_id, mlflow_run_id=run).number == 3
+    found = httpx.get(
+        f"{mlflow_server}/api/2.0/mlflow/model-versions/search", params={"filter": f"name='{model}'"}, trust_env=False
+    ).json()["model_versions"]
+    assert sorted(v["version"] for v in found) == ["1", "3"]
+
+
+def test_aliases_follow_whatever_happened_to_mlflow_meanwhile(
+    mlflow_server: str, base: bases.Base, adapter: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in (1, 2):
+        _register(_draft(model, base, adapter, seed=seed))
+    with transaction() as conn:
+        deployments.promote(conn, model, 1, **WHO)
+        deployments.canary(conn, model, 2, share=0.1, **WHO)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # MLflow is away: serving is right at once
+    get_settings.cache_clear()
+    assert _deliver() == 0
+    with transaction() as conn:
+        row = one(conn, "select min(attempts) as n, bool_or(done_at is not null) as done from outbox")
+        assert row == {"n": 1, "done": False}
+        assert deployments.read(conn, model).champion == 1
+        conn.execute("update outbox set next_attempt_at = now()")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
+    get_settings.cache_clear()
+    assert (_deliver(), _aliases(model)) == (1, {"champion": "1", "challenger": "2"})
+    with transaction() as conn:
+        deployments.promote(conn, model, 2, **WHO)
+    assert (_deliver(), _aliases(model)) == (1, {"champion": "2"})  # and an empty slot has no alias
+    body = {"name": model, "alias": "champion", "version": "1"}  # a hand in MLflow's page
+    httpx.post(f"{mlflow_server}/api/2.0/mlflow/registered-models/alias", json=body, trust_env=False, timeout=60)
+    assert (_deliver(), _aliases(model)) == (0, {"champion": "1"})
+    with transaction() as conn:
+        mlflow.reconcile(conn)
+    assert (_deliver(), _aliases(model)) == (1, {"champion": "2"})
+    assert _deliver() == 0
+
+
+def test_deleting_a_serving_version_in_mlflow_stops_nothing(
+    mlflow_server: str,
+    base: bases.Base,
+    adapter: Path,
+    model: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    version = _register(_draft(model, base, adapter))
+    with transaction() as conn:
+        deployments.promote(conn, model, 1, **WHO)
+    _deliver()
+    body = {"name": model, "version": "1"}
+    url = f"{mlflow_server}/api/2.0/mlflow/model-versions/delete"
+    assert httpx.request("DELETE", url, json=body, trust_env=False, timeout=60).status_code == 200
+    with transaction() as conn:
+        mlflow.reconcile(conn)
+    assert _deliver() == 1
+    assert f"{model}:1 serves, but was deleted in MLflow" in caplog.text
+    with transaction() as conn:
+        assert deployments.read(conn, model).champion == 1
+        assert one(conn, "select count(*) filter (where done_at is null) as n from outbox")["n"] == 0
+    assert version.folder().is_dir()
+    states = {check.name: check.state for check in verify_version(model, 1)}
+    assert (states["mlflow"], states["bundle"], states["ledger"]) == ("failed", "ok", "ok")
+
+
+def test_curves_come_in_thousands_and_without_what_is_not_finite(
+    mlflow_server: str, model: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    parent = mlflow.start_run(mlflow.experiment_of(model), "study", tags={"kind": "train"})
+    run = mlflow.start_run(mlflow.experiment_of(model), "trial", parent=parent, params={"r": 8})
+    points = [("loss", 1 / (1 + step), step) for step in range(2500)] + [("loss", float("nan"), 2500)]
+    for _ in range(2):  # sent twice, as after a crash
+        mlflow.log_points(run, points, at_ms=1_700_000_000_000)
+    mlflow.end_run(run)
+    history = _rest("metrics/get-history", run_id=run, metric_key="loss", max_results="5000")["metrics"]
+    assert len(history) == 2500
+    assert "1 points of run" in caplog.text
+    found = _rest("runs/get", run_id=run)["run"]
+    tags = {tag["key"]: tag["value"] for tag in found["data"]["tags"]}
+    assert (tags["mlflow.parentRunId"], found["info"]["status"]) == (parent, "FINISHED")
+
+
+def test_mlflow_that_is_down_is_one_sentence(mlflow_server: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    get_settings.cache_clear()
+    for call in (lambda: mlflow.start_run(mlflow.experiment_of(model), "x"), lambda: mlflow.run_url("0" * 32)):
+        with pytest.raises(Unreachable, match=r"MLflow does not answer at http://127\.0\.0\.1:9"):
+            call()
+
+
+def test_a_version_travels_by_export_and_import_with_its_evidence(
+    mlflow_server: str, base: bases.Base, adapter: Path, model: str, tmp_path: Path
+) -> None:
+    version = _register(_draft(model, base, adapter))
+    target = tmp_path / "deep" / "out"
+    export_version(version, target)
+    with pytest.raises(UsageError, match="exists already"):
+        export_version(version, target)
+    weights = load_file(target / "adapter/adapter_model.safetensors")
+    assert len(weights) == 2
+    there = import_version(target, f"{model}-b")
+    assert (there.number, there.metrics, there.gate) == (1, version.metrics, version.gate)
+    assert import_version(target, f"{model}-b").number == 1
+    with transaction() as conn:
+        assert deployments.promote(conn, f"{model}-b", 1, **WHO).changed  # on the evidence that came with it
+    (target / "README.md").write_text("changed on the way")
+    with pytest.raises(Refused, match=r"README\.md has digest"):
+        import_version(target, f"{model}-b")
+
+
+def test_a_bundle_for_another_base_is_refused_with_both_digests(
+    mlflow_server: str, base: bases.Base, adapter: Path, model: str, tmp_path: Path
+) -> None:
+    version = _register(_draft(model, base, adapter))
+    export_version(version, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out/version.json").read_text())
+    manifest["base"]["template_digest"] = "sha256:" + "0" * 64
+    (tmp_path / "out/version.json").write_text(json.dumps(manifest))
+    with pytest.raises(Refused) as caught:
+        import_version(tmp_path / "out", model)
+    assert manifest["base"]["template_digest"] in caught.value.message
+    assert base.template_digest in caught.value.message
+
+
+def test_a_plain_adapter_is_imported_and_waits_for_its_gate(
+    mlflow_server: str, base: bases.Base, adapter: Path, model: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a").mkdir()
+    shutil.copytree(adapter, tmp_path / "a", dirs_exist_ok=True)
+    (tmp_path / "a/tokenizer.json").write_text("{}")  # what else lies there is left behind
+    made = import_version(tmp_path / "a", model)
+    assert (made.method, made.base_digest, made.metrics, made.gate) == ("imported", base.digest, {}, None)
+    assert "tokenizer.json" not in made.parsed.files
+    with pytest.raises(Refused, match="never judged"), transaction() as conn:
+        deployments.promote(conn, model, made.number, **WHO)
+
+
+@pytest.mark.parametrize("damage", ["pickle", "truncated", "nan", "ia3", "link", "code", "empty"])
+def test_a_foreign_adapter_that_is_not_sound_is_refused(
+    mlflow_server: str, base: bases.Base, adapter: Path, model: str, tmp_path: Path, damage: str
+) -> None:
+    folder = tmp_path / "a"
+    shutil.copytree(adapter, folder)
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    if damage == "pickle":
+        (folder / "adapter_model.bin").write_bytes(pickle.dumps({}))
+    elif damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-4])
+    elif damage == "nan":
+        save_file({"lora_A": np.array([np.nan], np.float32)}, weights)
+    elif damage == "ia3":
+        config.write_text(json.dumps({"peft_type": "IA3", "base_model_name_or_path": "b"}))
+    elif damage == "link":
+        weights.rename(tmp_path / "elsewhere")
+        weights.symlink_to(tmp_path / "elsewhere")
+    elif damage == "code":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_mapping": {"parent_library": "x"}}))
+    else:
+        save_file({}, weights)
+    with pytest.raises(Refused):
+        import_version(folder, model)
+    assert not storage.where("bundle", "sha256:" + "0" * 64).parent.exists() or not list(
+        storage.where("bundle", "sha256:" + "0" * 64).parent.iterdir()
+    )
+    with transaction() as conn, pytest.raises(NotFound):
+        versions.list_versions(conn, model)
+
+
+def test_the_commands_around_a_version(
+    mlflow_server: str, base: bases.Base, adapter: Path, model: str, tmp_path: Path
+) -> None:
+    def run(*arguments: str) -> tuple[int, str]:
+        code = "from pipelines.cli import main; main()"
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300)
+        assert "Traceback" not in done.stderr, done.stderr
+        return done.returncode, done.stdout
+
+    for seed, gain in ((1, 0.1), (2, 0.6)):
+        _register(_draft(model, base, adapter, gain=gain, seed=seed))
+    code, out = run("show", f"{model}:2", "--json")
+    shown = json.loads(out)
+    assert (code, shown["gate"]["decision"], shown["base"]["digest"]) == (0, "pass", base.digest)
+    assert shown["evaluation"]["metrics"]["loss"]["vs_base"]["high"] < 0
+    assert shown["mlflow_url"].startswith(mlflow_server)
+    code, out = run("compare", f"{model}:1", f"{model}:2", "--json")
+    compared = json.loads(out)
+    assert (code, compared["metrics"]["loss"]["better"]) == (0, "b")
+    assert compared["differences"]["params"]["b"]["seed"] == 2
+    code, out = run("import", str(adapter), "--model", f"{model}-c", "--json")
+    assert (code, json.loads(out)["version"]) == (0, 1)
+    code, out = run("export", f"{model}:1", str(tmp_path / "out"), "--json")
+    assert (code, (tmp_path / "out/adapter/adapter_model.safetensors").is_file()) == (0, True)
+    code, out = run("verify", f"{model}:1", "--json")
+    assert (code, json.loads(out)["ok"]) == (0, True)
+    with transaction() as conn:
+        weights = versions.get(conn, model, 1).folder() / "adapter/adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    code, out = run("verify", f"{model}:1", "--json")
+    checks = {check["name"]: check for check in json.loads(out)["checks"]}
+    assert (code, checks["bundle"]["state"], checks["mlflow"]["state"]) == (1, "failed", "ok")
+    assert "adapter_model.safetensors has digest" in checks["bundle"]["detail"]
+    code, out = run("export", f"{model}:1", str(tmp_path / "damaged"))
+    assert (code, (tmp_path / "damaged").exists()) == (3, False)
+    for line in (f"show {model}:2", f"compare {model}:1 {model}:2", f"versions {model}"):
+        code, out = run(*line.split())
+        assert code == 0
+        assert "loss" in out
+        print(out)

@@ -1,0 +1,299 @@
+"""The watcher, turn by turn: verdicts, alerts with hysteresis, retrainings under guard, and two watchers."""
+
+from __future__ import annotations
+
+import json
+import threading
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+import traffic
+from click.testing import CliRunner
+
+from deploy import recorder
+from infra import settings as infra_settings
+from infra.db import one, transaction
+from infra.settings import Settings
+from monitoring import alerts, commands, feedback, watch
+from registry import leases
+from registry.profile import Profile
+
+SETTINGS = {
+    "monitoring": {"keep_text": True, "min_requests": 100, "window": "24h", "alerts": []},
+    "retrain": {"on": "drift", "min_rows": 50, "cooldown": "10m"},
+}
+
+
+class Prefect:
+    """A server that speaks the two calls of Prefect's API that the watcher makes, and remembers them."""
+
+    def __init__(self) -> None:
+        self.created: list[dict[str, Any]] = []
+        self.deployments = {"m"}
+        prefect = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                known = self.path.rpartition("/")[2] in prefect.deployments
+                self._answer(200 if known else 404, {"id": "d1"} if known else {"detail": "not found"})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                keys = [b["idempotency_key"] for b in prefect.created]
+                if body["idempotency_key"] not in keys:
+                    prefect.created.append({**body, "path": self.path, "id": str(uuid.uuid4())})
+                same = next(b for b in prefect.created if b["idempotency_key"] == body["idempotency_key"])
+                self._answer(201, {"id": same["id"]})
+
+            def _answer(self, status: int, body: dict[str, Any]) -> None:
+                data = json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("content-length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/api"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def prefect(database: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prefect]:
+    server = Prefect()
+    monkeypatch.setenv("PREFECT_API_URL", server.url)
+    infra_settings.get_settings.cache_clear()
+    yield server
+    server.server.shutdown()
+    server.server.server_close()
+
+
+@pytest.fixture(scope="module")
+def worlds() -> tuple[list[traffic.Pair], list[traffic.Pair]]:
+    old, new = traffic.worlds()
+    return traffic.shuffled(old, 7), traffic.shuffled(new, 7)
+
+
+def served(pairs: list[traffic.Pair], version: int, profile: Profile, **changes: Any) -> list[dict[str, Any]]:
+    events = [traffic.event("m", version, profile, pair, keep_text=True) | changes for pair in pairs]
+    with transaction() as conn:
+        recorder.store(conn, uuid.uuid4(), events)
+    return events
+
+
+def turn(watcher: watch.Watcher) -> None:
+    """One turn in which everything is due."""
+    for step in watcher._steps:
+        step.due = 0.0
+    watcher._judged.clear()
+    watcher.turn()
+    assert not [step.name for step in watcher._steps if step.failures and step.name != "relaying to MLflow"]
+
+
+def verdict(version: int) -> str | None:
+    with transaction() as conn:
+        row = conn.execute(
+            "select verdict from verdict where version = %s order by at desc limit 1", (version,)
+        ).fetchone()
+    return row["verdict"] if row else None
+
+
+def open_alerts() -> list[tuple[int, str]]:
+    with transaction() as conn:
+        return sorted((a["version"], a["rule"]) for a in alerts.listing(conn))
+
+
+def requests() -> list[dict[str, Any]]:
+    with transaction() as conn:
+        return list(conn.execute("select * from retrain_request order by at"))
+
+
+def drift_json(ref: str, *more: str) -> tuple[int, dict[str, Any]]:
+    done = CliRunner().invoke(commands.drift, [ref, "--json", *more])
+    return done.exit_code, json.loads(done.stdout)
+
+
+def test_from_quiet_traffic_to_a_retrained_version(
+    prefect: Prefect, worlds: tuple[list[traffic.Pair], list[traffic.Pair]]
+) -> None:
+    old, new = worlds
+    first = traffic.profile(old[:900], old[900:1060])
+    with transaction() as conn:
+        traffic.register(conn, "m", 1, first, settings=SETTINGS)
+    watcher = watch.Watcher("test")
+    turn(watcher)
+    assert verdict(1) == "too_few"
+
+    served(old[1060:1260], 1, first)
+    turn(watcher)
+    assert verdict(1) == "stable"
+    assert drift_json("m:1", "--exit-code")[0] == 0
+    assert open_alerts() == []
+
+    foreign = served(new[:200], 1, first)
+    turn(watcher)
+    turn(watcher)
+    assert verdict(1) == "drift"
+    assert open_alerts() == [(1, "drift")], "once, however often it is seen"
+    code, body = drift_json("m", "--exit-code")
+    assert code == 3
+    assert set(body) == {
+        "model", "version", "since", "until", "verdict", "features", "explanation", "versions"
+    }  # fmt: skip
+    assert set(body["features"][0]) == {"name", "side", "statistic", "value", "threshold", "drifted"}
+    assert body["versions"] == [{"version": 1, "slot": "champion", "verdict": "drift"}]
+    assert any(word in body["explanation"] for word in ("`axis`", "`dtype`", "`ndarray`", "`numpy`", "`tensor`"))
+    assert [r["state"] for r in requests()] == ["refused"]
+    assert requests()[0]["reason"].startswith("0 of the 50 corrections")
+
+    items = [{"request_id": e["id"], "score": -1, "correction": "Return it."} for e in foreign[:60]]
+    with transaction() as conn:
+        feedback.record(conn, [feedback.parse(i) for i in items[:30]], model="m")
+    turn(watcher)
+    assert requests()[0]["reason"].startswith("30 of the 50 corrections")
+    with transaction() as conn:
+        feedback.record(conn, [feedback.parse(i) for i in items[30:]], model="m")
+        run = leases.acquire(conn, "run:m", "someone", 600)
+    turn(watcher)
+    assert "is in progress (someone)" in requests()[0]["reason"]
+    assert len(requests()) == 1
+    with transaction() as conn:
+        leases.release(conn, run)
+    turn(watcher)
+    asked = requests()[-1]
+    assert asked["state"] == "started"
+    assert [b["parameters"] for b in prefect.created] == [{"model": "m", "request": str(asked["id"])}]
+    assert str(asked["flow_run_id"]) == prefect.created[0]["id"]
+    turn(watcher)
+    turn(watcher)
+    assert len(prefect.created) == 1, "an episode asks once"
+
+    # the second version, from both worlds, sees the same mixture
+    second = traffic.profile(new[:200] + old[:200], new[400:460] + old[900:960])
+    with transaction() as conn:
+        traffic.register(conn, "m", 2, second, settings=SETTINGS)
+    turn(watcher)
+    assert open_alerts() == [], "an alert of a version that serves no more is over"
+    served(old[1300:1400] + new[500:600], 2, second)
+    turn(watcher)
+    assert verdict(2) == "stable"
+    _, body = drift_json("m")
+    assert {v["version"]: v["verdict"] for v in body["versions"]} == {1: "drift", 2: "stable"}
+
+    # back to version 1: its alert opens again, but nothing new came since the last retraining
+    with transaction() as conn:
+        traffic.serve(conn, "m", 1)
+    turn(watcher)
+    turn(watcher)
+    assert open_alerts() == [(1, "drift")]
+    assert len(prefect.created) == 1
+    assert "less than 10m ago" in requests()[-1]["reason"]
+    with transaction() as conn:
+        conn.execute("update retrain_request set at = at - interval '1 hour' where state = 'started'")
+        conn.execute("update feedback set at = at - interval '1 hour'")
+    turn(watcher)
+    assert "of the 50 corrections" in requests()[-1]["reason"]
+    watcher.release()
+
+
+def test_a_request_waits_for_its_flow_and_starts_once(prefect: Prefect) -> None:
+    from monitoring import retraining
+
+    with transaction() as conn:
+        traffic.register(conn, "m", 1, traffic.profile([], []), settings=SETTINGS)
+        identifier = uuid.uuid4()
+        conn.execute(
+            "insert into retrain_request (id, model, state, reason) values (%s, 'm', 'asked', 'Drift.')", (identifier,)
+        )
+    prefect.deployments.clear()
+    assert retraining.start_asked() == 0
+    assert retraining.start_asked() == 0
+    assert requests()[0]["reason"].count("Waits:") == 1
+    prefect.deployments.add("m")
+    assert retraining.start_asked() == 1
+    assert requests()[0]["reason"] == "Drift."
+    # killed between Prefect's answer and our commit: asked again, still one flow run
+    with transaction() as conn:
+        conn.execute("update retrain_request set state = 'asked', flow_run_id = null")
+    assert retraining.start_asked() == 1
+    assert len(prefect.created) == 1
+
+
+def test_limits_open_and_close_with_hysteresis(database: Settings) -> None:
+    profile = traffic.profile([], [])
+    settings = {
+        "monitoring": {"alerts": [{"metric": "p95_latency_ms", "above": 500, "below": None, "severity": "critical"}]}
+    }
+    pair = ("f(x)", "Return x.")
+    with transaction() as conn:
+        traffic.register(conn, "m", 1, profile, settings=settings)
+
+    def look(latency: float, status: int = 200) -> list[tuple[int, str]]:
+        with transaction() as conn:
+            conn.execute("truncate request_event, event_batch, traffic_window")
+        served([pair] * 40, 1, profile, latency_ms=latency, status=status)
+        turn(watcher)
+        return open_alerts()
+
+    watcher = watch.Watcher("test")
+    assert look(490) == []
+    assert look(900) == [(1, "p95_latency_ms above")]
+    assert look(450) == [(1, "p95_latency_ms above")], "under the limit, but not clear of it"
+    assert look(300) == []
+    assert look(450) == [], "and not opened by what would not have closed it"
+    assert look(300, status=500) == [(1, "error_rate above")]
+    with transaction() as conn:
+        conn.execute("truncate request_event, event_batch, traffic_window")
+    turn(watcher)
+    assert open_alerts() == [(1, "error_rate above")], "silence is no proof"
+    with transaction() as conn:
+        conn.execute("update alert set seen_at = now() - interval '2 hours' where closed_at is null")
+    turn(watcher)
+    assert open_alerts() == []
+    with transaction() as conn:
+        history = alerts.listing(conn, "m", closed=True)
+    assert [a["severity"] for a in history] == ["critical", "critical"]
+    assert "p95_latency_ms is 9" in next(a["message"] for a in history if a["rule"].startswith("p95"))
+
+
+def test_one_of_two_watchers_works(database: Settings) -> None:
+    first, second = watch.Watcher("first"), watch.Watcher("second")
+    first.turn()
+    second.turn()
+    assert first.lease is not None
+    assert second.lease is None
+    with transaction() as conn:  # the first is stopped for longer than its lease
+        conn.execute("update lease set expires_at = now() - interval '1 second' where name = 'watch'")
+    second.turn()
+    assert second.lease is not None
+    first.turn()
+    assert first.lease is None, "an old token writes nothing"
+    second.release()
+    first.turn()
+    assert first.lease is not None
+
+
+def test_partitions_come_and_go(database: Settings) -> None:
+    watcher = watch.Watcher("test")
+    day = datetime.now(UTC).date() - timedelta(days=40)
+    with transaction() as conn:
+        conn.execute(
+            f"create table request_event_{day:%Y%m%d} partition of request_event"
+            f" for values from ('{day} 00:00+00') to ('{day + timedelta(days=1)} 00:00+00')"
+        )
+    turn(watcher)
+    with transaction() as conn:
+        rows = conn.execute("select c.relname from pg_inherits i join pg_class c on c.oid = i.inhrelid"
+                            " where i.inhparent = 'request_event'::regclass")  # fmt: skip
+        names = {row["relname"] for row in rows}
+        today = one(conn, "select to_char(now() at time zone 'utc', 'YYYYMMDD') as day")["day"]
+    assert f"request_event_{day:%Y%m%d}" not in names
+    assert f"request_event_{today}" in names
+    assert "request_event_default" in names
+    watcher.release()

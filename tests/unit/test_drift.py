@@ -1,0 +1,145 @@
+"""Distances equal scipy's; quiet traffic is quiet; another world is found and named."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import traffic
+from scipy import stats
+from scipy.spatial.distance import jensenshannon
+
+from monitoring import drift, explain, statistics
+from registry.profile import FEATURE, FEATURES
+
+
+def drifted(moved: list[drift.Moved]) -> set[str]:
+    return {m.feature.name for m in moved if m.drifted}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_distances_equal_scipy(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    a, b = random.multinomial(400, [0.05] * 20), random.multinomial(150, random.dirichlet([1.0] * 20))
+    left, right = np.repeat(np.arange(20), a), np.repeat(np.arange(20), b)
+    x, y = statistics.array(a), statistics.array(b)
+    assert float(statistics.ks(x, y)) == pytest.approx(stats.ks_2samp(left, right).statistic, abs=1e-12)
+    # up: the traffic's values are larger, so its cumulative shares lie below the reference's
+    up = stats.ks_2samp(left, right, alternative="greater").statistic
+    assert float(statistics.ks(x, y, "up")) == pytest.approx(up, abs=1e-12)
+    down = stats.ks_2samp(left, right, alternative="less").statistic
+    assert float(statistics.ks(x, y, "down")) == pytest.approx(down, abs=1e-12)
+    assert float(statistics.js(x, y)) == pytest.approx(float(jensenshannon(a, b, base=2)), abs=1e-12)
+    centres = tuple(float(i) for i in range(20))
+    assert float(statistics.mean_difference(x, y, centres, "up")) == pytest.approx(right.mean() - left.mean())
+
+
+def test_binned_ks_is_at_most_the_raw_values_own() -> None:
+    random = np.random.default_rng(0)
+    feature = FEATURE["characters"]
+    left, right = random.lognormal(4, 1, 500), random.lognormal(4.2, 1, 300)
+    a = np.bincount([feature.bin(v) for v in left], minlength=feature.bins)
+    b = np.bincount([feature.bin(v) for v in right], minlength=feature.bins)
+    raw = stats.ks_2samp(left, right).statistic
+    binned = float(statistics.ks(statistics.array(a), statistics.array(b)))
+    assert raw - 0.05 <= binned <= raw + 1e-12
+
+
+def test_noise_is_what_two_samples_of_one_source_show() -> None:
+    """The threshold at 5 % is exceeded by about 5 % of fresh pairs from the same source."""
+    random = np.random.default_rng(1)
+    shares = random.dirichlet([1.0] * 12)
+    a, b = statistics.array(random.multinomial(300, shares)), statistics.array(random.multinomial(120, shares))
+    threshold = statistics.noise(a, b, statistics.ks, tail=0.05, resamples=2000, seed=0)
+    fresh = statistics.ks(
+        random.multinomial(300, shares, 2000).astype(float), random.multinomial(120, shares, 2000).astype(float)
+    )
+    assert 0.02 < float((fresh > threshold).mean()) < 0.08
+    again = statistics.noise(a, b, statistics.ks, tail=0.05, resamples=2000, seed=0)
+    assert again == threshold, "the same windows give the same verdict"
+
+
+def test_the_story_of_the_demo_on_real_text() -> None:
+    old, new = (traffic.shuffled(world, 3) for world in traffic.worlds())
+    first = traffic.profile(old[:900], old[900:1060])
+    assert drifted(drift.compare(first, traffic.histograms(first, old[1060:1260]))) == set()
+
+    foreign = drift.compare(first, traffic.histograms(first, new[:200]))
+    assert {"unseen_word_share", "punctuation_share", "words"} <= drifted(foreign)
+    day = drift.compare(first, traffic.histograms(first, old[1060:1260] + new[:200]))
+    assert "unseen_word_share" in drifted(day), "half a day of it is enough"
+
+    second = traffic.profile(new[:200] + old[:200], new[200:260] + old[900:960])
+    mixed = old[1300:1400] + new[300:400]
+    assert drifted(drift.compare(second, traffic.histograms(second, mixed))) == set()
+    assert drifted(drift.compare(second, traffic.histograms(second, old[:100] + new[:100]))) == set(), (
+        "the very rows it was trained on are no drift"
+    )
+
+    text = explain.verdict("m", 1, 200, len(foreign), [m for m in foreign if m.drifted], ["axis"], keeps_text=True)
+    assert "of the words in requests are words the training data never had" in text
+    assert "`axis`" in text
+    assert "tunesmith retrain m" in text
+    print(text)
+
+
+def quiet_days(days: int, *, resamples: int) -> int:
+    """Days on which any of three looks at growing traffic of the training's own kind says drift."""
+    old, _ = traffic.worlds()
+    alarms = 0
+    for day in range(days):
+        rows = traffic.shuffled(old, day)
+        reference = traffic.profile(rows[:600], rows[600:760])
+        alarms += any(
+            drifted(drift.compare(reference, traffic.histograms(reference, rows[760 : 760 + n]), resamples=resamples))
+            for n in (100, 200, 400)
+        )
+    return alarms
+
+
+def test_quiet_days_are_quiet() -> None:
+    assert quiet_days(40, resamples=1000) <= stats.binom.ppf(0.99, 40, 0.05)
+
+
+@pytest.mark.slow
+def test_no_more_false_alarms_than_promised() -> None:
+    assert quiet_days(200, resamples=drift.RESAMPLES) <= stats.binom.ppf(0.99, 200, 0.05)
+
+
+def test_a_trifle_is_no_drift_however_many_requests_show_it() -> None:
+    feature = FEATURE["words"]
+    before = [0] * feature.bins
+    before[10:14] = [250_000] * 4
+    now = list(before)
+    now[10], now[13] = 245_000, 255_000  # half a percent moved, of a million: certain, and of no interest
+    reference = traffic.profile([], []).__class__(histograms={"words": tuple(before)})
+    [moved] = drift.compare(reference, {"words": now})
+    assert moved.value > 0.004
+    assert not moved.drifted
+
+
+def test_quality_drifts_only_downwards() -> None:
+    similarity = FEATURE["similarity"]
+
+    def histogram(mean: float) -> list[int]:
+        values = np.clip(np.random.default_rng(0).normal(mean, 0.15, 200), 0, 1)
+        return [int(n) for n in np.bincount([similarity.bin(v) for v in values], minlength=similarity.bins)]
+
+    reference = traffic.profile([], [], similarities=np.clip(np.random.default_rng(1).normal(0.5, 0.15, 150), 0, 1))
+    assert drifted(drift.compare(reference, {"similarity": histogram(0.3)})) == {"similarity"}
+    assert drifted(drift.compare(reference, {"similarity": histogram(0.7)})) == set()
+    [worse] = drift.compare(reference, {"similarity": histogram(0.3)})
+    assert worse.value == pytest.approx(0.2, abs=0.05)
+
+
+def test_every_feature_has_words() -> None:
+    for feature in FEATURES:
+        before, now = [0] * feature.bins, [0] * feature.bins
+        before[0], now[-1] = 50, 50
+        moved = drift.Moved(
+            feature=feature, statistic="ks", value=1.0, threshold=0.1, before=tuple(before), now=tuple(now)
+        )
+        text = explain.verdict("m", 1, 100, 1, [moved], [], keeps_text=False)
+        assert len(text) > 80, text
+        assert not math.isnan(feature.mean(before))

@@ -1,0 +1,80 @@
+"""The feature extractor and the profile."""
+
+from __future__ import annotations
+
+import math
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from registry.profile import FEATURE, FEATURES, Answer, Extractor, Profile, build, input_text, words
+
+
+def ask(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+@given(st.text(max_size=400), st.text(max_size=400), st.integers(0, 10**6))
+def test_any_text_gives_the_same_storable_features_every_time(prompt: str, reply: str, tokens: int) -> None:
+    extractor = Extractor(build([(ask("read the file"), 3)] * 3))
+    answer = Answer(text=reply, completion_tokens=tokens, mean_logprob=-0.1)
+    values = extractor.features(ask(prompt), answer, tokens)
+    assert len(values) == len(FEATURES)
+    again = Extractor(build([(ask("read the file"), 3)] * 3)).features(ask(prompt), answer, tokens)
+    assert struct.pack("19f", *values) == struct.pack("19f", *again)
+    for feature, value in zip(FEATURES, values, strict=True):
+        if value == value:
+            assert 0 <= feature.bin(value) < feature.bins
+            assert struct.unpack("f", struct.pack("f", value))[0] == value, "a column of real[] must give it back"
+
+
+def test_a_profile_survives_json_and_drops_what_another_program_binned_otherwise() -> None:
+    profile = build([(ask(f"open file number {i}"), 5) for i in range(9)], similarities=[0.2, 0.4])
+    assert Profile.from_json(profile.to_json()) == profile
+    foreign = profile.to_json()
+    foreign["histograms"]["words"] = [1, 2, 3]
+    foreign["histograms"]["no_such_feature"] = [1]
+    assert set(Profile.from_json(foreign).histograms) == set(profile.histograms) - {"words"}
+    with pytest.raises(ValueError, match="format 2"):
+        Profile.from_json({**profile.to_json(), "format": 2})
+
+
+def test_a_training_row_is_judged_by_the_words_of_the_others() -> None:
+    unique = [(ask(f"alpha beta {name}"), 5) for name in ("one", "two", "three", "four")]
+    profile = build(unique)
+    # `alpha` and `beta` are known without any row's own words, each row's third word is new: as it will be live.
+    assert profile.histograms["unseen_word_share"][FEATURE["unseen_word_share"].bin(1 / 3)] == 4
+    assert Extractor(profile).new_words(ask("alpha gamma beta")) == ["gamma"]
+    assert profile.vocabulary == {"alpha": 1.0, "beta": 1.0}
+
+
+def test_system_prompts_and_the_answer_to_learn_are_not_input() -> None:
+    turns = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "question"}, {"type": "image_url"}]},
+        {"role": "assistant", "content": "reply"},
+    ]
+    assert input_text(turns) == "question\n"
+    assert input_text([*turns, {"role": "user", "content": "more"}]) == "question\n\nreply\nmore"
+    assert words("pandas.read_csv2(HTTPError)") == ["pandas", "read", "csv", "httperror"]
+
+
+def test_what_the_features_say() -> None:
+    profile = build([(ask("say hello"), 4)] * 4)
+    answer = Answer(text="I'm sorry, I can't help with that.", completion_tokens=9, finish_reason="length")
+    got = dict(zip(FEATURE, Extractor(profile).features(ask("SAY 12 hellö!!"), answer, 7), strict=True))
+    assert got["prompt_tokens"] == 7
+    assert got["characters"] == 14
+    assert got["chars_per_token"] == 2
+    assert got["digit_share"] == pytest.approx(2 / 14)
+    assert got["upper_share"] == pytest.approx(3 / 14)
+    assert got["punctuation_share"] == pytest.approx(2 / 14)
+    assert got["non_ascii_share"] == pytest.approx(1 / 14)
+    assert got["unseen_word_share"] == 0.5
+    assert (got["refusal"], got["truncated"], got["empty"]) == (1, 1, 0)
+    assert math.isnan(got["mean_logprob"])
+    assert math.isnan(got["similarity"])
+    loop = Answer(text="go on and " * 30, completion_tokens=90)
+    assert dict(zip(FEATURE, Extractor(profile).features(ask("x"), loop, 1), strict=True))["repetition"] > 0.9

@@ -1,0 +1,133 @@
+"""Intervals against scipy, against their promised coverage, and on the inputs that make naive ones lie."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from infra.errors import UsageError
+from registry.statistics import (
+    Estimate,
+    mean_ci,
+    paired_difference,
+    percentile_ci,
+    percentile_difference,
+    rows_needed,
+    sign_test,
+)
+
+
+def test_a_mean_agrees_with_scipys_bootstrap_and_with_t() -> None:
+    x = np.random.default_rng(1).lognormal(0, 0.5, 400)
+    ours = mean_ci(x, higher_is_better=False, resamples=10_000)
+    theirs = stats.bootstrap((x,), np.mean, method="percentile", n_resamples=10_000, rng=2).confidence_interval
+    width = theirs.high - theirs.low
+    assert ours.low == pytest.approx(theirs.low, abs=0.05 * width)
+    assert ours.high == pytest.approx(theirs.high, abs=0.05 * width)
+    few = np.random.default_rng(3).normal(0, 1, 8)  # few rows: as wide as Student's t, which a plain bootstrap is not
+    t = stats.t.interval(0.95, 7, few.mean(), stats.sem(few))
+    got = mean_ci(few, higher_is_better=True, resamples=20_000)
+    assert got.high - got.low == pytest.approx(t[1] - t[0], rel=0.1)
+
+
+def test_a_proportion_is_wilsons_interval() -> None:
+    for hits, n in ((0, 20), (20, 20), (7, 31), (1, 1)):
+        got = mean_ci([1.0] * hits + [0.0] * (n - hits), higher_is_better=True)
+        theirs = stats.binomtest(hits, n).proportion_ci(method="wilson")
+        assert (got.low, got.high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+
+
+def test_paired_proportions_match_newcombes_published_examples() -> None:
+    # Newcombe 1998, table II, method 10: (both, only x, only y, neither) -> interval
+    for table, low, high in (
+        ((36, 12, 2, 0), 0.0569, 0.3404),
+        ((20, 12, 2, 16), 0.0562, 0.3292),
+        ((0, 0, 0, 50), -0.0713, 0.0713),
+        ((54, 0, 0, 0), -0.0664, 0.0664),
+    ):
+        both, x_only, y_only, neither = table
+        x = [1.0] * (both + x_only) + [0.0] * (y_only + neither)
+        y = [1.0] * both + [0.0] * x_only + [1.0] * y_only + [0.0] * neither
+        got = paired_difference(x, y, higher_is_better=True)
+        assert (got.low, got.high) == pytest.approx((low, high), abs=6e-5), table
+
+
+def test_the_paired_interval_covers_the_truth_as_often_as_promised() -> None:
+    random = np.random.default_rng(5)
+    covered = {"proportion": 0, "loss": 0}
+    runs, n = 400, 40
+    noise = np.random.default_rng(6)
+    truth = 0.6 - float(np.mean(noise.random(400_000) + noise.normal(0, 0.15, 400_000) < 0.5))
+    for run in range(runs):
+        shared = random.random(n)
+        x, y = (shared < 0.6).astype(float), (shared + random.normal(0, 0.15, n) < 0.5).astype(float)
+        got = paired_difference(x, y, higher_is_better=True)
+        covered["proportion"] += got.low <= truth <= got.high
+        gain = random.exponential(1.0, n)  # skewed, mean 1
+        got = paired_difference(gain + 3, np.full(n, 3.0), higher_is_better=False, resamples=500, seed=run)
+        covered["loss"] += got.low <= 1.0 <= got.high
+    assert covered["proportion"] >= stats.binom.ppf(0.001, runs, 0.95)
+    assert covered["loss"] >= stats.binom.ppf(0.001, runs, 0.91)  # a skew this strong costs any such interval a little
+
+
+def test_pairing_sees_what_two_separate_intervals_hide_and_a_seed_repeats_it() -> None:
+    random = np.random.default_rng(7)
+    base = random.normal(3, 1, 100)
+    better = base - 0.05 + random.normal(0, 0.02, 100)
+    got = paired_difference(better, base, higher_is_better=False)
+    assert got.high < 0
+    assert got == paired_difference(better, base, higher_is_better=False)
+
+
+@given(st.integers(1, 200), st.sampled_from([0.5, 0.9, 0.95, 0.99]))
+def test_a_percentiles_ranks_are_the_tightest_that_keep_the_promise(n: int, q: float) -> None:
+    got = percentile_ci(np.arange(1, n + 1, dtype=float), q, higher_is_better=False)
+    under = stats.binom(n, q)
+    if math.isfinite(got.low):
+        assert under.cdf(got.low - 1) <= 0.025 < under.cdf(got.low)
+    else:
+        assert under.cdf(0) > 0.025
+    if math.isfinite(got.high):
+        assert under.sf(got.high - 1) <= 0.025 < under.sf(got.high - 2)
+    else:
+        assert under.sf(n - 1) > 0.025
+
+
+def test_the_difference_of_percentiles_holds_the_truth() -> None:
+    x = np.random.default_rng(11).gamma(4, 50, 500)
+    got = percentile_difference(x + 100, x, 0.95, higher_is_better=False)
+    assert got.estimate == pytest.approx(100)
+    assert got.low <= 100 <= got.high
+
+
+def test_the_sign_test_is_the_exact_binomial_one() -> None:
+    x, y = np.array([1.0] * 9 + [0.0] * 2 + [1.0] * 30), np.array([0.0] * 9 + [1.0] * 2 + [1.0] * 30)
+    assert sign_test(x, y) == pytest.approx(stats.binomtest(9, 11).pvalue)
+    assert sign_test(y, x) == sign_test(x, y)
+    assert sign_test(x, x) == 1.0
+
+
+def test_that_many_rows_have_that_power() -> None:
+    n, random = rows_needed(0.5, 0.1), np.random.default_rng(13)
+    assert n == 197
+    means = random.normal(0.1, 0.5, (4000, n)).mean(axis=1)
+    assert np.mean(means - 1.96 * 0.5 / math.sqrt(n) > 0) == pytest.approx(0.8, abs=0.03)
+
+
+def test_what_cannot_be_estimated_says_so() -> None:
+    one = mean_ci([2.5], higher_is_better=True)
+    assert one.to_json()["low"] is None
+    assert one.to_json()["high"] is None
+    assert Estimate.from_json(one.to_json()) == one
+    for values in ([], [1.0, math.nan], [math.inf]):
+        with pytest.raises(UsageError):
+            mean_ci(values, higher_is_better=True)
+    with pytest.raises(UsageError, match="same rows"):
+        paired_difference([1.0, 2.0], [1.0], higher_is_better=True)
+    with pytest.raises(UsageError):
+        rows_needed(1.0, 0.0)
