@@ -373,7 +373,9 @@ def test_a_request_that_breaks_the_model_breaks_no_other(folders: dict[str, Path
             transport = httpx.ASGITransport(app=app)
             headers = {"authorization": f"Bearer {SECRET}"}
             async with httpx.AsyncClient(transport=transport, base_url="http://engine", headers=headers) as client:
-                bodies = [{"model": "base", "prompt": prompt, "max_tokens": 20} for prompt in ("the", "a ~ b", "cat")]
+                # Without chance: a row that happened to draw the poisoned token would break too, and rightly so
+                settings = {"model": "base", "max_tokens": 20, "temperature": 0}
+                bodies = [settings | {"prompt": prompt} for prompt in ("the", "a ~ b", "cat")]
                 return await asyncio.gather(*(client.post("/v1/completions", json=body) for body in bodies))
 
         answers = asyncio.run(ask())
