@@ -93,6 +93,17 @@ def test_the_rule_takes_a_smaller_adapter_for_two_percent_and_not_for_more() -> 
     assert pick(rows, names, Rule(within=0.02, then="adapter_parameters"), {"adapter_parameters": 5e6}) == 2
 
 
+def test_what_the_rule_leaves_equal_is_decided_by_the_objectives_in_order_and_then_by_the_rows() -> None:
+    rows = [
+        {"loss": 1.02, "adapter_parameters": 2.0, "training_tokens": 5.0},
+        {"loss": 1.01, "adapter_parameters": 2.0, "training_tokens": 9.0},
+        {"loss": 1.01, "adapter_parameters": 2.0, "training_tokens": 9.0},
+        {"loss": 1.00, "adapter_parameters": 3.0, "training_tokens": 9.0},
+    ]
+    assert pareto(rows, NAMES) == [0, 1, 2, 3]
+    assert pick(rows, NAMES, Rule(within=0.05, then="adapter_parameters")) == 1
+
+
 def test_constraints_that_nobody_keeps_are_named_with_what_there_was() -> None:
     rows = [{"loss": 1.0, "adapter_parameters": 9e6}, {"loss": 3.0, "adapter_parameters": 1e6}]
     with pytest.raises(TunesmithError) as error:
