@@ -22,6 +22,7 @@ from pydantic import (
     PrivateAttr,
     ValidationError,
     ValidationInfo,
+    field_serializer,
     field_validator,
     model_validator,
 )
@@ -31,7 +32,8 @@ from infra.errors import TunesmithError
 from infra.storage import file_digest, text_digest
 from pipelines import config_file
 from pipelines.config_file import Problem, Source
-from pipelines.config_space import Space, did_you_mean
+from pipelines.config_space import Space, did_you_mean, refused
+from pipelines.tuning.objectives import MEASURES
 from registry.names import MODEL_NAME
 
 BUILTIN_BASES = ("builtin:smollm2-135m", "builtin:tiny")
@@ -157,15 +159,33 @@ class Pruning(Section):
     rungs: int = Field(default=3, ge=1, le=10)
 
 
+class Pick(Section):
+    """Which of the Pareto set wins: of the trials with a loss at most `within` (a share) above the best, the one with
+    the least of `then`."""
+
+    within: float = Field(ge=0, le=1)
+    then: str
+
+
+class Limit(Section):
+    """The most of a measure that a trial may have."""
+
+    at_most: float = Field(ge=0)
+
+
 class Tuning(Section):
     """The search. A trial trains `max_steps` steps at most; without it, `num_train_epochs` passes over the rows.
     `workers` 0 is one a core (or the setting TUNESMITH_SEARCH_WORKERS). `adapters_per_pass`: how many trials a worker
-    trains in one pass over the base; 0 measures it at the study's start."""
+    trains in one pass over the base; 0 measures it at the study's start. `objectives`, `pick` and `constraints` choose
+    the winner, by the measures of tuning/objectives.py; loss comes first, since trials are drawn and stopped by it."""
 
     method: Literal["lora"] = "lora"
     trials: int = Field(default=16, ge=1, le=10_000)
     budget: Budget = Budget()
     space: Space = Space()
+    objectives: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ("loss",)
+    pick: Pick | None = None
+    constraints: dict[str, Limit] = {}
     max_steps: int | None = Field(default=None, ge=1, le=1_000_000)
     num_train_epochs: float = Field(default=3.0, gt=0, le=1_000)
     pruning: Pruning = Pruning()
@@ -173,6 +193,37 @@ class Tuning(Section):
     seed: int = 0
     workers: int = Field(default=0, ge=0, le=1_024)
     adapters_per_pass: int = Field(default=0, ge=0, le=64)
+
+    @field_serializer("space")
+    def _as_written(self, space: Space) -> dict[str, Any]:
+        """Without its defaults, for those are of a base's size, which is not known yet."""
+        return space.model_dump(mode="json", exclude_unset=True)
+
+    @field_validator("objectives")
+    @classmethod
+    def _objectives(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in MEASURES:
+                raise ValueError(f"{name!r} is no objective; {did_you_mean(name, MEASURES)}")
+        if value[:1] != ("loss",):
+            raise ValueError("must begin with loss, by which trials are drawn and stopped; add it in front")
+        return tuple(dict.fromkeys(value))
+
+    @field_validator("constraints")
+    @classmethod
+    def _constraints(cls, value: dict[str, Limit]) -> dict[str, Limit]:
+        unknown = [(name, f"is no measure; {did_you_mean(name, MEASURES)}") for name in value if name not in MEASURES]
+        if unknown:
+            raise refused(unknown)
+        return value
+
+    @model_validator(mode="after")
+    def _picks_an_objective(self) -> Tuning:
+        others = self.objectives[1:]
+        if self.pick is not None and self.pick.then not in others:
+            what = f"use {' or '.join(others)}" if others else "add it to objectives"
+            raise refused([("pick", f"then: {self.pick.then!r} is not an objective beside loss; {what}")])
+        return self
 
 
 class Evaluation(Section):
@@ -452,7 +503,7 @@ def _keys(at: tuple[str | int, ...]) -> list[str]:
     """The keys that a section may hold."""
     section: type[BaseModel] = PipelineConfig
     for part in at:
-        if isinstance(part, str):
+        if isinstance(part, str) and part in section.model_fields:  # not the keys of a mapping such as constraints
             section = _section(section.model_fields[part].annotation) or section
     return list(section.model_fields)
 

@@ -44,6 +44,7 @@ class Job:
     checkpoint: str | None
     tokens: int | None
     seconds: float | None
+    adapter_parameters: int | None
     error: str | None
     updated_at: datetime
 
@@ -134,12 +135,12 @@ def renew(conn: Connection, job: Job, *, seconds: float = LEASE_SECONDS) -> None
 
 def finish(
     conn: Connection, job: Job, *, value: float, curve: Sequence[Sequence[float]], checkpoint: str, tokens: int,
-    seconds: float,
+    seconds: float, adapter_parameters: int,
 ) -> None:  # fmt: skip
     """A rung's result. Raises Conflict when the job went to another worker; nothing is then written."""
-    values = {"value": value, "curve": Jsonb([list(p) for p in curve]), "checkpoint": checkpoint}
-    row = conn.execute(SQL["finish"], _key(job) | values | {"tokens": tokens, "seconds": seconds}).fetchone()
-    _held(row, job)
+    values: dict[str, Any] = {"value": value, "curve": Jsonb([list(p) for p in curve]), "checkpoint": checkpoint}
+    values |= {"tokens": tokens, "seconds": seconds, "adapter_parameters": adapter_parameters}
+    _held(conn.execute(SQL["finish"], _key(job) | values).fetchone(), job)
 
 
 def fail(conn: Connection, job: Job, error: str) -> None:

@@ -56,7 +56,8 @@ returning token
 
 -- name: finish
 update rung_job set state = 'done', value = %(value)s, curve = %(curve)s, checkpoint = %(checkpoint)s,
-    tokens = %(tokens)s, seconds = %(seconds)s, lease_until = null, error = null, updated_at = now()
+    tokens = %(tokens)s, seconds = %(seconds)s, adapter_parameters = %(adapter_parameters)s,
+    lease_until = null, error = null, updated_at = now()
 where study = %(study)s and trial = %(trial)s and rung = %(rung)s and token = %(token)s and state = 'running'
 returning token
 

@@ -5,3 +5,6 @@ alter table rung_job alter column pack set not null;
 
 -- How many adapters in one pass the study's first worker measured to be best; null until then.
 alter table study add column adapters_per_pass int;
+
+-- Numbers in the adapter as it is saved, by which trials may be chosen.
+alter table rung_job add column adapter_parameters bigint;

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipelines.tuning import space as spaces
+
 _NAME = "default"
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "c_attn", "out_proj", "dense")
 _MLP = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "c_fc", "dense_h_to_4h", "dense_4h_to_h")
@@ -56,10 +58,10 @@ def lora_config(model: Any, params: Mapping[str, Any], **more: Any) -> Any:
     """A trial's params as PEFT's LoraConfig for this base."""
     from peft import LoraConfig
 
-    layers = params.get("layers_to_transform", "all")
-    if layers == "top_half":
-        count = model.config.get_text_config().num_hidden_layers
-        layers = list(range(count - count // 2, count))
+    layers = spaces.layers(params.get("layers_to_transform", "all"), model.config.get_text_config().num_hidden_layers)
+    wanted = targets(model, params["target_modules"])
+    if wanted == "all-linear" and layers is not None:  # PEFT takes numbers of layers only with names of modules
+        wanted = _linears(model)
     values: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": model.name_or_path,
@@ -69,8 +71,8 @@ def lora_config(model: Any, params: Mapping[str, Any], **more: Any) -> Any:
         "use_rslora": bool(params.get("use_rslora", False)),
         "use_dora": bool(params.get("use_dora", False)),
         "init_lora_weights": params.get("init_lora_weights", True),
-        "target_modules": targets(model, params["target_modules"]),
-        "layers_to_transform": None if layers == "all" else layers,
+        "target_modules": wanted,
+        "layers_to_transform": layers,
     }
     return LoraConfig(**values | more)
 
@@ -136,8 +138,9 @@ class Alone:
     def drop(self, k: int) -> None:
         """It is the only one: nobody is left to disturb."""
 
-    def save(self, k: int, folder: Path) -> None:
-        """Plain PEFT. PiSSA is converted to a LoRA of twice the rank on the unchanged base (Meng et al. 2024)."""
+    def save(self, k: int, folder: Path) -> int:
+        """Plain PEFT; returns how many numbers it has. PiSSA is converted to a LoRA of twice the rank on the unchanged
+        base (Meng et al. 2024)."""
         import torch
         from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
@@ -158,6 +161,7 @@ class Alone:
         type(config)(**values | {"inference_mode": True}).save_pretrained(folder)
         tensors = {name: value.contiguous() for name, value in state.items()}
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        return sum(part.numel() for part in tensors.values())
 
     def load(self, k: int, folder: Path) -> None:
         """Take an adapter's weights; its rank and targets must be this one's."""
@@ -204,6 +208,19 @@ def targets(model: Any, wanted: str | list[str]) -> str | list[str]:
     if not found:
         raise ValueError(f"this base has no {wanted} layers by a known name; there are {', '.join(sorted(names))}")
     return found
+
+
+def _linears(model: Any) -> list[str]:
+    """The names of all linear layers but the head, as PEFT's all-linear means them."""
+    import torch
+
+    head = model.get_output_embeddings()
+    found = {
+        name.rpartition(".")[2]
+        for name, part in model.named_modules()
+        if isinstance(part, torch.nn.Linear) and part is not head
+    }
+    return sorted(found)
 
 
 def fixed_by(folder: Path) -> dict[str, Any]:

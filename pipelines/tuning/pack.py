@@ -184,14 +184,15 @@ class Pack:
         """An adapter that failed becomes the base, so that its rows disturb nobody by what is not a number."""
         self.values[k].zero_()
 
-    def save(self, k: int, folder: Path) -> None:
-        """Plain PEFT: adapter_config.json and adapter_model.safetensors."""
+    def save(self, k: int, folder: Path) -> int:
+        """Plain PEFT: adapter_config.json and adapter_model.safetensors; returns how many numbers it has."""
         from safetensors.torch import save_file
 
         folder.mkdir(exist_ok=True)
         self.configs[k].save_pretrained(folder)
         tensors = {f"{_PREFIX}{name}.weight": part for name, part in self._parts(k, self.values[k])}
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        return sum(part.numel() for part in tensors.values())
 
     def load(self, k: int, folder: Path) -> None:
         """Take an adapter's weights. Raises ValueError when its rank or its layers are not this one's."""

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,9 @@ from infra.settings import get_settings
 from pipelines.tuning import space as spaces
 from pipelines.tuning.crew import Crew
 from pipelines.tuning.methods import fixed_by
+from pipelines.tuning.objectives import Rule, measures, pareto, pick
 from pipelines.tuning.spec import StudySpec, brackets, packs, rungs
-from registry import mlflow, pricing, studies
+from registry import bases, mlflow, pricing, studies
 
 if TYPE_CHECKING:
     import optuna
@@ -41,8 +42,10 @@ Progress = Callable[[str, float | None, float | None], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Best:
-    """The winner: the lowest validation loss that any trial had at the end of any rung. `adapter` is a folder with
-    a plain PEFT adapter; `stopped_by` is trials, max_minutes, max_tokens, max_usd or user."""
+    """The winner: the lowest validation loss that any trial had at the end of any rung, or what the rule picks from
+    the Pareto set where there are several objectives; `pareto` is then that set, as trial, steps and measures.
+    `adapter` is a folder with a plain PEFT adapter; `stopped_by` is trials, max_minutes, max_tokens, max_usd or
+    user."""
 
     study: str
     trial: int
@@ -56,6 +59,7 @@ class Best:
     tokens: int
     seconds: float
     stopped_by: str
+    pareto: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,7 +72,7 @@ def make_spec(
     """The search that a pipeline file asks for, on `rows` training rows. With `init_adapter`, that adapter's rank,
     alpha and target modules are fixed."""
     tuning = config.tuning
-    space = tuning.space.model_dump(mode="json")
+    space = tuning.space.full(bases.load(base_digest).parameters)
     if init_adapter is not None:
         space |= fixed_by(init_adapter)
     per_epoch = max(1, rows // 8)  # epochs are counted at the usual batch of eight
@@ -93,6 +97,9 @@ def make_spec(
         max_usd=tuning.budget.max_usd,
         init_adapter=str(init_adapter) if init_adapter else None,
         warm_start=list(warm_start),
+        objectives=list(tuning.objectives),
+        pick=tuning.pick.model_dump() if tuning.pick else None,
+        constraints={name: limit.at_most for name, limit in tuning.constraints.items()},
     )
 
 
@@ -226,7 +233,7 @@ class _Coordinator:
         through = last_done = first_through = True  # all groups before the last one; it; its first rung
         before: list[int] = []  # trials whose results a draw may see in full
         last: list[int] = []
-        for group in brackets(spec.trials, number_of_rungs=len(spec.rungs), reduction=spec.reduction):
+        for group in brackets(spec):
             members = begun[group.start : group.stop]
             if len(members) < len(group) and not self.exhausted:
                 if not (through and first_through):
@@ -234,7 +241,8 @@ class _Coordinator:
                 seen = [j for j in jobs if j.trial in before or (j.trial in last and j.rung == 0)]
                 drawn = self._draw(jobs, len(group) - len(members), seen, members)
                 self.exhausted = drawn < len(group) - len(members)
-                return False
+                if drawn:
+                    return False
             if not members:
                 break
             done = self._advance(jobs, members)
@@ -294,7 +302,7 @@ class _Coordinator:
             place = orphan.number if orphan else len(self.optuna.get_trials(deepcopy=False))
             self.optuna.sampler = Seen(spec.sampler, spec.seed, place, spec.space, seen, begun)
             trial = optuna.trial.Trial(self.optuna, orphan._trial_id) if orphan else self.optuna.ask()
-            params = spaces.parameters(spec.space, _suggest(trial, spec.space))
+            params = spaces.draw(spec.space, trial._suggest)
             if params in known:
                 self.optuna.tell(trial.number, state=optuna.trial.TrialState.FAIL)
                 again += 1
@@ -339,8 +347,7 @@ class _Coordinator:
             return optuna.trial.TrialState.COMPLETE
         begun = sorted({j.trial for j in jobs})
         place = begun.index(last.trial)
-        groups = brackets(self.spec.trials, number_of_rungs=len(self.spec.rungs), reduction=self.spec.reduction)
-        group = next(g for g in groups if place in g)
+        group = next(g for g in brackets(self.spec) if place in g)
         peers = set(begun[group.start : group.stop])
         # Others of its round went on, so this one was judged and left behind
         gone_on = any(j.trial in peers and j.rung > last.rung for j in jobs)
@@ -412,7 +419,9 @@ class _Coordinator:
                 f"No trial of {self.spec.study} succeeded: {causes}.", hint="Mend tuning.space, or raise the budget."
             )
         self._leave_behind(jobs)
-        winner = min(done, key=lambda j: (_value(j), j.rung, j.trial))  # more steps may have overfitted
+        rows, front = self._measured(jobs)
+        rule = Rule(**self.spec.pick) if self.spec.pick else None
+        winner = rows[pick([m for _, m in rows], self.spec.objectives, rule, self.spec.constraints)][0]
         last = [mine[-1] for mine in _by_trial(jobs).values()]
         assert winner.checkpoint is not None  # noqa: S101  a done job has one
         top = len(self.spec.rungs) - 1
@@ -429,12 +438,34 @@ class _Coordinator:
             tokens=sum(j.tokens or 0 for j in jobs),
             seconds=sum(j.seconds or 0.0 for j in jobs),
             stopped_by=stopped_by,
+            pareto=front,
         )
         state = "completed" if stopped_by == "trials" else "stopped"
         with transaction() as conn:
             studies.end(conn, self.spec.study, state=state, stopped_by=stopped_by, best=best.to_json())
         self.progress(f"best loss {best.value:.3f} of {best.trials} trials", 1, 1)
         return best
+
+    def _measured(
+        self, jobs: Sequence[studies.Job]
+    ) -> tuple[list[tuple[studies.Job, dict[str, float]]], list[dict[str, Any]]]:
+        """Each done rung with its measures, lower rungs first, since more steps may have overfitted; and the Pareto
+        set, where there is more than one objective."""
+        rows = []
+        for job in sorted((j for j in jobs if j.state == "done"), key=lambda j: (j.rung, j.trial)):
+            so_far = [j for j in jobs if j.trial == job.trial and j.rung <= job.rung]
+            row = measures(
+                loss=_value(job),
+                adapter_parameters=job.adapter_parameters or 0,
+                training_seconds=sum(j.seconds or 0.0 for j in so_far),
+                training_tokens=sum(j.tokens or 0 for j in so_far),
+            )
+            rows.append((job, row))
+        if len(self.spec.objectives) == 1:
+            return rows, []
+        front = [rows[n] for n in pareto([row for _, row in rows], self.spec.objectives)]
+        return rows, [{"trial": j.trial, "steps": j.steps, **{n: row[n] for n in self.spec.objectives}}
+                      for j, row in front]  # fmt: skip
 
     def _leave_behind(self, jobs: Sequence[studies.Job]) -> None:
         """Trials that a stopped search did not get to judge are over in Optuna and MLflow too."""
@@ -455,10 +486,6 @@ def _by_trial(jobs: Sequence[studies.Job]) -> dict[int, list[studies.Job]]:
     for job in jobs:
         found.setdefault(job.trial, []).append(job)
     return found
-
-
-def _suggest(trial: optuna.trial.Trial, space: dict[str, Any]) -> dict[str, Any]:
-    return {name: trial._suggest(name, distribution) for name, distribution in spaces.distributions(space).items()}
 
 
 def _open_store() -> optuna.storages.RDBStorage:
@@ -484,7 +511,7 @@ def _open_optuna(spec: StudySpec, store: optuna.storages.RDBStorage) -> optuna.S
 def _planned(spec: StudySpec) -> list[int]:
     """How many trials reach each rung, when none fails."""
     counts = [0] * len(spec.rungs)
-    for group in brackets(spec.trials, number_of_rungs=len(spec.rungs), reduction=spec.reduction):
+    for group in brackets(spec):
         size = len(group)
         for rung in range(len(spec.rungs)):
             counts[rung] += size

@@ -1,51 +1,71 @@
-"""The YAML's space as Optuna's distributions, and back to full parameters."""
+"""The YAML's space as Optuna's distributions, and configurations drawn from it."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
+
+from pipelines.config_space import KINDS, Number, branches, drawn_from, order
+from pipelines.tuning.defaults import FIXED
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-_WHOLE = {"r", "per_device_train_batch_size"}
+Suggest = Callable[[str, "BaseDistribution"], Any]
+
+
+def draw(space: Mapping[str, Any], suggest: Suggest) -> dict[str, Any]:
+    """A configuration that can be trained: a value for every dimension.
+
+    `suggest` is asked once for each dimension that has a choice left, in `order`, such as Optuna's ``trial._suggest``.
+    A name has one distribution for ever: the branches of a condition have names of their own, and a dimension that
+    what was drawn before leaves one choice is not asked for. Raises ValueError when it leaves none, which no space
+    that a pipeline file was accepted with can do.
+    """
+    full = FIXED | dict(space)  # a study that is older than these dimensions goes on without them
+    params: dict[str, Any] = {}
+    for name in order(full):
+        label, plain = drawn_from(name, full[name], params)
+        distribution = _distribution(name, plain)
+        params[name] = _only(plain) if distribution is None else _value(suggest(label, distribution))
+    return params
 
 
 def distributions(space: Mapping[str, Any]) -> dict[str, BaseDistribution]:
-    """A distribution for each dimension that is searched; single values are fixed and left out."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    found: dict[str, BaseDistribution] = {}
-    for name, value in space.items():
-        if isinstance(value, Mapping):
-            kind = IntDistribution if name in _WHOLE else FloatDistribution
-            found[name] = kind(value["low"], value["high"], log=value["log"])
-        elif isinstance(value, list) and len(value) > 1:
-            found[name] = CategoricalDistribution([_text(choice) for choice in value])
-    return found
+    """Every distribution that a draw may ask for, by Optuna's name; single values are fixed and left out."""
+    return {
+        label: distribution
+        for name in order(space)
+        for label, plain in branches(name, space[name]).items()
+        if (distribution := _distribution(name, plain)) is not None
+    }
 
 
 def parameters(space: Mapping[str, Any], drawn: Mapping[str, Any]) -> dict[str, Any]:
-    """What a trial trains with: the drawn values, and the fixed ones of the rest."""
-    full: dict[str, Any] = {}
-    for name, value in space.items():
-        if name in drawn:
-            full[name] = _value(drawn[name])
-        else:
-            full[name] = value[0] if isinstance(value, list) and len(value) == 1 else value
-    return full
+    """What a trial trains with: the drawn values, by Optuna's names, and the fixed ones of the rest."""
+    return draw(space, lambda label, _: drawn[label])
 
 
 def drawable(space: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a configuration that this space can draw, as Optuna wants it: for warm starts."""
-    found = {}
-    for name, distribution in distributions(space).items():
-        value = _text(params.get(name))
+    full, wanted = FIXED | dict(space), FIXED | dict(params)
+    found: dict[str, Any] = {}
+    known: dict[str, Any] = {}
+    for name in order(full):
+        try:
+            label, plain = drawn_from(name, full[name], known)
+        except KeyError:  # Optuna is to draw what it depends on
+            continue
+        distribution = _distribution(name, plain)
+        if distribution is None:
+            known[name] = _only(plain)
+            continue
+        value = _text(wanted.get(name))
         try:
             if value is not None and distribution._contains(distribution.to_internal_repr(value)):
-                found[name] = value
+                found[label], known[name] = value, _value(value)
         except (ValueError, TypeError):  # a value of another kind than the dimension's
             continue
     return found
@@ -53,18 +73,52 @@ def drawable(space: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, A
 
 def typical(space: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration in the middle of the space: what a trial of it costs."""
-    middle = {}
-    for name, value in space.items():
-        if isinstance(value, Mapping):
-            between = math.sqrt(value["low"] * value["high"]) if value["log"] else (value["low"] + value["high"]) / 2
-            middle[name] = round(between) if name in _WHOLE else between
-        else:
-            middle[name] = value[len(value) // 2] if isinstance(value, list) else value
-    return middle
+    return draw(space, lambda _, distribution: _middle(distribution))
+
+
+def _middle(distribution: Any) -> Any:
+    if choices := getattr(distribution, "choices", None):
+        return choices[len(choices) // 2]
+    low, high = distribution.low, distribution.high
+    middle = math.sqrt(low * high) if distribution.log else (low + high) / 2
+    return round(middle) if isinstance(low, int) else middle
+
+
+def layers(wanted: str | list[int], count: int) -> list[int] | None:
+    """PEFT's ``layers_to_transform`` for a base of so many layers; None for all of them. The top half are those
+    nearest the output, the middle one of an odd number among them.
+
+    PEFT takes layer numbers only together with a list of module names, so not with the name all-linear, and passes
+    over numbers that the base does not have. Raises ValueError for those.
+    """
+    if wanted == "all":
+        return None
+    if wanted == "top_half":
+        return list(range(count // 2, count))
+    numbers = [int(number) for number in wanted]
+    if beyond := [number for number in numbers if number >= count]:
+        raise ValueError(f"layers_to_transform has layer {beyond[0]}, but this base's layers are 0 to {count - 1}")
+    return numbers
+
+
+def _distribution(name: str, plain: Any) -> BaseDistribution | None:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if isinstance(plain, Mapping):
+        kind = KINDS[name]
+        ranged = IntDistribution if isinstance(kind, Number) and kind.whole else FloatDistribution
+        return ranged(plain["low"], plain["high"], log=plain["log"])
+    if isinstance(plain, list) and len(plain) > 1:
+        return CategoricalDistribution([_text(choice) for choice in plain])
+    return None
+
+
+def _only(plain: Any) -> Any:
+    return plain[0] if isinstance(plain, list) else plain
 
 
 def _text(choice: Any) -> Any:
-    """Optuna's choices are scalars; a list of module names becomes its JSON."""
+    """Optuna's choices are scalars; a list of module names or layers becomes its JSON."""
     return json.dumps(sorted(choice)) if isinstance(choice, list) else choice
 
 

@@ -15,7 +15,7 @@ class StudySpec:
     """`rungs` are the optimizer steps at which trials are compared, the last being the whole of a trial; after each
     rung but the last, the best 1/`reduction` go on. `space` is the YAML's section. With `init_adapter`, a folder
     with a PEFT adapter, every trial starts from its weights. `max_tokens` bounds a row. `adapters_per_pass` 0 is
-    measured by the study's first worker."""
+    measured by the study's first worker. `objectives`, `pick` and `constraints` are those of tuning/objectives.py."""
 
     study: str
     model: str
@@ -36,6 +36,9 @@ class StudySpec:
     max_usd: float | None = None
     init_adapter: str | None = None
     warm_start: list[dict[str, Any]] = field(default_factory=list)
+    objectives: list[str] = field(default_factory=lambda: ["loss"])
+    pick: dict[str, Any] | None = None
+    constraints: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"rungs": list(self.rungs)}
@@ -52,11 +55,11 @@ def rungs(max_steps: int, *, number: int, reduction: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(steps))
 
 
-def brackets(trials: int, *, number_of_rungs: int, reduction: int) -> list[range]:
-    """Trials in groups that are begun together, each as large as it takes for one of them to reach the last rung;
-    a group's configurations are drawn with what all earlier groups showed."""
-    size = max(1, reduction ** (number_of_rungs - 1))
-    return [range(start, min(start + size, trials)) for start in range(0, trials, size)]
+def brackets(spec: StudySpec) -> list[range]:
+    """Trials in groups that are begun together, each as large as it takes for one of them to reach the last rung and
+    for no worker to be idle; a group's configurations are drawn with what earlier groups showed."""
+    size = max(spec.reduction ** (len(spec.rungs) - 1), spec.workers, 1)
+    return [range(start, min(start + size, spec.trials)) for start in range(0, spec.trials, size)]
 
 
 def packs(members: Sequence[tuple[int, Mapping[str, Any]]], *, most: int, workers: int) -> dict[int, int]:

@@ -58,12 +58,13 @@ class Member:
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """`value` is the validation loss in nats a completion token; `curve` has [step, training loss] pairs; `seconds`
-    is the trial's share of its pack's time."""
+    is the trial's share of its pack's time; `adapter_parameters` counts the numbers of what was saved."""
 
     value: float
     curve: list[tuple[int, float]]
     tokens: int
     seconds: float
+    adapter_parameters: int
 
 
 class Trainer:
@@ -105,8 +106,12 @@ class Trainer:
                     elif not math.isfinite(value):
                         outcomes.append(TrialFailed(f"the validation loss is {value}"))
                     else:
-                        run.save(k, until)
-                        outcomes.append(Outcome(value=value, curve=run.curves[k], tokens=run.tokens, seconds=seconds))
+                        outcomes.append(
+                            Outcome(
+                                value=value, curve=run.curves[k], tokens=run.tokens, seconds=seconds,
+                                adapter_parameters=run.save(k, until),
+                            )
+                        )  # fmt: skip
                 return outcomes
         except (MemoryError, RuntimeError) as error:
             if not (isinstance(error, MemoryError) or "memory" in str(error)):
@@ -233,11 +238,13 @@ class _Run:
         self.adapters.changed()
         return steps.pop()
 
-    def save(self, k: int, step: int) -> None:
+    def save(self, k: int, step: int) -> int:
+        """Write a member's checkpoint; how many numbers its adapter has."""
         folder = self.members[k].save_to
-        self.adapters.save(k, folder / "adapter")
+        count = self.adapters.save(k, folder / "adapter")
         self.adapters.save_moments(k, folder)
         (folder / "progress.json").write_text(json.dumps({"step": step}))
+        return count
 
     def train(self, first: int, until: int, total: int, lost: Callable[[], Collection[int]]) -> None:
         trainer, adapters, params = self.trainer, self.adapters, self.members[0].params

@@ -156,7 +156,7 @@ def _finish(job: studies.Job, outcome: Any, folder: Path) -> None:
     storage.keep("checkpoint", digest, folder)
     _write(
         job, studies.finish, value=outcome.value, curve=outcome.curve, checkpoint=digest, tokens=outcome.tokens,
-        seconds=outcome.seconds,
+        seconds=outcome.seconds, adapter_parameters=outcome.adapter_parameters,
     )  # fmt: skip
 
 

@@ -46,7 +46,8 @@ def taken(worker: str) -> Job:
 
 def finish(job: Job, value: float = 1.0) -> None:
     with transaction() as conn:
-        studies.finish(conn, job, value=value, curve=[(1, 2.0)], checkpoint="c", tokens=10, seconds=1.0)
+        studies.finish(conn, job, value=value, curve=[(1, 2.0)], checkpoint="c", tokens=10, seconds=1.0,
+                       adapter_parameters=8)  # fmt: skip
 
 
 def reap() -> None:

@@ -161,7 +161,7 @@ def test_a_search_without_a_success_says_why(spec: StudySpec) -> None:
 
 def test_a_budget_ends_a_search_with_what_it_has(spec: StudySpec) -> None:
     # Rungs that take much longer than a coordinator's turn, in which no more than the next one can begin
-    best = search(replace(spec, max_training_tokens=1, rungs=(150, 300)), progress=quiet)
+    best = search(replace(spec, max_training_tokens=1, rungs=(150, 300), adapters_per_pass=1), progress=quiet)
     found = jobs()
     assert best.stopped_by == "max_tokens"
     assert sum(j.state == "done" for j in found) < 3

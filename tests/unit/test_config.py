@@ -10,6 +10,7 @@ import pytest
 from infra.errors import ConfigError
 from pipelines import config as configs
 from pipelines.config import PipelineConfig, check, load
+from pipelines.config_space import Space
 
 EXAMPLES = Path(configs.__file__).parent / "examples"
 ROW = '{"prompt": "Where is my parcel %d?", "completion": "order_status"}\n'
@@ -60,6 +61,13 @@ def test_the_full_example_names_every_setting() -> None:
         return set().union(*(names(v) for v in values)) if isinstance(values, list) else set()
 
     assert [name for name in names(load(EXAMPLES / "support.yaml").jsonable()) if f"{name}:" not in text] == []
+
+
+def test_the_full_example_names_every_dimension_and_the_defaults_it_claims() -> None:
+    space = load(EXAMPLES / "support.yaml").tuning.space
+    assert space.model_fields_set == set(Space.model_fields)
+    changed = {name for name, value in space.model_dump().items() if value != Space.model_fields[name].default}
+    assert changed == {"use_rslora", "lora_alpha"}  # where a comment says the default
 
 
 def test_yaml_numbers_and_labels_are_those_of_1_2(tmp_path: Path) -> None:
@@ -174,6 +182,170 @@ def test_overrides_win_and_are_yaml(tmp_path: Path) -> None:
         ["tuning.trials=4", "tuning.space.r=[8, 16]", "gates=[{metric: chrf, must: at_least, value: 5e-1}]"],
     )
     assert (config.tuning.trials, config.tuning.space.r, config.gates[0].value) == (4, [8, 16], 0.5)
+
+
+@pytest.mark.parametrize(
+    ("space", "field", "message"),
+    [
+        ("use_dora: 1", "use_dora", "1 is not known; there are false, true"),
+        ("use_rslora: yes", "use_rslora", "'yes' is not known; there are false, true"),
+        ("init_lora_weights: [true, Pissa]", "init_lora_weights", "'Pissa' is not known; did you mean 'pissa'?"),
+        (
+            "layers_to_transform: [20, 21]",
+            "layers_to_transform",
+            "20 is not known; there are all, top_half; single layers are a list of their own: [[20, 21]]",
+        ),
+        (
+            "layers_to_transform: [[-1]]",
+            "layers_to_transform",
+            "[-1] is not a list of layer numbers, which count from 0",
+        ),
+        ("gradient_accumulation_steps: 0", "gradient_accumulation_steps", "must be from 1 to 1024, not 0"),
+        ("use_dora: {low: 0, high: 1}", "use_dora", "cannot be a range; give a list of choices"),
+        (
+            "use_rslora: [true, false], r: {when: {use_rslora: true}, then: [8]}",
+            "r",
+            "has no else; a condition is {when: {use_rslora: true}, then: [8, 16], else: [16, 32]}",
+        ),
+        (
+            "use_rslora: [true, false], r: {when: {use_rslora: true}, then: 8, otherwise: 4}",
+            "r",
+            "has the unknown key 'otherwise'; a condition is {when: {use_rslora: true}, then: [8, 16], else: [16, 32]}",
+        ),
+        (
+            "r: {when: {use_rslora: true, use_dora: true}, then: 8, else: 4}",
+            "r",
+            "when must name one other dimension and one of its choices; a condition is {when: {use_rslora: true}, "
+            "then: [8, 16], else: [16, 32]}",
+        ),
+        (
+            "r: {when: {use_rslor: true}, then: 8, else: 4}",
+            "r",
+            "when: 'use_rslor' is not a dimension; did you mean 'use_rslora'?",
+        ),
+        ("r: {when: {r: 8}, then: 8, else: 4}", "r", "depends on itself; name another dimension in when"),
+        (
+            "use_dora: [true, false], r: {when: {use_dora: 1}, then: 8, else: 4}",
+            "r",
+            "when: 1 is not known; there are false, true",
+        ),
+        (
+            "use_dora: [true, false], r: {when: {use_dora: true}, then: [8, 0], else: 4}",
+            "r",
+            "then: must be from 1 to 512, not 0",
+        ),
+        (
+            "use_dora: [true, false], r: {when: {use_dora: true}, then: 8, else: {when: {}}}",
+            "r",
+            "else holds another condition; conditions are one level deep",
+        ),
+        (
+            "r: {when: {use_rslora: true}, then: 8, else: 4}",
+            "r",
+            "depends on use_rslora, which is left out; add use_rslora with its choices to the space",
+        ),
+        (
+            "use_rslora: false, r: {when: {use_rslora: true}, then: 8, else: 4}",
+            "r",
+            "use_rslora is never true here; add it to use_rslora, or name one of its choices",
+        ),
+        (
+            "lora_alpha: {low: 8, high: 32}, r: {when: {lora_alpha: 8}, then: 8, else: 4}",
+            "r",
+            "depends on lora_alpha, which is a range; give lora_alpha a list of choices",
+        ),
+        (
+            "use_rslora: [true, false], lora_alpha: {when: {use_rslora: true}, then: 8, else: 16}, "
+            "r: {when: {lora_alpha: 8}, then: 8, else: 4}",
+            "r",
+            "depends on lora_alpha, which has a condition itself; name a dimension without one",
+        ),
+        (
+            "use_dora: true, init_lora_weights: pissa",
+            "init_lora_weights",
+            "init_lora_weights: pissa does not go with use_dora: true, since PEFT saves no plain adapter of both; "
+            "take one of the two out, or make one depend on the other",
+        ),
+        (
+            "use_dora: true, init_lora_weights: [true, pissa]",
+            "init_lora_weights",
+            "pissa is never drawn: init_lora_weights: pissa does not go with use_dora: true, since PEFT saves no plain "
+            "adapter of both; take one of the two out",
+        ),
+        (
+            "init_lora_weights: [true, pissa], lora_dropout: [0.05, 0.1]",
+            "lora_dropout",
+            "init_lora_weights: pissa needs lora_dropout: 0, since dropout would drop parts of the base itself; "
+            "take one of the two out, or make one depend on the other",
+        ),
+        (
+            "init_lora_weights: pissa, lora_dropout: {low: 0, high: 0.1}",
+            "lora_dropout",
+            "0.1 is never drawn: init_lora_weights: pissa needs lora_dropout: 0, since dropout would drop parts of the "
+            "base itself; take one of the two out",
+        ),
+    ],
+)
+def test_a_space_that_cannot_be_searched_is_told_at_its_dimension(
+    tmp_path: Path, space: str, field: str, message: str
+) -> None:
+    path = minimal(tmp_path, f"tuning:\n  space:\n    {{{space}}}\n".replace(f", {field}:", f",\n    {field}:"))
+    with pytest.raises(ConfigError) as error:
+        load(path)
+    [(line, found, said)] = problems(error)
+    assert (found, said) == (f"tuning.space.{field}", message)
+    assert path.read_text().splitlines()[line - 1].lstrip(" {").startswith(f"{field}:")
+
+
+def test_a_file_remembers_which_dimensions_it_left_out(tmp_path: Path) -> None:
+    config = load(minimal(tmp_path, "tuning: {space: {r: [4, 8]}}\n"))
+    assert config.jsonable()["tuning"]["space"] == {"r": [4, 8]}
+    again = PipelineConfig.model_validate(config.jsonable()).tuning.space
+    assert again.model_fields_set == {"r"}
+    assert again.full(7_000_000_000)["target_modules"] == "all-linear"
+
+
+def test_objectives_are_named_and_begin_with_loss(tmp_path: Path) -> None:
+    assert load(minimal(tmp_path)).tuning.objectives == ("loss",)
+    more = "tuning: {objectives: [loss, adapter_parameters], pick: {within: 2e-2, then: adapter_parameters}, "
+    tuning = load(minimal(tmp_path, more + "constraints: {training_seconds: {at_most: 600}}}\n")).tuning
+    assert tuning.pick is not None
+    assert (tuning.pick.within, tuning.constraints["training_seconds"].at_most) == (0.02, 600)
+    path = write(
+        tmp_path,
+        """model: support
+base: builtin:tiny
+data: {train: train.jsonl}
+tuning:
+  objectives: [adapter_parameters, loss]
+  constraints:
+    adapter_parameter: {at_most: 5e6}
+    training_tokens: {at_least: 5}
+  pick: {within: 2, then: loss}
+""",
+    )
+    with pytest.raises(ConfigError) as error:
+        load(path)
+    said = {field: (line, message) for line, field, message in problems(error)}
+    assert said == {
+        "tuning.objectives": (5, "must begin with loss, by which trials are drawn and stopped; add it in front"),
+        "tuning.constraints.training_tokens.at_most": (8, "is missing; add it"),
+        "tuning.constraints.training_tokens.at_least": (8, "is not a known key; did you mean 'at_most'?"),
+        "tuning.pick.within": (9, "must be less than or equal to 1, not 2"),
+    }
+    with pytest.raises(ConfigError) as error:
+        load(path, ["tuning.objectives=latency", "tuning.pick.within=0", "tuning.constraints.training_tokens=null"])
+    assert "'latency' is no objective" in error.value.message
+    ok = ["tuning.objectives=[loss, training_tokens]", "tuning.pick.within=0"]
+    with pytest.raises(ConfigError) as error:
+        load(path, [*ok, "tuning.constraints={adapter_parameter: {at_most: 5e6}}"])
+    assert problems(error)[0][1:] == (
+        "tuning.constraints.adapter_parameter",
+        "is no measure; did you mean 'adapter_parameters'?",
+    )
+    with pytest.raises(ConfigError) as error:
+        load(path, [*ok, "tuning.constraints={}"])
+    assert problems(error) == [(9, "tuning.pick", "then: 'loss' is not an objective beside loss; use training_tokens")]
 
 
 def test_missing_and_malformed_files_are_told_at_their_line(tmp_path: Path) -> None:
