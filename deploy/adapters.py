@@ -26,12 +26,11 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_WEIGHT = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
+_WEIGHT = re.compile(r"(?P<layer>.+)\.(?:lora_(?P<side>[AB])\.weight|lora_magnitude_vector(?:\.weight)?)")
 _SIDE_FILES = frozenset({".safetensors", ".json", ".md", ".txt", ".jinja", ".html"})
 _MAX_BYTES = 2 << 30
-# What LoraConfig can ask for beyond B(A(x)) * scale. Each would be served wrongly, so each is refused.
+# What LoraConfig can ask for beyond B(A(x)) * scale and DoRA. Each would be served wrongly, so each is refused.
 _BEYOND = (
-    "use_dora",
     "use_qalora",
     "use_bdlora",
     "lora_bias",
@@ -66,12 +65,14 @@ class NameTaken(Conflict):
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Adapter:
     """One adapter in memory. `layers` gives for each Linear of the base A of shape [rank, in], with the scale
-    already in it, and B of shape [out, rank]. Compared by identity."""
+    already in it, and B of shape [out, rank]. `gains` of DoRA layers, of shape [out], is what the base's own output is
+    multiplied with and added again; B then has the same factor in it. Compared by identity."""
 
     digest: str
     folder: Path
     rank: int
     layers: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    gains: Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +94,19 @@ class _Plan:
     def __init__(self, rows: Sequence[Adapter | None], stack: _Stack | None) -> None:
         self.rows, self.stack = tuple(rows), stack
         self._masks: dict[tuple[tuple[int, int], ...], torch.Tensor] = {}
+        self._gains: dict[str, torch.Tensor | None] = {}
+
+    def gain(self, layer: str) -> torch.Tensor | None:
+        """What the base's output is multiplied with and added again, of shape [rows, 1, out]; None: nothing."""
+        import torch
+
+        if layer not in self._gains:
+            own = [adapter.gains.get(layer) if adapter else None for adapter in self.rows]
+            some = next((gain for gain in own if gain is not None), None)
+            self._gains[layer] = some if some is None else torch.stack(
+                [torch.zeros_like(some) if gain is None else gain for gain in own]
+            )[:, None]  # fmt: skip
+        return self._gains[layer]
 
     def delta(self, layer: str, x: torch.Tensor) -> torch.Tensor | None:
         """What is added to the layer's output for input x of shape [rows, positions, in]; None: nothing."""
@@ -195,11 +209,15 @@ class Adapters:
         finally:
             self._active = False
 
-    def _add_delta(self, layer: str, module: object, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> Any:
+    def _add_delta(self, layer: str, module: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> Any:
         if not self._active or self._plan is None:
             return None
         delta = self._plan.delta(layer, args[0])
-        return None if delta is None else (output + delta).to(output.dtype)
+        if delta is None:
+            return None
+        if (gain := self._plan.gain(layer)) is not None:
+            delta = delta + gain * (output if module.bias is None else output - module.bias)
+        return (output + delta).to(output.dtype)
 
     def _stacked(self, rows: Sequence[Adapter | None]) -> _Stack:
         """A stack that holds the adapters of all rows, and not too many others: the last one if it will do."""
@@ -217,7 +235,7 @@ class Adapters:
         return self._stack
 
     def read(self, folder: Path) -> Adapter:
-        """Read a plain PEFT adapter (lora or rslora) and check it against the base.
+        """Read a plain PEFT adapter (LoRA, rsLoRA or DoRA) and check it against the base.
 
         Raises BadAdapter: not safetensors, another method, a tensor that is not finite, of another shape or for a
         layer that the base lacks, a rank above the bound.
@@ -235,16 +253,38 @@ class Adapters:
             match = _WEIGHT.fullmatch(key.removeprefix(_PREFIX))
             if match is None:
                 raise BadAdapter(f"{folder.name} holds {key!r}, which is no LoRA weight of a Linear layer.")
-            sides.setdefault(match["layer"], {})[match["side"]] = tensor
+            sides.setdefault(match["layer"], {})[match["side"] or "m"] = tensor
         if not sides:
             raise BadAdapter(f"{folder / WEIGHTS} holds no tensors.")
-        layers = {layer: self._checked(config, layer, pair) for layer, pair in sides.items()}
+        layers, gains = {}, {}
+        for layer, pair in sides.items():
+            magnitude = pair.pop("m", None)
+            layers[layer] = self._checked(config, layer, pair)
+            if bool(config.get("use_dora")) != (magnitude is not None):
+                raise BadAdapter(f"The adapter's configuration and its tensors disagree about DoRA at {layer}.")
+            if magnitude is not None:
+                layers[layer], gains[layer] = self._dora(layer, layers[layer], magnitude)
         return Adapter(
             digest=folder_digest(folder),
             folder=folder,
             rank=max(b.shape[1] for _, b in layers.values()),
             layers=layers,
+            gains=gains,
         )
+
+    def _dora(
+        self, layer: str, pair: tuple[torch.Tensor, torch.Tensor], magnitude: torch.Tensor
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """A layer's matrices and gain, for the output m (W + B A) x over the norm of each row of W + B A (Liu et al.
+        2024, DoRA)."""
+        import torch
+
+        weight, (a, b) = self._linears[layer].weight, pair
+        if tuple(magnitude.shape) != (weight.shape[0],) or not bool(torch.isfinite(magnitude).all()):
+            raise BadAdapter(f"The adapter's magnitudes of {layer} are not {weight.shape[0]} finite numbers.")
+        norm = torch.linalg.norm(weight.float() + b @ a, dim=1)
+        factor = magnitude.to(norm) / norm
+        return (a, (b * factor[:, None]).contiguous()), factor - 1
 
     def _checked(
         self, config: Mapping[str, Any], layer: str, pair: Mapping[str, torch.Tensor]

@@ -19,6 +19,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "cats-v1": {"seed": 1, "r": 4},
     "cats-v2": {"seed": 2, "r": 16, "use_rslora": True},
     "dogs-v1": {"seed": 3, "r": 8, "targets": ["q_proj", "v_proj"]},
+    "dora-v1": {"seed": 5, "r": 4, "use_dora": True},
     "dogs-v2": {"seed": 4, "r": 8, "targets": ["down_proj", "o_proj"], "alpha_pattern": {"o_proj": 3}},
 }
 
@@ -271,7 +272,7 @@ def test_bad_adapters_are_refused_by_name(folders: dict[str, Path], opened: Any,
         elsewhere: "query",
         pickled: "adapter_model.bin does not belong",
         linked: "does not belong",
-        changed("dora", use_dora=True): "use_dora",
+        changed("dora", use_dora=True): "disagree about DoRA",
         changed("ia3", peft_type="IA3"): "IA3",
         changed("pissa", init_lora_weights="pissa"): "pissa",
         changed("biases", bias="all"): "biases",
