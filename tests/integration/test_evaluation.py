@@ -16,7 +16,7 @@ from pipelines.data.tokenise import tokenised
 from pipelines.evaluation import report
 from pipelines.evaluation.answers import Bench
 from pipelines.evaluation.suites import EXAMPLES, choose, evaluate
-from pipelines.tuning.trainer import Trainer
+from pipelines.tuning.trainer import Member, Outcome, Trainer
 from registry import datasets, prompts
 from registry.bases import Base, load_model, load_tokenizer
 from registry.datasets import Row, make_row
@@ -64,16 +64,8 @@ def train(trainer: Trainer, folder: Path, steps: int) -> Path:
         "per_device_train_batch_size": 12,
     }
     folder.mkdir()
-    trainer.run(
-        params,
-        seed=0,
-        total_steps=steps,
-        until=steps,
-        checkpoint=None,
-        init_adapter=None,
-        save_to=folder,
-        alive=lambda: None,
-    )
+    member = Member(params=params, seed=0, start=None, init_adapter=None, save_to=folder)
+    assert isinstance(trainer.run([member], total_steps=steps, until=steps)[0], Outcome)
     return folder / "adapter"
 
 
