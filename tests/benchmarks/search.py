@@ -704,7 +704,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--short", action="store_true", help="minutes instead of hours: less of everything")
     parser.add_argument("--seeds", type=int, help="how many independent repetitions (5; short: 1)")
-    parser.add_argument("--base", default="builtin:smollm2-135m", help="another base, to try this script quickly")
+    parser.add_argument("--base", default="builtin:smollm2-135m", help="another base, to try parts c and d quickly")
     parser.add_argument("--part", choices=["a", "b", "c", "d"], help="only this one")
     asked = parser.parse_args()
     size = SHORT if asked.short else LONG
