@@ -159,7 +159,8 @@ class Pruning(Section):
 
 class Tuning(Section):
     """The search. A trial trains `max_steps` steps at most; without it, `num_train_epochs` passes over the rows.
-    `workers` 0 is one a core (or the setting TUNESMITH_SEARCH_WORKERS)."""
+    `workers` 0 is one a core (or the setting TUNESMITH_SEARCH_WORKERS). `adapters_per_pass`: how many trials a worker
+    trains in one pass over the base; 0 measures it at the study's start."""
 
     method: Literal["lora"] = "lora"
     trials: int = Field(default=16, ge=1, le=10_000)
@@ -171,6 +172,7 @@ class Tuning(Section):
     sampler: Literal["tpe", "random"] = "tpe"
     seed: int = 0
     workers: int = Field(default=0, ge=0, le=1_024)
+    adapters_per_pass: int = Field(default=0, ge=0, le=64)
 
 
 class Evaluation(Section):

@@ -1,8 +1,8 @@
 """Studies and their rung jobs: what a search has begun, who works on it, what came out.
 
-A rung job is one trial trained up to one number of steps. Workers claim jobs under a lease on the database's
-clock; each claim raises the job's token, and every write names it, so that a worker that was taken for dead
-cannot overwrite its successor's result.
+A rung job is one trial trained up to one number of steps. Jobs that are to train in one pass form a pack, which is
+claimed as a whole. Workers claim under a lease on the database's clock; each claim raises the jobs' tokens, and every
+write names them, so that a worker that was taken for dead cannot overwrite its successor's result.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ MOST_ATTEMPTS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A row of `rung_job`. `value` is the validation loss at `steps` steps, `curve` [[step, training loss], ...]."""
+    """A row of `rung_job`. `value` is the validation loss at `steps` steps, `curve` [[step, training loss], ...];
+    `pack` is the number of the trial that leads those it trains beside, its own when it trains alone."""
 
     study: str
     trial: int
@@ -33,6 +34,7 @@ class Job:
     trial_id: int
     params: dict[str, Any]
     steps: int
+    pack: int
     state: str
     token: int
     attempts: int
@@ -97,18 +99,32 @@ def jobs(conn: Connection, study: str) -> list[Job]:
 
 def add_job(
     conn: Connection, study: str, *, trial: int, rung: int, trial_id: int, params: Mapping[str, Any], steps: int,
-    checkpoint: str | None,
+    checkpoint: str | None, pack: int | None = None,
 ) -> None:  # fmt: skip
     """Put a rung up for work, to go on from a checkpoint; no-op when it is there."""
     values = {"study": study, "trial": trial, "rung": rung, "trial_id": trial_id, "steps": steps}
-    conn.execute(SQL["add_job"], values | {"params": Jsonb(dict(params)), "checkpoint": checkpoint})
+    values |= {"params": Jsonb(dict(params)), "checkpoint": checkpoint, "pack": trial if pack is None else pack}
+    conn.execute(SQL["add_job"], values)
 
 
-def claim(conn: Connection, study: str, worker: str, *, seconds: float = LEASE_SECONDS) -> Job | None:
-    """Take a waiting job, higher rungs first. None when there is none, or the study does not run."""
+def claim(conn: Connection, study: str, worker: str, *, seconds: float = LEASE_SECONDS) -> list[Job]:
+    """Take the waiting jobs of a pack, higher rungs first, by trial. Empty when there is none, or the study does not
+    run."""
     values = {"study": study, "worker": worker, "seconds": seconds}
-    row = conn.execute(SQL["claim"], values).fetchone()
-    return _job(row) if row else None
+    return sorted((_job(row) for row in conn.execute(SQL["claim"], values)), key=lambda job: job.trial)
+
+
+def unpack(conn: Connection, job: Job) -> None:
+    """A job that does not fit beside its pack's others waits again, to train alone; the attempt does not count.
+
+    Raises Conflict when the job went to another worker.
+    """
+    _held(conn.execute(SQL["unpack"], _key(job)).fetchone(), job)
+
+
+def measured(conn: Connection, name: str, adapters_per_pass: int) -> None:
+    """Keep what a worker measured; the first one's figure holds for the whole study."""
+    conn.execute(SQL["measured"], {"name": name, "number": adapters_per_pass})
 
 
 def renew(conn: Connection, job: Job, *, seconds: float = LEASE_SECONDS) -> None:

@@ -24,18 +24,30 @@ returning name
 select * from rung_job where study = %(study)s order by trial, rung
 
 -- name: add_job
-insert into rung_job (study, trial, rung, trial_id, params, steps, checkpoint)
-values (%(study)s, %(trial)s, %(rung)s, %(trial_id)s, %(params)s, %(steps)s, %(checkpoint)s)
+insert into rung_job (study, trial, rung, trial_id, params, steps, checkpoint, pack)
+values (%(study)s, %(trial)s, %(rung)s, %(trial_id)s, %(params)s, %(steps)s, %(checkpoint)s, %(pack)s)
 on conflict do nothing
 
 -- name: claim
-update rung_job set state = 'running', token = token + 1, attempts = attempts + 1, worker = %(worker)s,
-    lease_until = now() + make_interval(secs => %(seconds)s), updated_at = now()
-where (study, trial, rung) = (
-    select j.study, j.trial, j.rung from rung_job j join study s on s.name = j.study
+-- Only a pack's first waiting member is looked for and locked, so that two workers never hold parts of one.
+with first as (
+    select j.study, j.rung, j.pack from rung_job j join study s on s.name = j.study
     where j.study = %(study)s and s.state = 'running' and j.state = 'waiting'
-    order by j.rung desc, j.trial limit 1 for update of j skip locked)
-returning *
+      and not exists (select from rung_job o where o.study = j.study and o.rung = j.rung and o.pack = j.pack
+                      and o.state = 'waiting' and o.trial < j.trial)
+    order by j.rung desc, j.pack limit 1 for update of j skip locked)
+update rung_job j set state = 'running', token = token + 1, attempts = attempts + 1, worker = %(worker)s,
+    lease_until = now() + make_interval(secs => %(seconds)s), updated_at = now()
+from first where (j.study, j.rung, j.pack) = (first.study, first.rung, first.pack) and j.state = 'waiting'
+returning j.*
+
+-- name: unpack
+update rung_job set state = 'waiting', attempts = attempts - 1, pack = trial, lease_until = null, updated_at = now()
+where study = %(study)s and trial = %(trial)s and rung = %(rung)s and token = %(token)s and state = 'running'
+returning token
+
+-- name: measured
+update study set adapters_per_pass = %(number)s where name = %(name)s and adapters_per_pass is null
 
 -- name: renew
 update rung_job set lease_until = now() + make_interval(secs => %(seconds)s)
@@ -54,7 +66,7 @@ where study = %(study)s and trial = %(trial)s and rung = %(rung)s and token = %(
 returning token
 
 -- name: bury
-update rung_job set lease_until = '-infinity' where study = %(study)s and worker = %(worker)s and state = 'running'
+update rung_job set lease_until = now() - interval '1 second' where study = %(study)s and worker = %(worker)s and state = 'running'
 
 -- name: give_back
 update rung_job set state = 'waiting', attempts = attempts - 1, lease_until = null, updated_at = now()

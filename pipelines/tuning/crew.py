@@ -11,7 +11,7 @@ from pathlib import Path
 from infra.db import transaction
 from infra.errors import TunesmithError
 from infra.settings import get_settings
-from pipelines.tuning.worker import name_of
+from pipelines.tuning.worker import ALLOCATOR, name_of
 from registry import studies
 
 
@@ -71,12 +71,12 @@ class Crew:
         self.places.clear()
 
     def _start(self, place: int) -> subprocess.Popen[bytes]:
-        environment = os.environ | {
+        environment = ALLOCATOR | os.environ | {
             "OMP_NUM_THREADS": "1",
             "PYTHONSAFEPATH": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        }
+        }  # fmt: skip
         command = [sys.executable, "-m", "pipelines.tuning.worker", self.study, str(os.getpid())]
         path = self._log(place)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from infra.settings import get_settings
 from pipelines.tuning import space as spaces
 from pipelines.tuning.crew import Crew
 from pipelines.tuning.methods import fixed_by
-from pipelines.tuning.spec import StudySpec, brackets, rungs
+from pipelines.tuning.spec import StudySpec, brackets, packs, rungs
 from registry import mlflow, pricing, studies
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def make_spec(
         sampler=tuning.sampler,
         seed=tuning.seed,
         workers=tuning.workers,
+        adapters_per_pass=tuning.adapters_per_pass,
         max_minutes=tuning.budget.max_minutes,
         max_training_tokens=tuning.budget.max_tokens,
         max_usd=tuning.budget.max_usd,
@@ -101,6 +102,8 @@ def search(spec: StudySpec, *, progress: Progress, mlflow_parent: str | None = N
     Raises TunesmithError when no trial succeeded, with the causes. On an interrupt the workers end and all stays
     as it is, to be gone on with.
     """
+    # The number of workers is part of the plan, and so is kept
+    spec = replace(spec, workers=spec.workers or get_settings().search_workers or os.cpu_count() or 1)
     with transaction() as conn:
         row = studies.create(conn, spec.study, spec.model, spec.to_json())
         if row["state"] == "failed":
@@ -108,8 +111,7 @@ def search(spec: StudySpec, *, progress: Progress, mlflow_parent: str | None = N
     spec = StudySpec.from_json(row["spec"])
     if row["best"] is not None:
         return Best(**row["best"])
-    cores = spec.workers or get_settings().search_workers or os.cpu_count() or 1
-    crew = Crew(spec.study, min(cores, spec.trials))
+    crew = Crew(spec.study, min(spec.workers, spec.trials))
     store = _open_store()
     try:
         return _Coordinator(spec, crew, _open_optuna(spec, store), progress, mlflow_parent).run()
@@ -128,6 +130,7 @@ class _Coordinator:
         self.told: set[int] = set()  # trials that Optuna knows the end of
         self.closed: set[int] = set()  # trials that MLflow knows the end of
         self.exhausted = False
+        self.per_pass: int | None = spec.adapters_per_pass or None  # None until a worker measured it
         self.seen: Any = None  # what the last turn acted on
         self.over = 0
         self.away_since: float | None = None
@@ -169,7 +172,8 @@ class _Coordinator:
         with transaction() as conn:
             if time.monotonic() >= self.reap_from:
                 studies.reap(conn, self.spec.study)
-            state, jobs = studies.get(conn, self.spec.study)["state"], studies.jobs(conn, self.spec.study)
+            row, jobs = studies.get(conn, self.spec.study), studies.jobs(conn, self.spec.study)
+        state, self.per_pass = row["state"], self.per_pass or row["adapters_per_pass"]
         over = sum(j.state in ("done", "failed") for j in jobs)
         if over > self.over:
             self.over = over
@@ -181,7 +185,7 @@ class _Coordinator:
                     studies.stop(conn, self.spec.study)
                 return None
             self.crew.muster()
-        seen = (state, [(j.trial, j.rung, j.state, j.token) for j in jobs])
+        seen = (state, self.per_pass, [(j.trial, j.rung, j.state, j.token) for j in jobs])
         if seen == self.seen:
             return None
         if state == "running":
@@ -209,81 +213,98 @@ class _Coordinator:
         return None
 
     def _plan(self, jobs: list[studies.Job]) -> bool:
-        """Put up what is to be done next; True when all is done. Rounds are synchronous: a rung is judged when
-        all its members are through, so that the outcome does not depend on who was faster."""
-        spec, by = self.spec, {(j.trial, j.rung): j for j in jobs}
+        """Put up what is to be done next; True when all is done.
+
+        Rounds are synchronous: a rung is judged when all its members are through. A group is drawn as soon as the
+        first rung of the one before it and all of those before that are, so that no worker is idle while the last of
+        a group train; the sampler is shown just that much, whatever else is done by then.
+        """
+        spec = self.spec
+        if self.per_pass is None:
+            return False
         begun = sorted({j.trial for j in jobs})
+        through = last_done = first_through = True  # all groups before the last one; it; its first rung
+        before: list[int] = []  # trials whose results a draw may see in full
+        last: list[int] = []
         for group in brackets(spec.trials, number_of_rungs=len(spec.rungs), reduction=spec.reduction):
             members = begun[group.start : group.stop]
             if len(members) < len(group) and not self.exhausted:
-                drawn = self._draw(jobs, len(group) - len(members))
-                self.exhausted = drawn < len(group) - len(members)
-                if drawn:
+                if not (through and first_through):
                     return False
+                seen = [j for j in jobs if j.trial in before or (j.trial in last and j.rung == 0)]
+                drawn = self._draw(jobs, len(group) - len(members), seen, members)
+                self.exhausted = drawn < len(group) - len(members)
+                return False
             if not members:
                 break
-            for rung in range(len(spec.rungs)):
-                here = [by[(trial, rung)] for trial in members if (trial, rung) in by]
-                if any(j.state in ("waiting", "running") for j in here):
-                    return False
-                if rung + 1 == len(spec.rungs):
-                    break
-                alive = sorted((j for j in here if j.state == "done"), key=lambda j: (_value(j), j.trial))
-                chosen = alive[: max(1, -(-len(here) // spec.reduction))]
-                missing = [j for j in chosen if (j.trial, rung + 1) not in by]
-                if missing:
-                    with transaction() as conn:
-                        for j in missing:
-                            studies.add_job(
-                                conn, spec.study, trial=j.trial, rung=rung + 1, trial_id=j.trial_id, params=j.params,
-                                steps=spec.rungs[rung + 1], checkpoint=j.checkpoint,
-                            )  # fmt: skip
-                    return False
-                members = [j.trial for j in chosen]
-                if not members:
-                    break
+            done = self._advance(jobs, members)
+            through, before = through and last_done, before + last
+            last, last_done = members, done
+            first_through = not any(j.trial in members and j.rung == 0 and _open(j) for j in jobs)
+        return through and last_done
+
+    def _advance(self, jobs: list[studies.Job], members: list[int]) -> bool:
+        """Judge a group's rungs and put up the next one of those that go on; True when none is left to be done."""
+        spec, by = self.spec, {(j.trial, j.rung): j for j in jobs}
+        for rung in range(len(spec.rungs)):
+            here = [by[(trial, rung)] for trial in members if (trial, rung) in by]
+            if any(_open(j) for j in here):
+                return False
+            if rung + 1 == len(spec.rungs):
+                break
+            alive = sorted((j for j in here if j.state == "done"), key=lambda j: (_value(j), j.trial))
+            chosen = alive[: max(1, -(-len(here) // spec.reduction))]
+            if missing := [j for j in chosen if (j.trial, rung + 1) not in by]:
+                self._put_up([(j.trial, j.trial_id, j.params, j.checkpoint) for j in missing], rung + 1)
+                return False
+            members = [j.trial for j in chosen]
         return True
 
-    def _draw(self, jobs: Sequence[studies.Job], number: int) -> int:
-        """Ask Optuna for configurations that were not drawn before and put them up; how many there were."""
+    def _put_up(self, trials: Sequence[tuple[int, int, dict[str, Any], str | None]], rung: int) -> None:
+        """Jobs for trials (number, Optuna's id, params, checkpoint), in packs, all or none."""
+        assert self.per_pass is not None  # noqa: S101  nothing is planned before
+        leaders = packs([(t[0], t[2]) for t in trials], most=self.per_pass, workers=self.crew.wanted)
+        with transaction() as conn:
+            for number, trial_id, params, checkpoint in trials:
+                studies.add_job(
+                    conn, self.spec.study, trial=number, rung=rung, trial_id=trial_id, params=params,
+                    steps=self.spec.rungs[rung], checkpoint=checkpoint, pack=leaders[number],
+                )  # fmt: skip
+
+    def _draw(
+        self, jobs: Sequence[studies.Job], number: int, seen: Sequence[studies.Job], members: Sequence[int]
+    ) -> int:
+        """Ask Optuna for configurations that were not drawn before and put them up; how many there were. `members`
+        of the group that were put up already."""
         import optuna
 
+        from pipelines.tuning.draws import Seen
+
         self._tell(jobs)
+        spec = self.spec
         known = [j.params for j in jobs if j.rung == 0]
-        drawn, again = 0, 0
+        begun = [j.params for j in jobs if j.rung == 0 and j.trial in members]
+        found: list[tuple[int, int, dict[str, Any], str | None]] = []
+        again = 0
         waiting = [t for t in self.optuna.get_trials(deepcopy=False) if t.state == optuna.trial.TrialState.RUNNING]
         # Asked, but not put up when an earlier coordinator died
         orphans = [t for t in waiting if t.number not in {j.trial for j in jobs}]
-        while drawn < number and again < _REDRAWS:
-            if orphans:
-                orphan = orphans.pop(0)
-                self.optuna.sampler = self._sampler(orphan.number)  # as when it was asked
-                trial = optuna.trial.Trial(self.optuna, orphan._trial_id)
-            else:
-                self.optuna.sampler = self._sampler(len(self.optuna.get_trials(deepcopy=False)))
-                trial = self.optuna.ask()
-            params = spaces.parameters(self.spec.space, _suggest(trial, self.spec.space))
+        while len(found) < number and again < _REDRAWS:
+            orphan = orphans.pop(0) if orphans else None
+            place = orphan.number if orphan else len(self.optuna.get_trials(deepcopy=False))
+            self.optuna.sampler = Seen(spec.sampler, spec.seed, place, spec.space, seen, begun)
+            trial = optuna.trial.Trial(self.optuna, orphan._trial_id) if orphan else self.optuna.ask()
+            params = spaces.parameters(spec.space, _suggest(trial, spec.space))
             if params in known:
                 self.optuna.tell(trial.number, state=optuna.trial.TrialState.FAIL)
                 again += 1
                 continue
-            with transaction() as conn:
-                studies.add_job(
-                    conn, self.spec.study, trial=trial.number, rung=0, trial_id=trial._trial_id, params=params,
-                    steps=self.spec.rungs[0], checkpoint=None,
-                )  # fmt: skip
+            found.append((trial.number, trial._trial_id, params, None))
             known.append(params)
-            drawn += 1
-        return drawn
-
-    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
-        """A fresh sampler for each draw, so that draws are a function of the study's trials and this number."""
-        import optuna
-
-        seed = int(storage.text_digest(f"{self.spec.seed} {number}")[7:15], 16)
-        if self.spec.sampler == "random":
-            return optuna.samplers.RandomSampler(seed=seed)
-        return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+            begun.append(params)
+        if found:
+            self._put_up(found, 0)
+        return len(found)
 
     def _tell(self, jobs: Sequence[studies.Job]) -> None:
         """Bring Optuna up to what the jobs say; all of it can be said twice."""
@@ -474,6 +495,10 @@ def _planned(spec: StudySpec) -> list[int]:
 def _cost(spec: StudySpec, rung: int) -> int:
     """Steps of a rung alone."""
     return spec.rungs[rung] - (spec.rungs[rung - 1] if rung else 0)
+
+
+def _open(job: studies.Job) -> bool:
+    return job.state in ("waiting", "running")
 
 
 def _value(job: studies.Job) -> float:

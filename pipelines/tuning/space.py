@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,18 @@ def drawable(space: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, A
         except (ValueError, TypeError):  # a value of another kind than the dimension's
             continue
     return found
+
+
+def typical(space: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration in the middle of the space: what a trial of it costs."""
+    middle = {}
+    for name, value in space.items():
+        if isinstance(value, Mapping):
+            between = math.sqrt(value["low"] * value["high"]) if value["log"] else (value["low"] + value["high"]) / 2
+            middle[name] = round(between) if name in _WHOLE else between
+        else:
+            middle[name] = value[len(value) // 2] if isinstance(value, list) else value
+    return middle
 
 
 def _text(choice: Any) -> Any:

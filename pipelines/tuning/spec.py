@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from pipelines.tuning.methods import packable
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudySpec:
     """`rungs` are the optimizer steps at which trials are compared, the last being the whole of a trial; after each
     rung but the last, the best 1/`reduction` go on. `space` is the YAML's section. With `init_adapter`, a folder
-    with a PEFT adapter, every trial starts from its weights. `max_tokens` bounds a row."""
+    with a PEFT adapter, every trial starts from its weights. `max_tokens` bounds a row. `adapters_per_pass` 0 is
+    measured by the study's first worker."""
 
     study: str
     model: str
@@ -26,6 +30,7 @@ class StudySpec:
     sampler: str = "tpe"
     seed: int = 0
     workers: int = 0
+    adapters_per_pass: int = 0
     max_minutes: float | None = None
     max_training_tokens: int | None = None
     max_usd: float | None = None
@@ -52,3 +57,23 @@ def brackets(trials: int, *, number_of_rungs: int, reduction: int) -> list[range
     a group's configurations are drawn with what all earlier groups showed."""
     size = max(1, reduction ** (number_of_rungs - 1))
     return [range(start, min(start + size, trials)) for start in range(0, trials, size)]
+
+
+def packs(members: Sequence[tuple[int, Mapping[str, Any]]], *, most: int, workers: int) -> dict[int, int]:
+    """Which trial leads the pack of each: those that train in one pass agree in batch size and accumulation.
+
+    `members` are trial numbers and params; at most `most` are in a pack, and none stays large while a worker would be
+    idle. A function of its arguments alone.
+    """
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for trial, params in members:
+        size = params["per_device_train_batch_size"], params.get("gradient_accumulation_steps", 1)
+        alike.setdefault(size if packable(params) else (trial,), []).append(trial)
+    found: list[list[int]] = []
+    for group in alike.values():
+        count = -(-len(group) // most)
+        found += [group[n::count] for n in range(count)]
+    while len(found) < workers and len(largest := max(found, key=len, default=[])) > 1:
+        found.remove(largest)
+        found += [largest[::2], largest[1::2]]
+    return {trial: min(group) for group in found for trial in group}

@@ -1,39 +1,64 @@
-"""One trial's training: a lean loop over tokenised rows, which can stop at any rung and go on exactly as if it
-had not.
+"""Training: a lean loop over tokenised rows that advances a pack of trials together, stops at any rung, and goes on
+exactly as if it had not.
 
 All that is random is a function of (seed, step): the order of rows, dropout. So a checkpoint is the adapter, the
-optimizer's two moments and the step, and a resumed trial equals one that never stopped.
+optimizer's two moments and the step, and a resumed trial equals one that never stopped. The order of rows is the
+study's, not the trial's: trials are compared on the same rows in the same order, and those that train together share
+their batches' shape.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.tuning.methods import Adapter
+from pipelines.tuning.methods import Alone, Targets, packable
+from pipelines.tuning.pack import Pack
 
 if TYPE_CHECKING:
     import torch
 
     from pipelines.data.tokenise import Tokens
 
+log = logging.getLogger(__name__)
 _IGNORED = -100
 _MEGABATCH = 16  # batches whose rows are sorted by length together: little padding, still random
+_FORWARD_TOKENS = 4096  # an adapter's tokens in one forward pass, padding included; larger batches are accumulated
+PACKS = (1, 2, 4, 8)  # how many adapters in one pass are tried
+_WORTH = 1.05  # a larger pack must bring this much more, since it delays what it could tell
 
 
 class TrialFailed(Exception):
     """The trial's own fault: its loss left the numbers, or it does not fit into memory."""
 
 
+class PackTooLarge(Exception):
+    """The members do not fit into memory together; each may fit alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One trial of a pack. `start` is a checkpoint of the trial, `init_adapter` one to begin from; `save_to` an empty
+    folder for its checkpoint."""
+
+    params: Mapping[str, Any]
+    seed: int
+    start: Path | None
+    init_adapter: Path | None
+    save_to: Path
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """`value` is the validation loss in nats a completion token; `curve` has [step, training loss] pairs."""
+    """`value` is the validation loss in nats a completion token; `curve` has [step, training loss] pairs; `seconds`
+    is the trial's share of its pack's time."""
 
     value: float
     curve: list[tuple[int, float]]
@@ -42,105 +67,103 @@ class Outcome:
 
 
 class Trainer:
-    """Holds one base and its data for many trials, one at a time. Not thread-safe."""
+    """Holds one base and its data for many trials. Not thread-safe. `seed` orders the rows."""
 
-    def __init__(self, model: Any, train: Tokens, validation: Tokens, *, pad: int) -> None:
-        self.model, self.train, self.validation, self.pad = model, train, validation, pad
+    def __init__(self, model: Any, train: Tokens, validation: Tokens, *, pad: int, seed: int = 0) -> None:
+        self.model, self.train, self.validation, self.pad, self.seed = model, train, validation, pad, seed
+        self.model.requires_grad_(False)
+        self.targets = Targets(model)
+        self.lengths = [len(train.row(i)) for i in range(len(train))]
         self._direct = self._head_alone_is_equal()
 
     def run(
-        self, params: Mapping[str, Any], *, seed: int, total_steps: int, until: int, checkpoint: Path | None,
-        init_adapter: Path | None, save_to: Path, alive: Callable[[], None],
-    ) -> Outcome:  # fmt: skip
-        """Train a configuration from a checkpoint (None: from the start) until a step, save to a folder, validate.
+        self, members: Sequence[Member], *, total_steps: int, until: int,
+        lost: Callable[[], Collection[int]] = frozenset,
+    ) -> list[Outcome | TrialFailed | None]:  # fmt: skip
+        """Train configurations together from their checkpoints until a step, validate, save each to its folder.
 
-        The learning rate follows its schedule over `total_steps`, wherever the rung ends. `alive` is called at each
-        step and may raise to abandon the work. Raises TrialFailed.
+        They must agree in batch size and accumulation, stand at the same step, and be packable unless there is one.
+        The learning rate follows its schedule over `total_steps`, wherever the rung ends. `lost` is asked at each
+        step for the places of members that are wanted no more, and may raise to abandon all. Returns an outcome for
+        each, None for a lost one. Raises PackTooLarge when memory runs out for several.
         """
-        import torch
-
         begun = time.monotonic()
-        adapter = Adapter(self.model, params, seed=seed)
         try:
-            if checkpoint is not None:
-                adapter.load(checkpoint / "adapter")
-            elif init_adapter is not None:
-                adapter.load(init_adapter)
-            optimizer = torch.optim.AdamW(
-                list(adapter.parameters.values()), lr=1.0, weight_decay=float(params["weight_decay"])
-            )
-            first = _load_moments(checkpoint, adapter, optimizer) if checkpoint is not None else 0
-            curve, tokens = self._steps(adapter, optimizer, params, seed, first, until, total_steps, alive)
-            value = self._validate(alive)
-            (save_to / "adapter").mkdir()
-            adapter.save(save_to / "adapter")
-            _save_moments(save_to, adapter, optimizer, until)
-            return Outcome(value=value, curve=curve, tokens=tokens, seconds=time.monotonic() - begun)
+            adapters = self._adapters([m.params for m in members], [m.seed for m in members])
+            with adapters.attached():
+                run = _Run(self, adapters, members)
+                first = run.restore()
+                run.train(first, until, total_steps, lost)
+                values = run.validate(lost)
+                outcomes: list[Outcome | TrialFailed | None] = []
+                seconds = (time.monotonic() - begun) / len(members)
+                for k, value in enumerate(values):
+                    if k in run.failed:
+                        outcomes.append(run.failed[k])
+                    elif k in run.gone:
+                        outcomes.append(None)
+                    elif not math.isfinite(value):
+                        outcomes.append(TrialFailed(f"the validation loss is {value}"))
+                    else:
+                        run.save(k, until)
+                        outcomes.append(Outcome(value=value, curve=run.curves[k], tokens=run.tokens, seconds=seconds))
+                return outcomes
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, MemoryError) or "memory" in str(error):
-                raise TrialFailed(f"out of memory with {dict(params)}") from error
-            raise
-        finally:
-            adapter.remove()
+            if not (isinstance(error, MemoryError) or "memory" in str(error)):
+                raise
+            if len(members) > 1:
+                raise PackTooLarge(f"{len(members)} trials do not fit into memory together") from error
+            return [TrialFailed(f"out of memory with {dict(members[0].params)}")]
 
-    def _steps(
-        self, adapter: Adapter, optimizer: Any, params: Mapping[str, Any], seed: int, first: int, until: int,
-        total: int, alive: Callable[[], None],
-    ) -> tuple[list[tuple[int, float]], int]:  # fmt: skip
-        import torch
+    def best_pack(self, params: Mapping[str, Any]) -> int:
+        """How many adapters in one pass give the most steps a second, measured with a step or two of each number; 1
+        when company does not pay."""
+        if not packable(params):
+            return 1
+        best, rate = 1, 0.0
+        for count in PACKS:
+            try:
+                seconds = self._time([params] * count)
+            except (MemoryError, RuntimeError) as error:
+                log.info("%d adapters in one pass: %s", count, str(error).splitlines()[0])
+                break
+            log.info("%d adapters in one pass: %.3f s a step", count, seconds)
+            if count / seconds < rate * _WORTH:
+                break
+            best, rate = count, count / seconds
+        return best
 
-        curve: list[tuple[int, float]] = []
-        size, tokens = min(int(params["per_device_train_batch_size"]), len(self.train)), 0
-        lengths = [len(self.train.row(i)) for i in range(len(self.train))]
-        self.model.train()
-        epoch = -1
-        batches: list[list[int]] = []
-        for step in range(first, until):
-            alive()
-            if step // (len(lengths) // size) != epoch:
-                epoch = step // (len(lengths) // size)
-                batches = epoch_of(lengths, size, seed=seed, epoch=epoch)
-            rows = batches[step % len(batches)]
-            torch.manual_seed(_mix(seed, step))  # dropout's masks
-            ids, mask, labels = self._batch(self.train, rows)
-            loss = self._loss(ids, mask, labels).mean()
-            if not math.isfinite(loss.item()):
-                raise TrialFailed(
-                    f"the loss became {loss.item()} at step {step + 1} with learning_rate {params['learning_rate']:g}"
-                )
-            loss.backward()  # type: ignore[no-untyped-call]
-            norm = torch.nn.utils.clip_grad_norm_(adapter.parameters.values(), float(params["max_grad_norm"]))
-            if not math.isfinite(norm.item()):
-                raise TrialFailed(f"the gradient became {norm.item()} at step {step + 1}")
-            rate = learning_rate(params, step, total)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            curve.append((step + 1, loss.item()))
-            tokens += int(mask.sum())
-        return curve, tokens
+    def _time(self, members: Sequence[Mapping[str, Any]]) -> float:
+        """Seconds a step, the shorter of two after one to warm up."""
+        adapters = self._adapters(members, list(range(len(members))))
+        seconds = []
+        with adapters.attached():
+            run = _Run(self, adapters, [])
+            batches = epoch_of(self.lengths, min(int(members[0]["per_device_train_batch_size"]), len(self.train)),
+                               seed=self.seed, epoch=0)  # fmt: skip
+            batch = sorted(batches, key=lambda rows: max(self.lengths[i] for i in rows))[len(batches) // 2]
+            for _ in range(3):
+                begun = time.perf_counter()
+                run.gradients(batch, 1, 0)
+                for k, params in enumerate(members):
+                    adapters.step(k, rate=0.0, max_norm=float(params["max_grad_norm"]))
+                adapters.clear()
+                adapters.changed()
+                seconds.append(time.perf_counter() - begun)
+        return min(seconds[1:])
 
-    def _validate(self, alive: Callable[[], None]) -> float:
-        """Mean negative log-likelihood of a completion token, over all validation rows."""
-        import torch
+    def _adapters(self, members: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> Pack | Alone:
+        if all(packable(params) for params in members):
+            return Pack(self.model, members, seeds, self.targets)
+        if len(members) > 1:
+            raise ValueError("DoRA and PiSSA train alone")
+        return Alone(self.model, members[0], seeds[0])
 
-        self.model.eval()
-        order = sorted(range(len(self.validation)), key=lambda i: len(self.validation.row(i)))
-        total, count = 0.0, 0
-        with torch.inference_mode():
-            for start in range(0, len(order), 16):
-                alive()
-                losses = self._loss(*self._batch(self.validation, order[start : start + 16]))
-                total, count = total + float(losses.double().sum()), count + losses.numel()
-        value = total / count
-        if not math.isfinite(value):
-            raise TrialFailed(f"the validation loss is {value}")
-        return value
-
-    def _batch(self, tokens: Tokens, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Right-padded ids, mask and labels of rows; labels hold the completion's tokens, shifted to where they are
-        predicted."""
+    def batch(
+        self, tokens: Tokens, rows: Sequence[int], copies: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Right-padded ids, mask and labels of rows, all of them `copies` times; labels hold the completion's tokens,
+        shifted to where they are predicted."""
         import torch
 
         longest = max(len(tokens.row(i)) for i in rows)
@@ -153,10 +176,11 @@ class Trainer:
             ids[n, : len(row)] = row
             mask[n, : len(row)] = 1
             labels[n, prompt - 1 : len(row) - 1] = row[prompt:]
-        return ids, mask, labels
+        device = self.model.device
+        return ids.repeat(copies, 1).to(device), mask.repeat(copies, 1).to(device), labels.repeat(copies, 1).to(device)
 
-    def _loss(self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The negative log-likelihood of each completion token, in a flat fp32 tensor."""
+    def loss(self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor, copies: int) -> torch.Tensor:
+        """The negative log-likelihood of each completion token in fp32, `[copies, tokens]`."""
         import torch
 
         chosen = labels != _IGNORED
@@ -165,20 +189,159 @@ class Trainer:
             logits = self.model.get_output_embeddings()(hidden[chosen])
         else:
             logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[chosen]
-        return torch.nn.functional.cross_entropy(logits.float(), labels[chosen], reduction="none")
+        return torch.nn.functional.cross_entropy(logits.float(), labels[chosen], reduction="none").view(copies, -1)
 
     def _head_alone_is_equal(self) -> bool:
         """Whether decoder and head by themselves give this model's logits. True for most; some scale or cap them,
         and are then run whole."""
         import torch
 
-        ids, mask, labels = self._batch(self.train, [0])
+        ids, mask, labels = self.batch(self.train, [0], 1)
         with torch.inference_mode():
             self.model.eval()
             whole = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             hidden = self.model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             alone = self.model.get_output_embeddings()(hidden)
         return bool(torch.allclose(whole.float(), alone.float(), atol=1e-3, rtol=1e-3)) and labels.numel() > 0
+
+
+class _Run:
+    """A pack on its way through the steps of one rung."""
+
+    def __init__(self, trainer: Trainer, adapters: Pack | Alone, members: Sequence[Member]) -> None:
+        self.trainer, self.adapters, self.members = trainer, adapters, members
+        self.curves: list[list[tuple[int, float]]] = [[] for _ in members]
+        self.tokens = 0  # of each member
+        self.failed: dict[int, TrialFailed] = {}
+        self.gone: set[int] = set()
+
+    def restore(self) -> int:
+        """Load checkpoints, or the adapters to begin from; returns the step that all stand at."""
+        steps = set()
+        for k, member in enumerate(self.members):
+            step = 0
+            if member.start is not None:
+                step = int(json.loads((member.start / "progress.json").read_text())["step"])
+                if packable(member.params):
+                    self.adapters.load(k, member.start / "adapter")
+                self.adapters.load_moments(k, member.start, step)
+            elif member.init_adapter is not None:
+                self.adapters.load(k, member.init_adapter)
+            steps.add(step)
+        if len(steps) != 1:
+            raise ValueError(f"the members of a pack stand at different steps: {sorted(steps)}")
+        self.adapters.changed()
+        return steps.pop()
+
+    def save(self, k: int, step: int) -> None:
+        folder = self.members[k].save_to
+        self.adapters.save(k, folder / "adapter")
+        self.adapters.save_moments(k, folder)
+        (folder / "progress.json").write_text(json.dumps({"step": step}))
+
+    def train(self, first: int, until: int, total: int, lost: Callable[[], Collection[int]]) -> None:
+        trainer, adapters, params = self.trainer, self.adapters, self.members[0].params
+        rows = min(int(params["per_device_train_batch_size"]), len(trainer.train))
+        parts = int(params.get("gradient_accumulation_steps", 1))
+        trainer.model.train()
+        batches = _batches(trainer.lengths, rows, parts, trainer.seed, first)
+        for step in range(first, until):
+            self._drop(lost())
+            if len(self.failed) + len(self.gone) == len(self.members):
+                return
+            adapters.begin_step(step, mix=_mix)
+            losses = [0.0] * len(self.members)
+            for batch in next(batches):
+                losses = [a + b for a, b in zip(losses, self.gradients(batch, parts, len(self.members)), strict=True)]
+            for k, member in enumerate(self.members):
+                if k not in self.failed and k not in self.gone:
+                    self._step(k, member.params, step, total, losses[k])
+            adapters.clear()
+            adapters.changed()
+
+    def _step(self, k: int, params: Mapping[str, Any], step: int, total: int, loss: float) -> None:
+        if not math.isfinite(loss):
+            why = f"the loss became {loss} at step {step + 1} with learning_rate {params['learning_rate']:g}"
+            self._fail(k, why)
+            return
+        rate = learning_rate(params, step, total)
+        norm = self.adapters.step(k, rate=rate, max_norm=float(params["max_grad_norm"]))
+        if not math.isfinite(norm):
+            self._fail(k, f"the gradient became {norm} at step {step + 1}")
+            return
+        self.curves[k].append((step + 1, loss))
+
+    def _fail(self, k: int, why: str) -> None:
+        self.failed[k] = TrialFailed(why)
+        self.adapters.drop(k)
+
+    def _drop(self, places: Collection[int]) -> None:
+        for k in set(places) - self.gone:
+            self.gone.add(k)
+            self.adapters.drop(k)
+
+    def gradients(self, batch: Sequence[int], parts: int, members: int) -> list[float]:
+        """Add the gradients of one of `parts` batches of a step; the members' shares of their mean losses.
+
+        A batch of more tokens than one pass should have is taken in pieces.
+        """
+        trainer, copies = self.trainer, len(self.adapters)
+        supervised = sum(trainer.lengths[i] - int(trainer.train.prompt_lengths[i]) for i in batch)
+        losses = [0.0] * copies
+        for piece in _pieces(trainer.lengths, batch):
+            ids, mask, labels = trainer.batch(trainer.train, piece, copies)
+            each = trainer.loss(ids, mask, labels, copies).sum(1) / (supervised * parts)
+            each.sum().backward()  # type: ignore[no-untyped-call]
+            losses = [a + b for a, b in zip(losses, each.tolist(), strict=True)]
+            self.tokens += int(mask.sum()) // copies
+        return losses
+
+    def validate(self, lost: Callable[[], Collection[int]]) -> list[float]:
+        """Mean negative log-likelihood of a completion token, over all validation rows, of each member."""
+        import torch
+
+        trainer, copies = self.trainer, len(self.adapters)
+        trainer.model.eval()
+        tokens = trainer.validation
+        lengths = [len(tokens.row(i)) for i in range(len(tokens))]
+        order = sorted(range(len(tokens)), key=lengths.__getitem__)
+        totals, count = torch.zeros(copies, dtype=torch.float64), 0
+        with torch.inference_mode():
+            for piece in _pieces(lengths, order, most=max(1, _FORWARD_TOKENS // copies)):
+                self._drop(lost())
+                losses = trainer.loss(*trainer.batch(tokens, piece, copies), copies)
+                totals += losses.double().sum(1).cpu()
+                count += losses.shape[1]
+        return [total / count for total in totals.tolist()]
+
+
+def _batches(lengths: Sequence[int], rows: int, parts: int, seed: int, first: int) -> Iterator[list[list[int]]]:
+    """For each step from `first` on, its batches."""
+    epoch, batches = -1, list[list[int]]()
+    number = first * parts
+    while True:
+        step = []
+        for _ in range(parts):
+            if number // (len(lengths) // rows) != epoch:
+                epoch = number // (len(lengths) // rows)
+                batches = epoch_of(lengths, rows, seed=seed, epoch=epoch)
+            step.append(batches[number % len(batches)])
+            number += 1
+        yield step
+
+
+def _pieces(lengths: Sequence[int], rows: Sequence[int], most: int = _FORWARD_TOKENS) -> list[list[int]]:
+    """Rows in runs of at most `most` tokens each, padding included; at least one row a run."""
+    pieces: list[list[int]] = []
+    longest = 0
+    for row in rows:
+        longest = max(longest, lengths[row])
+        if pieces and longest * (len(pieces[-1]) + 1) <= most:
+            pieces[-1].append(row)
+        else:
+            pieces.append([row])
+            longest = lengths[row]
+    return pieces
 
 
 def learning_rate(params: Mapping[str, Any], step: int, total: int) -> float:
@@ -215,30 +378,3 @@ def _mix(*numbers: int) -> int:
     import hashlib
 
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest(), "big")
-
-
-def _save_moments(folder: Path, adapter: Adapter, optimizer: Any, step: int) -> None:
-    from safetensors.torch import save_file
-
-    state = {}
-    for name, parameter in adapter.parameters.items():
-        moments = optimizer.state[parameter]
-        state[f"first.{name}"] = moments["exp_avg"].contiguous()
-        state[f"second.{name}"] = moments["exp_avg_sq"].contiguous()
-    save_file(state, folder / "optimizer.safetensors")
-    (folder / "progress.json").write_text(json.dumps({"step": step}))
-
-
-def _load_moments(folder: Path, adapter: Adapter, optimizer: Any) -> int:
-    import torch
-    from safetensors.torch import load_file
-
-    state = load_file(folder / "optimizer.safetensors")
-    step = int(json.loads((folder / "progress.json").read_text())["step"])
-    for name, parameter in adapter.parameters.items():
-        optimizer.state[parameter] = {
-            "step": torch.tensor(float(step)),
-            "exp_avg": state[f"first.{name}"],
-            "exp_avg_sq": state[f"second.{name}"],
-        }
-    return step

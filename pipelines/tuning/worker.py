@@ -13,12 +13,14 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from infra import storage
 from infra.db import transaction
 from infra.errors import Conflict, NotFound, TunesmithError, Unreachable
+from pipelines.tuning import space as spaces
 from pipelines.tuning.spec import StudySpec
 from registry import bases, datasets, studies
 
@@ -27,6 +29,9 @@ _IDLE = 0.3  # seconds between looks for work
 # Tokens a row. Measured on a CPU in bf16: flash attention's backward pass costs a step 8-17 % more CPU than the plain
 # one. Longer rows were not measured, and there the plain one's memory grows with the square.
 _EAGER_UP_TO = 512
+# glibc gives large blocks back to the kernel and takes them anew at every step; page faults cost more than the
+# memory is worth. Read by the C library as a process starts.
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 28)}
 _DATABASE_AWAY = 120.0  # seconds a worker waits for the database before it gives up
 
 
@@ -45,28 +50,39 @@ def work(study: str, *, max_idle: float | None = None, parent: int | None = None
     with contextlib.suppress(OSError):  # rather this process than PostgreSQL, when memory runs out
         Path("/proc/self/oom_score_adj").write_text("500")
     trainer = _trainer(spec)
+    _patiently(lambda: _measure(trainer, spec))
     idle_since = time.monotonic()
     while parent is None or os.getppid() == parent:
-        job = _patiently(lambda: _next(study))
-        if job is _OVER:
+        jobs = _patiently(lambda: _next(study))
+        if jobs is None:
             return
-        if job is None:
+        if not jobs:
             if max_idle is not None and time.monotonic() - idle_since > max_idle:
                 return
             time.sleep(_IDLE)
             continue
-        _carry_out(trainer, spec, job)
+        _carry_out(trainer, spec, jobs)
         idle_since = time.monotonic()
 
 
-_OVER: Any = object()
-
-
-def _next(study: str) -> Any:
+def _next(study: str) -> list[studies.Job] | None:
+    """A pack to work off; empty when there is none now, None when the study is over."""
     with transaction() as conn:
         if studies.get(conn, study)["state"] != "running":
-            return _OVER
+            return None
         return studies.claim(conn, study, name_of(os.getpid()))
+
+
+def _measure(trainer: Any, spec: StudySpec) -> None:
+    """Unless it is known, find out how many adapters to train in one pass."""
+    if spec.adapters_per_pass:
+        return
+    with transaction() as conn:
+        if studies.get(conn, spec.study)["adapters_per_pass"] is not None:
+            return
+    best = trainer.best_pack(spaces.typical(spec.space))
+    with transaction() as conn:
+        studies.measured(conn, spec.study, best)
 
 
 def _trainer(spec: StudySpec) -> Any:
@@ -89,63 +105,77 @@ def _trainer(spec: StudySpec) -> Any:
     if spec.max_tokens <= _EAGER_UP_TO:
         model.set_attn_implementation("eager")
     pad = model.config.pad_token_id if isinstance(model.config.pad_token_id, int) else 0
-    return Trainer(model, rows["train"], rows["validation"], pad=pad)
+    return Trainer(model, rows["train"], rows["validation"], pad=pad, seed=spec.seed)
 
 
-def _carry_out(trainer: Any, spec: StudySpec, job: studies.Job) -> None:
-    from pipelines.tuning.trainer import TrialFailed
+def _carry_out(trainer: Any, spec: StudySpec, jobs: Sequence[studies.Job]) -> None:
+    """Train a pack, and tell what became of each of its jobs."""
+    from pipelines.tuning.trainer import PackTooLarge, TrialFailed
 
-    log.info("trial %d: to step %d", job.trial, job.steps)
+    log.info("trials %s: to step %d", ", ".join(str(job.trial) for job in jobs), jobs[0].steps)
     try:
-        with _Hold(job) as hold, storage.scratch("checkpoint") as folder:
-            outcome = trainer.run(
-                job.params,
-                seed=spec.seed * 100_003 + job.trial,
-                total_steps=spec.rungs[-1],
-                until=job.steps,
-                checkpoint=storage.get("checkpoint", job.checkpoint) if job.checkpoint else None,
-                init_adapter=Path(spec.init_adapter) if spec.init_adapter else None,
-                save_to=folder,
-                alive=hold.check,
-            )
-            digest = storage.folder_digest(folder)
-            storage.keep("checkpoint", digest, folder)
-
-        def tell() -> None:
-            with transaction() as conn:
-                studies.finish(
-                    conn,
-                    job,
-                    value=outcome.value,
-                    curve=outcome.curve,
-                    checkpoint=digest,
-                    tokens=outcome.tokens,
-                    seconds=outcome.seconds,
-                )
-
-        _patiently(tell)
-    except TrialFailed as failure:
-        _fail(job, str(failure))
+        with _Hold(jobs) as hold, contextlib.ExitStack() as folders:
+            members = [_member(spec, job, folders.enter_context(storage.scratch("checkpoint"))) for job in jobs]
+            outcomes = trainer.run(members, total_steps=spec.rungs[-1], until=jobs[0].steps, lost=hold.lost)
+            for job, member, outcome in zip(jobs, members, outcomes, strict=True):
+                if isinstance(outcome, TrialFailed):
+                    _fail(job, str(outcome))
+                elif outcome is not None:
+                    _finish(job, outcome, member.save_to)
+    except PackTooLarge as error:
+        log.warning("%s; each is tried alone", error)
+        for job in jobs:
+            _write(job, studies.unpack)
     except Conflict as lost:
         log.warning("%s", lost)
     except Unreachable:
         raise
     except TunesmithError as error:
-        _fail(job, error.message)
+        for job in jobs:
+            _fail(job, error.message)
     except Exception as error:  # whatever it is, the study should say so, and the other trials go on
-        log.exception("trial %d", job.trial)
-        _fail(job, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}")
+        log.exception("trial %d", jobs[0].trial)
+        for job in jobs:
+            _fail(job, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}")
+
+
+def _member(spec: StudySpec, job: studies.Job, folder: Path) -> Any:
+    from pipelines.tuning.trainer import Member
+
+    return Member(
+        params=job.params,
+        seed=spec.seed * 100_003 + job.trial,
+        start=storage.get("checkpoint", job.checkpoint) if job.checkpoint else None,
+        init_adapter=Path(spec.init_adapter) if spec.init_adapter else None,
+        save_to=folder,
+    )
+
+
+def _finish(job: studies.Job, outcome: Any, folder: Path) -> None:
+    digest = storage.folder_digest(folder)
+    storage.keep("checkpoint", digest, folder)
+    _write(
+        job, studies.finish, value=outcome.value, curve=outcome.curve, checkpoint=digest, tokens=outcome.tokens,
+        seconds=outcome.seconds,
+    )  # fmt: skip
 
 
 def _fail(job: studies.Job, cause: str) -> None:
     log.warning("trial %d failed: %s", job.trial, cause)
+    _write(job, studies.fail, cause)
+
+
+def _write(job: studies.Job, write: Callable[..., None], *values: object, **named: object) -> None:
+    """Write of a job, unless it went to another worker."""
 
     def tell() -> None:
         with transaction() as conn:
-            studies.fail(conn, job, cause)
+            write(conn, job, *values, **named)
 
-    with contextlib.suppress(Conflict):
+    try:
         _patiently(tell)
+    except Conflict as lost:
+        log.warning("%s", lost)
 
 
 def _patiently(action: Any) -> Any:
@@ -161,11 +191,11 @@ def _patiently(action: Any) -> Any:
 
 
 class _Hold:
-    """Renews a job's lease from a thread; `check` raises Conflict once another worker has it."""
+    """Renews jobs' leases from a thread; `lost` tells which of them went to another worker."""
 
-    def __init__(self, job: studies.Job) -> None:
-        self.job = job
-        self._lost = False
+    def __init__(self, jobs: Sequence[studies.Job]) -> None:
+        self.jobs = jobs
+        self._lost: set[int] = set()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
 
@@ -177,20 +207,24 @@ class _Hold:
         self._done.set()
         self._thread.join()
 
-    def check(self) -> None:
-        if self._lost:
-            raise Conflict(f"Trial {self.job.trial} went to another worker.")
+    def lost(self) -> set[int]:
+        """Places of jobs that are no longer ours. Raises Conflict when all are not."""
+        if len(self._lost) == len(self.jobs):
+            raise Conflict(f"Trial {self.jobs[0].trial} went to another worker.")
+        return set(self._lost)
 
     def _renew(self) -> None:
         while not self._done.wait(studies.LEASE_SECONDS / 4):
-            try:
-                with transaction() as conn:
-                    studies.renew(conn, self.job)
-            except Conflict:
-                self._lost = True
-                return
-            except Exception as error:  # the database may be restarting; the lease outlives some missed renewals
-                log.warning("lease not renewed: %s", error)
+            for place, job in enumerate(self.jobs):
+                if place in self._lost:
+                    continue
+                try:
+                    with transaction() as conn:
+                        studies.renew(conn, job)
+                except Conflict:
+                    self._lost.add(place)
+                except Exception as error:  # the database may be restarting; the lease outlives some missed renewals
+                    log.warning("lease not renewed: %s", error)
 
 
 if __name__ == "__main__":

@@ -216,9 +216,10 @@ def _runs(conn: Connection, now: datetime, rng: random.Random) -> None:
                       "target_modules": rng.choice(["attention", "all-linear"])}  # fmt: skip
             for rung in range(rungs):
                 conn.execute(
-                    "insert into rung_job (study, trial, rung, trial_id, params, steps, state, value, tokens, seconds)"
-                    " values (%s, %s, %s, %s, %s, %s, 'done', %s, 12000, 21)",
-                    [study, trial, rung, trial, Jsonb(params), 10 * 3**rung, loss + 0.6 / (rung + 1)],
+                    "insert into rung_job"
+                    " (study, trial, rung, trial_id, pack, params, steps, state, value, tokens, seconds)"
+                    " values (%s, %s, %s, %s, %s, %s, %s, 'done', %s, 12000, 21)",
+                    [study, trial, rung, trial, trial, Jsonb(params), 10 * 3**rung, loss + 0.6 / (rung + 1)],
                 )
 
 

@@ -23,15 +23,19 @@ def study(database: Settings) -> str:
     return "s"
 
 
-def put_up(conn: object, trial: int, rung: int = 0) -> None:
+def put_up(conn: object, trial: int, rung: int = 0, pack: int | None = None) -> None:
     studies.add_job(
-        conn, "s", trial=trial, rung=rung, trial_id=trial + 10, params={"r": trial}, steps=5, checkpoint=None
+        conn, "s", trial=trial, rung=rung, trial_id=trial + 10, params={"r": trial}, steps=5, checkpoint=None, pack=pack
     )  # type: ignore[arg-type]
 
 
-def take(worker: str) -> Job | None:
+def take_pack(worker: str) -> list[Job]:
     with transaction() as conn:
         return studies.claim(conn, "s", worker)
+
+
+def take(worker: str) -> Job | None:
+    return next(iter(take_pack(worker)), None)
 
 
 def taken(worker: str) -> Job:
@@ -68,6 +72,40 @@ def test_racing_workers_get_one_job_each(study: str) -> None:
         got = [j for j in pool.map(lambda n: take(f"w{n}"), range(60)) if j is not None]
     assert sorted(j.trial for j in got) == list(range(40))
     assert {(j.token, j.attempts, j.state) for j in got} == {(1, 1, "running")}
+
+
+def test_a_pack_is_taken_whole_by_one_of_many_workers(study: str) -> None:
+    with transaction() as conn:
+        for trial in range(3, 43):
+            put_up(conn, trial, pack=3 + (trial - 3) // 8 * 8)
+    with ThreadPoolExecutor(8) as pool:
+        got = [jobs for jobs in pool.map(lambda n: take_pack(f"w{n}"), range(30)) if jobs]
+    assert sorted([j.trial for j in jobs] for jobs in got) == [
+        [0], [1], [2], *([*range(first, first + 8)] for first in range(3, 43, 8))
+    ]  # fmt: skip
+    assert all(len({j.worker for j in jobs}) == 1 for jobs in got)
+
+
+def test_a_pack_that_does_not_fit_waits_again_one_by_one(study: str) -> None:
+    with transaction() as conn:
+        for trial in (3, 4, 5):
+            put_up(conn, trial, rung=1, pack=3)
+    held = take_pack("w")
+    assert [j.trial for j in held] == [3, 4, 5]
+    finish(held[1])
+    for j in (held[0], held[2]):
+        with transaction() as conn:
+            studies.unpack(conn, j)
+    with pytest.raises(Conflict):
+        finish(held[0])
+    assert [[(j.trial, j.pack, j.attempts) for j in take_pack("v")] for _ in range(2)] == [[(3, 3, 1)], [(5, 5, 1)]]
+
+
+def test_what_was_measured_first_holds(study: str) -> None:
+    with transaction() as conn:
+        studies.measured(conn, "s", 4)
+        studies.measured(conn, "s", 8)
+        assert studies.get(conn, "s")["adapters_per_pass"] == 4
 
 
 def test_higher_rungs_come_first_and_a_rung_is_put_up_once(study: str) -> None:

@@ -56,7 +56,7 @@ def spec(tiny_base: Base) -> StudySpec:
         conn.execute("insert into model (name) values ('m')")
     return StudySpec(
         study="m-1", model="m", base=tiny_base.digest, dataset=kept.digest, system=None, max_tokens=64, trials=4,
-        rungs=(8, 24, 72), reduction=3, space=SPACE, workers=1,
+        rungs=(8, 24, 72), reduction=3, space=SPACE, workers=1, adapters_per_pass=2,
     )  # fmt: skip
 
 
