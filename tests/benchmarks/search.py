@@ -35,6 +35,7 @@ from infra import migrate, ports, postgres, processes, services
 from infra.db import transaction
 from infra.settings import get_settings
 from pipelines.tuning.spec import StudySpec, rungs
+from pipelines.tuning.worker import ALLOCATOR
 from registry import bases, datasets, studies
 from registry.bases import Base
 
@@ -95,7 +96,7 @@ LONG = Size(
     logged_trials=16, logged_steps=1000,
 )  # fmt: skip
 SHORT = Size(
-    seeds=1, trials=4, rungs=(2, 6, 18), train=200, validation=24, test=48, check=6, pace=6, probe=3, rounds=1,
+    seeds=1, trials=4, rungs=(1, 3, 9), train=200, validation=24, test=48, check=5, pace=5, probe=2, rounds=1,
     logged_trials=4, logged_steps=300,
 )  # fmt: skip
 
@@ -112,7 +113,7 @@ class Meter(threading.Thread):
     def run(self) -> None:
         while True:
             self.sample()
-            time.sleep(0.25)
+            time.sleep(0.4)
 
     def sample(self) -> None:
         me = psutil.Process()
@@ -156,18 +157,26 @@ class Bench:
 
     def ours(self, what: str, *jobs: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The same of jobs of ours, a process of one thread each."""
-        return self._run([__file__, "--ours", what], jobs, 1)
+        environment = ALLOCATOR if what == "pack" else {}  # a search gives it to its workers by itself
+        return self._run([__file__, "--ours", what], jobs, 1, environment)
 
-    def _run(self, script: Sequence[str], jobs: Sequence[Mapping[str, Any]], threads: int) -> list[dict[str, Any]]:
+    def _run(
+        self,
+        script: Sequence[str],
+        jobs: Sequence[Mapping[str, Any]],
+        threads: int,
+        more: Mapping[str, str] | None = None,
+    ) -> list[dict[str, Any]]:
         launched, children = time.time(), []
+        environment = {**os.environ, **(more or {}), "OMP_NUM_THREADS": str(threads)}
         try:
             for job in jobs:
                 with tempfile.NamedTemporaryFile("w", suffix=".json", dir=self.home, delete=False) as file:
                     json.dump(job, file)
                 with Path(f"{file.name}.log").open("w") as log:
                     child = subprocess.Popen(
-                        [sys.executable, *script, file.name], env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-                        cwd=self.home, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                        [sys.executable, *script, file.name], env=environment, cwd=self.home,
+                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
                     )  # fmt: skip
                 children.append((child, Path(log.name)))
             if len(jobs) > 1:  # they say when they are ready, and begin together
@@ -363,7 +372,7 @@ def judge(bench: Bench, world: World, adapters: Mapping[str, str | None]) -> dic
     """Validation and test losses by the peer's scorer, on the base in fp32."""
     job = {"rows": str(world.rows), "precision": "fp32", "adapters": list(adapters.values()),
            "splits": ["validation", "test"]}  # fmt: skip
-    return dict(zip(adapters, bench.peer("judge", job, threads=CORES), strict=True))
+    return dict(zip(adapters, bench.peer("judge", job), strict=True))
 
 
 def row_of(bench: Bench, peer: Run, ours: Run, peer_test: float, our_test: float) -> dict[str, float | None]:
@@ -412,7 +421,7 @@ def print_searches(size: Size, part: str, precision: str, threads: int, rows: Se
     ):
         # A target that was not reached counts as never
         ratios = [row[peer] / row[ours] if row[ours] else 0.0 for row in rows]
-        print_ratio(name, ratios, target)
+        print_ratio(name, ratios, target if ours.startswith("ours_to") else None)
     worse = statistics.median(row["our_test"] - row["peer_test"] for row in rows)
     print(f"    test loss of the winners, medians: peer {median(rows, 'peer_test'):.4f}, ours "
           f"{median(rows, 'our_test'):.4f}; ours less the peer's, paired {worse:+.4f}")  # fmt: skip
@@ -422,9 +431,9 @@ def median(rows: Sequence[Mapping[str, Any]], name: str) -> float:
     return statistics.median(row[name] for row in rows)
 
 
-def print_ratio(name: str, ratios: Sequence[float], target: float) -> None:
-    print(f"    {name}: {statistics.median(ratios):.2f}x (from {min(ratios):.2f} to {max(ratios):.2f}; "
-          f"target {target:g})")  # fmt: skip
+def print_ratio(name: str, ratios: Sequence[float], target: float | None) -> None:
+    print(f"    {name}: {statistics.median(ratios):.2f}x (from {min(ratios):.2f} to {max(ratios):.2f}"
+          f"{f'; target {target:g}' if target else ''})")  # fmt: skip
 
 
 def say(text: str) -> None:
@@ -574,7 +583,7 @@ def ours_pack(job: Mapping[str, Any]) -> None:
 
 # --- (d): logging ---
 
-WAYS = ("ours", "log_metric", "asynchronous", "log_batch")
+WAYS = ("ours", "log_metric", "asynchronous", "buffered", "log_batch")
 
 
 def compare_logging(bench: Bench) -> None:
@@ -593,9 +602,11 @@ def compare_logging(bench: Bench) -> None:
                 say(f"  round {number} {way}: {seconds:.2f} s, {cpu:.2f} CPU s, all points are there")
     print(f"\n(d) Logging: {size.logged_trials} trials x {size.logged_steps} steps, until all is visible in MLflow "
           "(one server process on PostgreSQL; CPU of client, server and database)")  # fmt: skip
+    print("    asynchronous and buffered: log_metric(synchronous=False) and a flush, the latter with "
+          "MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS=1; log_batch: one call a trial; ours: one a rung")  # fmt: skip
     for way in WAYS:
         print(f"    {way}: {median(found[way], 'wall'):.2f} s, {median(found[way], 'cpu'):.2f} CPU s, medians")
-    for way, target in (("log_metric", 30), ("asynchronous", 1), ("log_batch", 1)):
+    for way, target in (("log_metric", 30), ("asynchronous", 1), ("buffered", 1), ("log_batch", 1)):
         for kind in ("wall", "cpu"):
             ratios = [peer[kind] / mine[kind] for peer, mine in zip(found[way], found["ours"], strict=True)]
             print_ratio(f"{way} against ours, {kind}", ratios, target)

@@ -245,8 +245,10 @@ def judge(job: Job) -> None:
 
 
 def log(job: Job) -> None:
-    """A study's curves in MLflow by one of its own ways: ``log_metric`` a step, the same asynchronously, or one
-    ``log_batch`` a trial."""
+    """A study's curves in MLflow by one of its own ways: ``log_metric`` a step, the same asynchronously (buffered: it
+    gathers points for a second, else every point is a request), or one ``log_batch`` a trial."""
+    if job["way"] == "buffered":
+        os.environ["MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS"] = "1"
     import mlflow
     from mlflow import MlflowClient
     from mlflow.entities import Metric
@@ -268,7 +270,7 @@ def log(job: Job) -> None:
                     for step, loss in enumerate(curve, 1):
                         mlflow.log_metric("train_loss", loss, step=step, synchronous=job["way"] == "log_metric")
                 mlflow.log_metric("validation_loss", curve[-1], step=len(curve))
-        if job["way"] == "asynchronous":
+        if job["way"] in ("asynchronous", "buffered"):
             mlflow.flush_async_logging()
     say(ended=True)
 
