@@ -276,6 +276,7 @@ def study_show(name: str, as_json: bool) -> None:
                 "steps": j.steps,
                 "state": j.state,
                 "loss": j.value,
+                "clone_of": j.clone_of,
                 "params": j.params,
                 "error": j.error,
             }
@@ -289,10 +290,14 @@ def study_show(name: str, as_json: bool) -> None:
     table = Table(
         "trial", "steps", "state", "loss", "parameters", title=f"{name}: {row['state']}", title_justify="left"
     )
+    given = [j.params for j in last.values()]
+    same = {k for k in (given[0] if len(given) > 1 else ()) if all(p.get(k) == given[0][k] for p in given)}
     for j in sorted(last.values(), key=lambda j: (-j.rung, j.value if j.value is not None else float("inf"))):
-        params = ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in j.params.items())
+        differing = {k: v for k, v in j.params.items() if k not in same}
+        params = ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in differing.items())
         loss = "" if j.value is None else f"{j.value:.4f}"
-        table.add_row(str(j.trial), str(j.steps), j.state, loss, Text(safe(j.error or params)))
+        number = str(j.trial) if j.clone_of is None else f"{j.trial}, of {j.clone_of}"
+        table.add_row(number, str(j.steps), j.state, loss, Text(safe(j.error or params)))
     out.print(table)
 
 
@@ -320,6 +325,36 @@ def study_resume(name: str, as_json: bool) -> None:
     with transaction() as conn:
         studies.resume(conn, name)
     print_json({"name": name, "state": "running"}) if as_json else out.print(f"Resumed {safe(name)}.", markup=False)
+
+
+@study.command("prune-trial")
+@click.argument("name", metavar="STUDY")
+@click.argument("trial", type=click.IntRange(min=0))
+@json_option
+def study_prune_trial(name: str, trial: int, as_json: bool) -> None:
+    """Stop one trial of a running search, at once; what it measured so far stays."""
+    from pipelines.tuning import control
+
+    done = control.prune_trial(name, trial)
+    print_json(done) if as_json else out.print(f"Pruned trial {trial} of {safe(name)}.", markup=False)
+
+
+@study.command("clone-trial")
+@click.argument("name", metavar="STUDY")
+@click.argument("trial", type=click.IntRange(min=0))
+@click.option(
+    "--set", "settings", multiple=True, required=True, metavar="A=B", help="What is different, as learning_rate=3e-4."
+)
+@json_option
+def study_clone_trial(name: str, trial: int, settings: tuple[str, ...], as_json: bool) -> None:
+    """Have a variant of a trial tried in a running search, before anything else is drawn."""
+    from pipelines.tuning import control
+
+    asked = control.clone_trial(name, trial, settings)
+    if as_json:
+        print_json(asked)
+    else:
+        out.print(f"{safe(name)} tries a variant of trial {trial} as soon as a worker is free.", markup=False)
 
 
 @click.command()

@@ -112,6 +112,17 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Source:
     return source
 
 
+def value(text: str) -> Any:
+    """One value in YAML, as in ``--set name=value``. Raises ValueError when it is no YAML."""
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        node = _compose(text)
+    except (YAMLError, RecursionError) as error:
+        raise ValueError(f"the value {text!r} is not YAML; quote it") from error
+    return None if node is None else _build(Source(path=Path("--set")), node, (), lambda line: ("", 0))
+
+
 def _syntax(path: Path, line: int, message: str) -> Problem:
     return Problem(where=f"{path}:{line}" if line else str(path), field=(), message=message, line=line)
 

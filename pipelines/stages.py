@@ -6,6 +6,7 @@ finished can be skipped by any later process, and the next one finds all it need
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -29,6 +30,7 @@ from registry.datasets import Row
 if TYPE_CHECKING:
     from pipelines.evaluation.suites import Evaluation
 
+log = logging.getLogger(__name__)
 _WARM_STARTS = 3  # best configurations of earlier studies that a retrain begins with
 
 
@@ -172,7 +174,7 @@ def prepare(plan: Plan, run: runs.Run) -> dict[str, Any]:
 
 
 def search(plan: Plan, run: runs.Run, data: dict[str, Any]) -> dict[str, Any]:
-    """The best adapter of an Optuna study: ``{"study", "trial", "params", "value", "adapter", ...}``."""
+    """The best adapter of an Optuna study: ``{"study", "trial", "params", "value", "adapter", "importances", ...}``."""
 
     def work() -> dict[str, Any]:
         from pipelines.tuning.search import make_spec
@@ -190,9 +192,21 @@ def search(plan: Plan, run: runs.Run, data: dict[str, Any]) -> dict[str, Any]:
             warm_start=_warm_start(plan, run),
         )
         best = run_search(spec, progress=partial(report, "search"), mlflow_parent=run.mlflow_run_id)
-        return best.to_json()
+        return best.to_json() | {"importances": _draw(run)}
 
     return run.stage("search", work)
+
+
+def _draw(run: runs.Run) -> dict[str, float]:
+    """Optuna's pictures of the search in MLflow, and how much each parameter mattered; a run does not fail for the
+    want of them."""
+    from pipelines.tuning import pictures
+
+    try:
+        return pictures.log_pictures(run.study, _mlflow_run(run))
+    except Exception as error:
+        log.warning("the pictures of %s were not drawn", run.study, exc_info=error)
+        return {}
 
 
 def _init_adapter(plan: Plan, data: dict[str, Any]) -> Path | None:

@@ -26,7 +26,8 @@ MOST_ATTEMPTS = 2
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """A row of `rung_job`. `value` is the validation loss at `steps` steps, `curve` [[step, training loss], ...];
-    `pack` is the number of the trial that leads those it trains beside, its own when it trains alone."""
+    `pack` is the number of the trial that leads those it trains beside, its own when it trains alone;
+    `clone_of` is the trial that a person had this variant made of."""
 
     study: str
     trial: int
@@ -47,6 +48,17 @@ class Job:
     adapter_parameters: int | None
     error: str | None
     updated_at: datetime
+    clone_of: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A configuration that a person asked for: a variant of a trial. `trial` is the one it was begun as, or None."""
+
+    number: int
+    clone_of: int
+    params: dict[str, Any]
+    trial: int | None
 
 
 def create(conn: Connection, name: str, model: str, spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,6 +73,13 @@ def get(conn: Connection, name: str) -> dict[str, Any]:
     if row is None:
         raise NotFound(f"There is no study {name}.", hint="See `tunesmith study list`.")
     return dict(row)
+
+
+def lock(conn: Connection, name: str) -> dict[str, Any]:
+    """A study's row, held until the transaction ends, so that what a person asks for and what the coordinator puts up
+    or ends come one after the other. Raises NotFound."""
+    row = conn.execute(SQL["lock"], {"name": name}).fetchone()
+    return get(conn, name) if row is None else dict(row)
 
 
 def list_studies(conn: Connection) -> list[dict[str, Any]]:
@@ -100,10 +119,11 @@ def jobs(conn: Connection, study: str) -> list[Job]:
 
 def add_job(
     conn: Connection, study: str, *, trial: int, rung: int, trial_id: int, params: Mapping[str, Any], steps: int,
-    checkpoint: str | None, pack: int | None = None,
+    checkpoint: str | None, pack: int | None = None, clone_of: int | None = None,
 ) -> None:  # fmt: skip
-    """Put a rung up for work, to go on from a checkpoint; no-op when it is there."""
-    values = {"study": study, "trial": trial, "rung": rung, "trial_id": trial_id, "steps": steps}
+    """Put a rung up for work, to go on from a checkpoint; no-op when it is there, or the trial was pruned by hand."""
+    lock(conn, study)
+    values = {"study": study, "trial": trial, "rung": rung, "trial_id": trial_id, "steps": steps, "clone_of": clone_of}
     values |= {"params": Jsonb(dict(params)), "checkpoint": checkpoint, "pack": trial if pack is None else pack}
     conn.execute(SQL["add_job"], values)
 
@@ -133,6 +153,11 @@ def renew(conn: Connection, job: Job, *, seconds: float = LEASE_SECONDS) -> None
     _held(conn.execute(SQL["renew"], _key(job) | {"seconds": seconds}).fetchone(), job)
 
 
+def check(conn: Connection, job: Job) -> None:
+    """Raises Conflict when the job is not this worker's any more."""
+    _held(conn.execute(SQL["check"], _key(job)).fetchone(), job)
+
+
 def finish(
     conn: Connection, job: Job, *, value: float, curve: Sequence[Sequence[float]], checkpoint: str, tokens: int,
     seconds: float, adapter_parameters: int,
@@ -146,6 +171,26 @@ def finish(
 def fail(conn: Connection, job: Job, error: str) -> None:
     """A rung that cannot succeed, with its cause. Raises Conflict when the job went to another worker."""
     _held(conn.execute(SQL["fail"], _key(job) | {"error": error}).fetchone(), job)
+
+
+def prune(conn: Connection, job: Job) -> None:
+    """End a trial at its last job, whatever that is at; its worker's token holds no longer. In the study's `lock`."""
+    conn.execute(SQL["prune"], _key(job))
+
+
+def variants(conn: Connection, study: str) -> list[Variant]:
+    """What was asked for, in that order, begun or not."""
+    return [Variant(**row) for row in conn.execute(SQL["variants"], {"study": study})]
+
+
+def ask_variant(conn: Connection, study: str, *, clone_of: int, params: Mapping[str, Any]) -> None:
+    """Have a configuration tried as soon as a worker is free. In the study's `lock`."""
+    conn.execute(SQL["ask_variant"], {"study": study, "clone_of": clone_of, "params": Jsonb(dict(params))})
+
+
+def variant_begun(conn: Connection, study: str, variant: Variant, trial: int) -> None:
+    """Say which trial a variant became."""
+    conn.execute(SQL["variant_begun"], {"study": study, "number": variant.number, "trial": trial})
 
 
 def bury(conn: Connection, study: str, worker: str) -> None:
@@ -173,7 +218,7 @@ def _key(job: Job) -> dict[str, Any]:
 
 def _held(row: Any, job: Job) -> None:
     if row is None:
-        raise Conflict(f"Rung {job.rung} of trial {job.trial} of {job.study} went to another worker.")
+        raise Conflict(f"Rung {job.rung} of trial {job.trial} of {job.study} went to another worker, or was pruned.")
 
 
 def _job(row: Mapping[str, Any]) -> Job:

@@ -20,12 +20,17 @@ where name = %(name)s and state = any(%(from)s)
   and not exists (select from run where run.study = study.name and run.state = 'completed')
 returning name
 
+-- name: lock
+select * from study where name = %(name)s for no key update
+
 -- name: jobs
 select * from rung_job where study = %(study)s order by trial, rung
 
 -- name: add_job
-insert into rung_job (study, trial, rung, trial_id, params, steps, checkpoint, pack)
-values (%(study)s, %(trial)s, %(rung)s, %(trial_id)s, %(params)s, %(steps)s, %(checkpoint)s, %(pack)s)
+-- A trial that a person stopped meanwhile gets no further rung.
+insert into rung_job (study, trial, rung, trial_id, params, steps, checkpoint, pack, clone_of)
+select %(study)s, %(trial)s, %(rung)s, %(trial_id)s, %(params)s, %(steps)s, %(checkpoint)s, %(pack)s, %(clone_of)s
+where not exists (select from rung_job where study = %(study)s and trial = %(trial)s and state = 'pruned')
 on conflict do nothing
 
 -- name: claim
@@ -65,6 +70,24 @@ returning token
 update rung_job set state = 'failed', error = %(error)s, lease_until = null, updated_at = now()
 where study = %(study)s and trial = %(trial)s and rung = %(rung)s and token = %(token)s and state = 'running'
 returning token
+
+-- name: check
+select token from rung_job
+where study = %(study)s and trial = %(trial)s and rung = %(rung)s and token = %(token)s and state = 'running'
+
+-- name: prune
+update rung_job set state = 'pruned', token = token + 1, lease_until = null, updated_at = now()
+where study = %(study)s and trial = %(trial)s and rung = %(rung)s
+
+-- name: variants
+select number, clone_of, params, trial from variant where study = %(study)s order by number
+
+-- name: ask_variant
+insert into variant (study, number, clone_of, params)
+select %(study)s, coalesce(max(number), 0) + 1, %(clone_of)s, %(params)s from variant where study = %(study)s
+
+-- name: variant_begun
+update variant set trial = %(trial)s where study = %(study)s and number = %(number)s
 
 -- name: bury
 update rung_job set lease_until = now() - interval '1 second' where study = %(study)s and worker = %(worker)s and state = 'running'

@@ -12,7 +12,7 @@ from starlette.staticfiles import StaticFiles
 
 from deploy.auth import Auth, clear_session, identify, set_session
 from infra.errors import TunesmithError
-from monitoring.console import drift, model, overview, playground, requests, runs, version
+from monitoring.console import drift, model, overview, playground, requests, runs, studies, version
 from monitoring.console.render import Visit, draw, page, problem, read_form
 
 
@@ -38,6 +38,8 @@ def console_routes() -> list[BaseRoute]:
         Route("/playground", page(playground.show)),
         Route("/runs", page(runs.listing)),
         Route("/runs/{id}", page(runs.show)),
+        Route("/studies", page(studies.listing)),
+        Route("/studies/{name}", page(studies.show)),
         Route("/links/mlflow/{run_id}", page(runs.to_mlflow)),
     ]
 

@@ -43,9 +43,25 @@ left join evidence e on e.digest = v.evaluation
 left join dataset s on s.digest = v.dataset_digest
 where v.model = %(model)s and v.number = %(number)s
 
+-- name: studies
+select s.name, s.model, s.state, s.stopped_by, s.created_at, s.updated_at, (s.spec ->> 'trials')::int as wanted,
+       j.*, r.id as run, r.mlflow_run_id
+from study s
+cross join lateral (
+    select count(distinct trial) filter (where clone_of is null) as trials,
+           count(*) filter (where state = 'failed') as failed,
+           count(*) filter (where state = 'running') as running, min(value) as best_value,
+           (array_agg(trial order by value) filter (where value is not null))[1] as best_trial,
+           (array_agg(steps order by value) filter (where value is not null))[1] as best_steps
+    from rung_job where study = s.name) j
+left join lateral (
+    select id, mlflow_run_id from run where study = s.name order by started_at desc limit 1) r on true
+order by s.created_at desc limit 200
+
 -- name: study
-select s.name, s.state, s.stopped_by, s.created_at, s.updated_at, s.best,
-       count(distinct j.trial) as trials, count(j.trial) filter (where j.state = 'done') as rungs,
+select s.name, s.model, s.spec, s.state, s.stopped_by, s.created_at, s.updated_at, s.best,
+       count(distinct j.trial) filter (where j.clone_of is null) as trials,
+       count(distinct j.trial) filter (where j.clone_of is not null) as variants, count(j.trial) filter (where j.state = 'done') as rungs,
        count(j.trial) filter (where j.state = 'failed') as failed, coalesce(sum(j.tokens), 0)::bigint as tokens,
        coalesce(sum(j.seconds), 0) as seconds, min(j.value) as best_value
 from study s left join rung_job j on j.study = s.name
@@ -53,15 +69,36 @@ where s.name = %(study)s
 group by s.name
 
 -- name: trials
-select trial, max(rung) as rung, max(steps) filter (where state = 'done') as steps,
-       (array_agg(value order by rung desc) filter (where value is not null))[1] as value,
+-- A trial's value is its lowest, by which the winner is chosen.
+select trial, max(rung) as rung, max(steps) filter (where value is not null) as steps, min(value) as value,
+       (array_agg(steps order by value) filter (where value is not null))[1] as value_at,
        (array_agg(params order by rung))[1] as params, coalesce(sum(tokens), 0)::bigint as tokens,
        coalesce(sum(seconds), 0) as seconds, bool_or(state = 'running') as running,
-       bool_or(state = 'failed') as failed, (array_agg(error order by rung desc))[1] as error,
-       array_agg(value order by rung) filter (where value is not null) as course
+       bool_or(state = 'waiting') as waiting, bool_or(state = 'failed') as failed,
+       bool_or(state = 'pruned') as stopped, max(clone_of) as clone_of,
+       (array_agg(error order by rung desc) filter (where state = 'failed'))[1] as error,
+       array_agg(value order by rung) filter (where value is not null) as course,
+       array_agg(steps order by rung) filter (where value is not null) as measured_at
 from rung_job where study = %(study)s
 group by trial
-order by value nulls last, trial
+order by min(value) nulls last, trial
+
+-- name: measures
+-- What trials may be weighed by, as they stood after each rung (tuning/objectives.py).
+select *, 1000 * training_seconds / nullif(training_tokens, 0) as step_ms_per_token
+from (
+    select trial, steps, value as loss, adapter_parameters,
+           sum(seconds) over (partition by trial order by rung) as training_seconds,
+           (sum(tokens) over (partition by trial order by rung))::bigint as training_tokens
+    from rung_job where study = %(study)s) j
+where loss is not null
+order by steps, trial
+
+-- name: run_of_study
+select r.id, r.state, r.version, r.mlflow_run_id, s.output -> 'importances' as importances
+from run r left join stage s on s.run_id = r.id and s.name = 'search'
+where r.study = %(study)s
+order by r.started_at desc limit 1
 
 -- name: alerts_open
 select * from alert where closed_at is null and (%(model)s::text is null or model = %(model)s)
@@ -142,7 +179,8 @@ where r.id = %(id)s and r.at between %(since)s and %(until)s
 -- name: runs
 select id, model, kind, state, config_path, study, version, flow_run_id, mlflow_run_id, error, started_at,
        updated_at, finished_at,
-       (select jsonb_object_agg(s.name, s.seconds) from stage s where s.run_id = run.id) as stages
+       (select jsonb_object_agg(s.name, s.seconds) from stage s where s.run_id = run.id) as stages,
+       exists (select from study where study.name = run.study) as searched
 from run
 where (%(model)s::text is null or model = %(model)s)
 order by started_at desc limit 100

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any
 from uuid import UUID
 
 from starlette.responses import RedirectResponse, Response
@@ -11,7 +10,7 @@ from starlette.responses import RedirectResponse, Response
 from infra.db import transaction
 from infra.errors import NotFound
 from infra.settings import get_settings
-from monitoring.console import strips
+from monitoring.console import studies
 from monitoring.console.render import SQL, Visit, draw
 
 STAGES = ("prepare", "search", "evaluate", "register")
@@ -37,7 +36,6 @@ def show(visit: Visit) -> Response:
         stages = conn.execute(SQL["stages"], {"id": key}).fetchall()
         study = conn.execute(SQL["study"], {"study": run["study"]}).fetchone() if run["study"] else None
         trials = conn.execute(SQL["trials"], {"study": run["study"]}).fetchall() if study else []
-    searched, fixed = _settings(trials)
     return draw(
         visit,
         "run.html",
@@ -45,35 +43,10 @@ def show(visit: Visit) -> Response:
         stages={s["name"]: s for s in stages},
         order=STAGES,
         study=study,
-        trials=_drawn(trials),
-        names=searched,
-        fixed=fixed,
+        **(studies.table(study, trials) if study else {}),
         prefect=prefect_page(),
         now=datetime.now(UTC),
     )
-
-
-def _settings(trials: list[dict[str, Any]]) -> tuple[list[str], list[tuple[str, Any]]]:
-    """The parameters in which the trials differ, and those, with their values, in which none does."""
-    names = sorted({name for t in trials for name in t["params"]})
-    fixed = [
-        n for n in names if len(trials) > 1 and all(t["params"].get(n) == trials[0]["params"].get(n) for t in trials)
-    ]
-    return [n for n in names if n not in fixed], [(n, trials[0]["params"][n]) for n in fixed]
-
-
-def _drawn(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The trials with the course of their losses, all on one scale and as many rungs wide."""
-    values = [value for t in trials for value in t["course"] or []]
-    rungs = max((len(t["course"] or []) for t in trials), default=0)
-    domain = (min(values), max(values)) if values else None
-    found = []
-    for t in trials:
-        course = t["course"] or []
-        padded = [*course, *[None] * (rungs - len(course))]
-        title = f"Validation loss of trial {t['trial']}, rung by rung"
-        found.append({**t, "spark": strips.sparkline(padded, title=title, domain=domain)})
-    return found
 
 
 def prefect_page() -> str | None:
@@ -83,10 +56,14 @@ def prefect_page() -> str | None:
 
 
 def to_mlflow(visit: Visit) -> Response:
-    """To a run's page in MLflow, which alone knows the page's address. Raises Unreachable, NotFound."""
+    """To a run's page in MLflow, which alone knows the page's address, or to one of its artifacts.
+
+    Raises Unreachable, NotFound.
+    """
     from registry.mlflow import run_url  # asked when the link is followed, so that pages do not wait for MLflow
 
     run_id = visit.path("run_id")
     if not run_id.isalnum() or len(run_id) > 64:
         raise NotFound("That is not an MLflow run's id.")
-    return RedirectResponse(run_url(run_id), 303)
+    artifact = "/artifacts/search/index.html" if visit.query("show") == "search" else ""
+    return RedirectResponse(run_url(run_id) + artifact, 303)

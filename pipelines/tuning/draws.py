@@ -57,7 +57,7 @@ class Seen(BaseSampler):  # type: ignore[misc]  # Optuna is seen as untyped
 
 def _result(space: Mapping[str, Any], jobs: Sequence[studies.Job]) -> FrozenTrial | None:
     """A trial's course as a pruned one: TPE ranks those by how far they came, then by their last value."""
-    course = {job.steps: job.value for job in jobs if job.state == "done" and job.value is not None}
+    course = {job.steps: job.value for job in jobs if job.value is not None}
     return _trial(space, jobs[0].params, TrialState.PRUNED, course) if course else None
 
 

@@ -20,6 +20,7 @@ from infra import storage
 from infra.db import transaction
 from infra.errors import Conflict, TunesmithError, Unreachable
 from infra.settings import get_settings
+from pipelines.tuning import halving
 from pipelines.tuning import space as spaces
 from pipelines.tuning.crew import Crew
 from pipelines.tuning.methods import fixed_by
@@ -180,6 +181,7 @@ class _Coordinator:
             if time.monotonic() >= self.reap_from:
                 studies.reap(conn, self.spec.study)
             row, jobs = studies.get(conn, self.spec.study), studies.jobs(conn, self.spec.study)
+            asked = [v for v in studies.variants(conn, self.spec.study) if v.trial is None]
         state, self.per_pass = row["state"], self.per_pass or row["adapters_per_pass"]
         over = sum(j.state in ("done", "failed") for j in jobs)
         if over > self.over:
@@ -192,11 +194,11 @@ class _Coordinator:
                     studies.stop(conn, self.spec.study)
                 return None
             self.crew.muster()
-        seen = (state, self.per_pass, [(j.trial, j.rung, j.state, j.token) for j in jobs])
+        seen = (state, self.per_pass, len(asked), [(j.trial, j.rung, j.state, j.token) for j in jobs])
         if seen == self.seen:
             return None
         if state == "running":
-            if self._plan(jobs):
+            if self._plan(jobs, asked):
                 return self._end(jobs, "trials")
         elif not any(j.state == "running" for j in jobs):
             return self._end(jobs, self._budget(jobs) or "user")
@@ -219,17 +221,21 @@ class _Coordinator:
             return "max_usd"
         return None
 
-    def _plan(self, jobs: list[studies.Job]) -> bool:
+    def _plan(self, jobs: list[studies.Job], asked: Sequence[studies.Variant]) -> bool:
         """Put up what is to be done next; True when all is done.
 
         Rounds are synchronous: a rung is judged when all its members are through. A group is drawn as soon as the
         first rung of the one before it and all of those before that are, so that no worker is idle while the last of
-        a group train; the sampler is shown just that much, whatever else is done by then.
+        a group train; the sampler is shown just that much, whatever else is done by then. Variants that a person
+        asked for come first, and are in no group.
         """
         spec = self.spec
         if self.per_pass is None:
             return False
-        begun = sorted({j.trial for j in jobs})
+        variants = [j for j in _last(jobs) if j.clone_of is not None and halving.fate(spec, jobs, j.trial) is None]
+        if self._try_variants(jobs, asked, variants):
+            return False
+        begun = sorted({j.trial for j in jobs if j.clone_of is None})
         through = last_done = first_through = True  # all groups before the last one; it; its first rung
         before: list[int] = []  # trials whose results a draw may see in full
         last: list[int] = []
@@ -249,24 +255,65 @@ class _Coordinator:
             through, before = through and last_done, before + last
             last, last_done = members, done
             first_through = not any(j.trial in members and j.rung == 0 and _open(j) for j in jobs)
-        return through and last_done
+        return through and last_done and not variants
 
     def _advance(self, jobs: list[studies.Job], members: list[int]) -> bool:
         """Judge a group's rungs and put up the next one of those that go on; True when none is left to be done."""
-        spec, by = self.spec, {(j.trial, j.rung): j for j in jobs}
+        spec, by = self.spec, halving.by_place(jobs)
         for rung in range(len(spec.rungs)):
-            here = [by[(trial, rung)] for trial in members if (trial, rung) in by]
-            if any(_open(j) for j in here):
+            here = halving.standing(spec, by, members, rung)
+            if here is None:
                 return False
-            if rung + 1 == len(spec.rungs):
-                break
-            alive = sorted((j for j in here if j.state == "done"), key=lambda j: (_value(j), j.trial))
-            chosen = alive[: max(1, -(-len(here) // spec.reduction))]
+            chosen = halving.chosen(spec, here) if rung + 1 < len(spec.rungs) else []
             if missing := [j for j in chosen if (j.trial, rung + 1) not in by]:
                 self._put_up([(j.trial, j.trial_id, j.params, j.checkpoint) for j in missing], rung + 1)
                 return False
-            members = [j.trial for j in chosen]
         return True
+
+    def _try_variants(
+        self, jobs: Sequence[studies.Job], asked: Sequence[studies.Variant], going: Sequence[studies.Job]
+    ) -> bool:
+        """Put up the variants that were asked for, and the next rung of those that earned it; whether there were
+        any. They train alone."""
+        for variant in asked:
+            trial, trial_id = self._known_to_optuna(variant)
+            with transaction() as conn:
+                studies.add_job(
+                    conn, self.spec.study, trial=trial, rung=0, trial_id=trial_id, params=variant.params,
+                    steps=self.spec.rungs[0], checkpoint=None, clone_of=variant.clone_of,
+                )  # fmt: skip
+                studies.variant_begun(conn, self.spec.study, variant, trial)
+        onward = [j for j in going if j.state == "done" and halving.goes_on(self.spec, jobs, j)]
+        with transaction() as conn:
+            for j in onward:
+                studies.add_job(
+                    conn, self.spec.study, trial=j.trial, rung=j.rung + 1, trial_id=j.trial_id, params=j.params,
+                    steps=self.spec.rungs[j.rung + 1], checkpoint=j.checkpoint, clone_of=j.clone_of,
+                )  # fmt: skip
+        return bool(asked or onward)
+
+    def _known_to_optuna(self, variant: studies.Variant) -> tuple[int, int]:
+        """A variant's trial in Optuna (number, id), made unless an earlier coordinator did. Of its configuration
+        Optuna is told what the space can draw."""
+        import optuna
+
+        def known() -> list[optuna.trial.FrozenTrial]:
+            trials = self.optuna.get_trials(deepcopy=False)
+            return [t for t in trials if t.user_attrs.get("variant") == variant.number]
+
+        if not known():
+            params = spaces.drawable(self.spec.space, variant.params)
+            distributions = spaces.distributions(self.spec.space)
+            self.optuna.add_trial(
+                optuna.trial.create_trial(
+                    state=optuna.trial.TrialState.RUNNING,
+                    params=params,
+                    distributions={name: distributions[name] for name in params},
+                    user_attrs={"variant": variant.number, "clone_of": variant.clone_of},
+                )
+            )
+        trial = known()[0]
+        return trial.number, trial._trial_id
 
     def _put_up(self, trials: Sequence[tuple[int, int, dict[str, Any], str | None]], rung: int) -> None:
         """Jobs for trials (number, Optuna's id, params, checkpoint), in packs, all or none."""
@@ -296,7 +343,7 @@ class _Coordinator:
         again = 0
         waiting = [t for t in self.optuna.get_trials(deepcopy=False) if t.state == optuna.trial.TrialState.RUNNING]
         # Asked, but not put up when an earlier coordinator died
-        orphans = [t for t in waiting if t.number not in {j.trial for j in jobs}]
+        orphans = [t for t in waiting if t.number not in {j.trial for j in jobs} and "variant" not in t.user_attrs]
         while len(found) < number and again < _REDRAWS:
             orphan = orphans.pop(0) if orphans else None
             place = orphan.number if orphan else len(self.optuna.get_trials(deepcopy=False))
@@ -339,19 +386,10 @@ class _Coordinator:
         """How a trial ended, or None while it may still go on."""
         import optuna
 
-        if last.state in ("waiting", "running"):
-            return None
-        if last.state == "failed":
-            return optuna.trial.TrialState.FAIL
-        if last.rung == len(self.spec.rungs) - 1:
-            return optuna.trial.TrialState.COMPLETE
-        begun = sorted({j.trial for j in jobs})
-        place = begun.index(last.trial)
-        group = next(g for g in brackets(self.spec) if place in g)
-        peers = set(begun[group.start : group.stop])
-        # Others of its round went on, so this one was judged and left behind
-        gone_on = any(j.trial in peers and j.rung > last.rung for j in jobs)
-        return optuna.trial.TrialState.PRUNED if gone_on else None
+        states = optuna.trial.TrialState
+        fates = {"complete": states.COMPLETE, "pruned": states.PRUNED, "failed": states.FAIL}
+        ended = halving.fate(self.spec, jobs, last.trial)
+        return fates[ended] if ended else None
 
     def _log(self, jobs: Sequence[studies.Job]) -> None:
         """Bring MLflow up to what the jobs say: a nested run a trial, with its curves. Repeating it adds nothing."""
@@ -366,7 +404,11 @@ class _Coordinator:
                     f"trial {number}",
                     parent=self.parent,
                     params=mine[0].params,
-                    tags={"tunesmith.study": self.spec.study, "tunesmith.trial": str(number)},
+                    tags={
+                        "tunesmith.study": self.spec.study,
+                        "tunesmith.trial": str(number),
+                        "tunesmith.clone_of": "" if mine[0].clone_of is None else str(mine[0].clone_of),
+                    },
                     key=f"{self.spec.study}/{number}",
                 )
             run, last = self.runs[number], mine[-1]
@@ -391,8 +433,10 @@ class _Coordinator:
         done = [j for j in jobs if j.state in ("done", "failed")]
         total = _planned(spec)
         best = min((j for j in done if j.value is not None), key=_value, default=None)
-        begun = len({j.trial for j in jobs})
+        begun = len({j.trial for j in jobs if j.clone_of is None})
         text = f"{begun} of {spec.trials} trials begun"
+        if variants := len({j.trial for j in jobs if j.clone_of is not None}):
+            text += f", {variants} by hand"
         if failed := sum(j.state == "failed" for j in jobs):
             text += f", {failed} failed"
         if best is not None:
@@ -402,16 +446,17 @@ class _Coordinator:
         left = sum(_cost(spec, r) * n for r, n in enumerate(total)) - worked
         if worked and left > 0:
             text += f", about {max(1, round(spent / worked * left / self.crew.wanted / 60))} min left"
-        self.progress(text, len(done), sum(total))
+        self.progress(text, len(done), sum(total) + sum(j.clone_of is not None for j in jobs))
 
-    def _end(self, jobs: Sequence[studies.Job], stopped_by: str) -> Best:
+    def _end(self, jobs: Sequence[studies.Job], stopped_by: str) -> Best | None:
+        """The result, written down; None when a person asked for one more trial at the last moment."""
         self._tell(jobs)
         self._log(jobs)
-        done = [j for j in jobs if j.state == "done"]
+        done = [j for j in jobs if j.value is not None]  # also of what was pruned by hand after it was measured
         failed = [j for j in jobs if j.state == "failed"]
         if not done:
-            with transaction() as conn:
-                studies.end(conn, self.spec.study, state="failed", stopped_by=stopped_by, best=None)
+            if not self._close_study("failed", stopped_by, None):
+                return None
             causes = (
                 "; ".join(sorted({j.error or "unknown" for j in failed})) or f"the search was stopped by {stopped_by}"
             )
@@ -419,10 +464,10 @@ class _Coordinator:
                 f"No trial of {self.spec.study} succeeded: {causes}.", hint="Mend tuning.space, or raise the budget."
             )
         self._leave_behind(jobs)
-        rows, front = self._measured(jobs)
+        rows = measured(jobs)
         rule = Rule(**self.spec.pick) if self.spec.pick else None
         winner = rows[pick([m for _, m in rows], self.spec.objectives, rule, self.spec.constraints)][0]
-        last = [mine[-1] for mine in _by_trial(jobs).values()]
+        last = _last(jobs)
         assert winner.checkpoint is not None  # noqa: S101  a done job has one
         top = len(self.spec.rungs) - 1
         best = Best(
@@ -438,34 +483,22 @@ class _Coordinator:
             tokens=sum(j.tokens or 0 for j in jobs),
             seconds=sum(j.seconds or 0.0 for j in jobs),
             stopped_by=stopped_by,
-            pareto=front,
+            pareto=_front(rows, self.spec.objectives),
         )
         state = "completed" if stopped_by == "trials" else "stopped"
-        with transaction() as conn:
-            studies.end(conn, self.spec.study, state=state, stopped_by=stopped_by, best=best.to_json())
+        if not self._close_study(state, stopped_by, best):
+            return None
         self.progress(f"best loss {best.value:.3f} of {best.trials} trials", 1, 1)
         return best
 
-    def _measured(
-        self, jobs: Sequence[studies.Job]
-    ) -> tuple[list[tuple[studies.Job, dict[str, float]]], list[dict[str, Any]]]:
-        """Each done rung with its measures, lower rungs first, since more steps may have overfitted; and the Pareto
-        set, where there is more than one objective."""
-        rows = []
-        for job in sorted((j for j in jobs if j.state == "done"), key=lambda j: (j.rung, j.trial)):
-            so_far = [j for j in jobs if j.trial == job.trial and j.rung <= job.rung]
-            row = measures(
-                loss=_value(job),
-                adapter_parameters=job.adapter_parameters or 0,
-                training_seconds=sum(j.seconds or 0.0 for j in so_far),
-                training_tokens=sum(j.tokens or 0 for j in so_far),
-            )
-            rows.append((job, row))
-        if len(self.spec.objectives) == 1:
-            return rows, []
-        front = [rows[n] for n in pareto([row for _, row in rows], self.spec.objectives)]
-        return rows, [{"trial": j.trial, "steps": j.steps, **{n: row[n] for n in self.spec.objectives}}
-                      for j, row in front]  # fmt: skip
+    def _close_study(self, state: str, stopped_by: str, best: Best | None) -> bool:
+        with transaction() as conn:
+            studies.lock(conn, self.spec.study)
+            if stopped_by == "trials" and any(v.trial is None for v in studies.variants(conn, self.spec.study)):
+                return False
+            row = best.to_json() if best else None
+            studies.end(conn, self.spec.study, state=state, stopped_by=stopped_by, best=row)
+        return True
 
     def _leave_behind(self, jobs: Sequence[studies.Job]) -> None:
         """Trials that a stopped search did not get to judge are over in Optuna and MLflow too."""
@@ -480,12 +513,40 @@ class _Coordinator:
                 self._close(self.runs[number], "stopped", mine[-1])
 
 
+def measured(jobs: Sequence[studies.Job]) -> list[tuple[studies.Job, dict[str, float]]]:
+    """Each measured rung with its measures, lower rungs first, since more steps may have overfitted."""
+    rows = []
+    for job in sorted((j for j in jobs if j.value is not None), key=lambda j: (j.rung, j.trial)):
+        so_far = [j for j in jobs if j.trial == job.trial and j.rung <= job.rung]
+        row = measures(
+            loss=_value(job),
+            adapter_parameters=job.adapter_parameters or 0,
+            training_seconds=sum(j.seconds or 0.0 for j in so_far),
+            training_tokens=sum(j.tokens or 0 for j in so_far),
+        )
+        rows.append((job, row))
+    return rows
+
+
+def _front(rows: Sequence[tuple[studies.Job, dict[str, float]]], objectives: Sequence[str]) -> list[dict[str, Any]]:
+    """The Pareto set, where there is more than one objective."""
+    if len(objectives) == 1:
+        return []
+    front = [rows[n] for n in pareto([row for _, row in rows], objectives)]
+    return [{"trial": j.trial, "steps": j.steps, **{n: row[n] for n in objectives}} for j, row in front]
+
+
 def _by_trial(jobs: Sequence[studies.Job]) -> dict[int, list[studies.Job]]:
     """A trial's jobs, by rung."""
     found: dict[int, list[studies.Job]] = {}
     for job in jobs:
         found.setdefault(job.trial, []).append(job)
     return found
+
+
+def _last(jobs: Sequence[studies.Job]) -> list[studies.Job]:
+    """Each trial's job at its highest rung."""
+    return [mine[-1] for mine in _by_trial(jobs).values()]
 
 
 def _open_store() -> optuna.storages.RDBStorage:

@@ -192,11 +192,14 @@ def _runs(conn: Connection, now: datetime, rng: random.Random) -> None:
         (None, "train", "running", 2),
     ):
         study, run = f"{MODEL}-s{number or 3}", uuid.uuid4()
-        conn.execute(
-            "insert into study (name, model, spec, state, stopped_by) values (%s, %s, '{}', %s, %s)",
-            [study, MODEL, "completed" if number else "running", "trials" if number else None],
-        )
         started = now - ago * _MINUTE
+        spec = {"trials": 9 if number else 18, "rungs": [10, 30, 90], "reduction": 3,
+                "objectives": ["loss", "adapter_parameters"] if number == 2 else ["loss"],
+                "space": {"learning_rate": {"low": 1e-5, "high": 1e-2, "log": True}}}  # fmt: skip
+        conn.execute(
+            "insert into study (name, model, spec, state, stopped_by, created_at) values (%s, %s, %s, %s, %s, %s)",
+            [study, MODEL, Jsonb(spec), "completed" if number else "running", "trials" if number else None, started],
+        )
         conn.execute(
             "insert into run (id, model, kind, state, fingerprint, config, config_path, token, study, version,"
             " flow_run_id, mlflow_run_id, result, started_at, finished_at)"
@@ -207,20 +210,46 @@ def _runs(conn: Connection, now: datetime, rng: random.Random) -> None:
         for name, took in (("prepare", 4.2), ("search", 402.0), ("evaluate", 61.0), ("register", 3.1))[
             : 4 if number else 1
         ]:
+            output = {"importances": {"r": 0.22, "learning_rate": 0.61, HOSTILE: 0.17}} if name == "search" else {}
             conn.execute(
-                "insert into stage (run_id, name, output, seconds) values (%s, %s, '{}', %s)", [run, name, took]
+                "insert into stage (run_id, name, output, seconds) values (%s, %s, %s, %s)",
+                [run, name, Jsonb(output), took],
             )
         for trial in range(8):
             loss, rungs = rng.uniform(2.7, 3.6), 1 + (trial % 3)
             params = {"r": rng.choice([4, 8, 16, 32]), "learning_rate": 10 ** rng.uniform(-4.5, -2.5),
-                      "target_modules": rng.choice(["attention", "all-linear"])}  # fmt: skip
+                      "target_modules": rng.choice(["attention", "all-linear", ["q_proj", HOSTILE]])}  # fmt: skip
             for rung in range(rungs):
                 conn.execute(
                     "insert into rung_job"
-                    " (study, trial, rung, trial_id, pack, params, steps, state, value, tokens, seconds)"
-                    " values (%s, %s, %s, %s, %s, %s, %s, 'done', %s, 12000, 21)",
-                    [study, trial, rung, trial, trial, Jsonb(params), 10 * 3**rung, loss + 0.6 / (rung + 1)],
+                    " (study, trial, rung, trial_id, pack, params, steps, state, value, tokens, seconds,"
+                    " adapter_parameters) values (%s, %s, %s, %s, %s, %s, %s, 'done', %s, 12000, 21, %s)",
+                    [
+                        study,
+                        trial,
+                        rung,
+                        trial,
+                        trial,
+                        Jsonb(params),
+                        10 * 3**rung,
+                        loss + 0.6 / (rung + 1),
+                        1000 * params["r"],
+                    ],
                 )
+        if number == 2:
+            conn.execute(
+                "insert into rung_job (study, trial, rung, trial_id, pack, params, steps, state, value, clone_of)"
+                " values (%s, 9, 0, 9, 9, %s, 10, 'pruned', 4.5, 3)",
+                [study, Jsonb({"r": 64, "learning_rate": 0.02, "target_modules": "attention"})],
+            )
+        for trial, state in ((8, "failed"), *(() if number else ((9, "running"), (10, "waiting")))):
+            conn.execute(
+                "insert into rung_job (study, trial, rung, trial_id, pack, params, steps, state, error)"
+                " values (%s, %s, 0, %s, %s, %s, 10, %s, %s)",
+                [study, trial, trial, trial,
+                 Jsonb({"r": 64, "learning_rate": 0.01, "target_modules": "all-linear"}), state,
+                 f"the loss became nan at step 3 {HOSTILE}" if state == "failed" else None],
+            )  # fmt: skip
 
 
 def _ledger(conn: Connection, now: datetime) -> None:

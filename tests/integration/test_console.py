@@ -89,9 +89,17 @@ def test_every_page_of_an_empty_database_says_what_to_do(app: TestClient) -> Non
         "/requests": "No request matches",
         "/playground": "Nothing to ask",
         "/runs": "tunesmith run",
+        "/studies": "No search yet",
     }.items():
         assert words in check(app, path)[0]
-    for path in ("/models/none", "/models/none/drift", "/models/none/versions/1", "/requests/x", "/runs/x"):
+    for path in (
+        "/models/none",
+        "/models/none/drift",
+        "/models/none/versions/1",
+        "/requests/x",
+        "/runs/x",
+        "/studies/x",
+    ):
         assert app.get(path).status_code == 404, path
     assert app.get("/models/%2e%2e%00").status_code == 400
 
@@ -113,7 +121,8 @@ def test_every_page_and_every_link_renders_with_hostile_text_harmless(app: TestC
                 seen.add(kind)
                 todo.append(target)
     wanted = {f"/models/{MODEL}", f"/models/{MODEL}/drift", f"/models/{MODEL}/versions/2", "/requests/*", "/runs/*"}
-    assert wanted <= seen
+    assert wanted | {"/studies", f"/studies/{MODEL}-s1", f"/studies/{MODEL}-s3"} <= seen
+    assert app.get(f"/studies/{MODEL}-s1").text.count("&lt;script&gt;alert") > 5  # errors, parameters, importances
     assert "&lt;script&gt;alert" in app.get("/requests?feedback=").text
     assert "&lt;script&gt;alert" in app.get(f"/models/{MODEL}/versions/1").text
     assert "&lt;script&gt;alert" in app.get("/alerts").text
@@ -141,6 +150,68 @@ def test_pages_say_what_happened(app: TestClient) -> None:
     assert "Requests, by version" in live.text
 
 
+def test_a_study_shows_each_trial_and_its_best(app: TestClient) -> None:
+    fill()
+    log_in(app, "viewer")
+    listed = check(app, "/studies")[0]
+    assert [int(n) for n in re.findall(rf"/studies/{MODEL}-s(\d)", listed)] == [3, 2, 1]
+    assert listed.count("1 at work") == 1
+    assert listed.count("1 failed") == 3
+    with transaction() as conn:
+        rows = conn.execute(
+            "select trial, steps, value from rung_job where study = %s and value is not null order by value",
+            [f"{MODEL}-s1"],
+        ).fetchall()
+    page = check(app, f"/studies/{MODEL}-s1")[0]
+    least = rows[0]
+    assert f"loss of trial {least['trial']}, after {least['steps']} steps" in page
+    table = page[page.index('id="trials"') :]
+    order = [int(n) for n in re.findall(r'<th scope="row" class="nowrap">(\d+)', table)]
+    assert order == [*dict.fromkeys(r["trial"] for r in rows), 8]  # by its lowest loss, then those without one
+    assert [table.count(f'light">{word}<') for word in ("complete", "pruned", "failed")] == [2, 6, 1]
+    assert "the loss became nan at step 3" in table
+    assert [title in page for title in ("History", "Learning curves", "Parallel coordinates", "Importances")] == [
+        True
+    ] * 4
+    assert len(re.findall(r'id="slice-\d-title"', page)) == 3  # every parameter varies
+    assert page.count('class="dot trial"') + page.count('class="dot best"') == 8 + len(rows) + 3 * 8
+    assert re.search(r"learning rate</text><text[^>]*>61 %", page)
+    assert "/links/mlflow/" + "a" * 32 + "?show=search" in page
+    assert "front-title" not in page
+    second = check(app, f"/studies/{MODEL}-s2")[0]
+    assert "beaten by none" in second  # it has two objectives
+    assert "1 variant by hand, 1 failed" in second
+    assert ">variant of 3<" in second
+    assert second.count("stopped by hand<") == 1
+    assert "9 of 9" in second  # a variant is on top
+    running = check(app, f"/studies/{MODEL}-s3")[0]
+    table = running[running.index('id="trials"') :]
+    assert [table.count(f'light">{word}<') for word in ("running", "waiting", "measured", "failed")] == [1, 1, 6, 1]
+    assert "importances-title" not in running  # they come when the search is over
+    live = app.get(f"/studies/{MODEL}-s3", headers={"x-live": "1"}).text
+    assert "history-title" in live
+    assert "<html" not in live
+
+
+def test_the_winner_is_who_was_picked_rather_than_who_had_the_lowest_loss(app: TestClient) -> None:
+    fill()
+    log_in(app, "viewer")
+    with transaction() as conn:
+        rows = conn.execute(
+            "select trial, steps, value from rung_job where study = %s and value is not null order by value desc",
+            [f"{MODEL}-s2"],
+        ).fetchall()
+        picked = rows[0]
+        conn.execute(
+            "update study set best = jsonb_build_object('trial', %s::int, 'value', %s::float, 'steps', %s::int)"
+            " where name = %s",
+            [picked["trial"], picked["value"], picked["steps"], f"{MODEL}-s2"],
+        )
+    page = check(app, f"/studies/{MODEL}-s2")[0]
+    assert f"loss of trial {picked['trial']}, after {picked['steps']} steps" in page
+    assert re.findall(r'class="nowrap">(\d+) <span class="tag accent">best', page) == [str(picked["trial"])]
+
+
 def test_the_request_list_filters_and_pages(app: TestClient) -> None:
     fill()
     log_in(app, "viewer")
@@ -158,7 +229,7 @@ def test_the_request_list_filters_and_pages(app: TestClient) -> None:
 
 
 def test_nothing_without_a_session(app: TestClient) -> None:
-    for path in ("/", "/alerts", "/requests", f"/models/{MODEL}", "/runs", "/playground"):
+    for path in ("/", "/alerts", "/requests", f"/models/{MODEL}", "/runs", "/studies", "/studies/x", "/playground"):
         answer = app.get(path)
         assert answer.status_code == 303
         assert answer.headers["location"] == f"/login?next={path}"
