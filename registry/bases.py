@@ -7,9 +7,10 @@ deleted elsewhere cannot make a rollback impossible.
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -283,13 +284,14 @@ def _describe(id: str, revision: str, folder: Path, dtype: str) -> Base:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """transformers' progress bars stay out of our output."""
+    """transformers' progress bars stay out of our output; the one of GGUF files knows no switch."""
     from transformers.utils import logging as transformers_logging
 
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         if shown:
             transformers_logging.enable_progress_bar()

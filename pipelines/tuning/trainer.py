@@ -139,7 +139,7 @@ class Trainer:
         return best
 
     def _time(self, members: Sequence[Mapping[str, Any]]) -> float:
-        """Seconds a step, the shorter of two after one to warm up."""
+        """Seconds a step, the shorter of some after one to warm up; one will do where steps are slow."""
         adapters = self._adapters(members, list(range(len(members))))
         seconds = []
         with adapters.attached():
@@ -147,7 +147,7 @@ class Trainer:
             batches = epoch_of(self.lengths, min(int(members[0]["per_device_train_batch_size"]), len(self.train)),
                                seed=self.seed, epoch=0)  # fmt: skip
             batch = sorted(batches, key=lambda rows: max(self.lengths[i] for i in rows))[len(batches) // 2]
-            for _ in range(3):
+            while len(seconds) < 2 or (len(seconds) < 4 and sum(seconds) < 2):
                 begun = time.perf_counter()
                 run.gradients(batch, 1, 0)
                 for k, params in enumerate(members):
