@@ -141,7 +141,7 @@ class Trainer:
     def _time(self, members: Sequence[Mapping[str, Any]]) -> float:
         """Seconds a step, the shorter of some after one to warm up; one will do where steps are slow."""
         adapters = self._adapters(members, list(range(len(members))))
-        seconds = []
+        seconds: list[float] = []
         with adapters.attached():
             run = _Run(self, adapters, [])
             batches = epoch_of(self.lengths, min(int(members[0]["per_device_train_batch_size"]), len(self.train)),
