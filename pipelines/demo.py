@@ -24,6 +24,7 @@ from infra.console import err, out, safe
 from infra.errors import TunesmithError
 from infra.settings import get_settings
 from pipelines.docstrings import Pair
+from pipelines.tuning.defaults import FIXED
 
 MODEL = "docstring-writer"
 NEW_WORLD = (
@@ -330,7 +331,8 @@ def _show(report: dict[str, Any], *, seconds: float) -> None:
     table.add_column(style="bold")
     table.add_column()
     best = first["best"]
-    params = ", ".join(f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v}" for k, v in best["params"].items())
+    searched = {k: v for k, v in best["params"].items() if k not in FIXED}
+    params = ", ".join(f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v}" for k, v in searched.items())
     table.add_row("tuned", f"{first['evaluation']['rows']} test rows; best of {best['trials']} trials: {params}")
     table.add_row(f"version {first['version']} over the base", _gain(first["evaluation"]["metrics"]["loss"]["vs_base"]))
     for name, world in (("old world", report["old_world"]), ("new world", report["new_world"])):

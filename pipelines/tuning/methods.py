@@ -37,6 +37,13 @@ class Targets:
         """The adapter's configuration as PEFT keeps it."""
         return lora_config(self.model, params, target_modules=set(self._choose(params)[0]), inference_mode=True)
 
+    def check_pissa(self, params: Mapping[str, Any]) -> None:
+        """Raises ValueError when a layer has fewer singular values than PiSSA is to take of it."""
+        for name in self.layers(params):
+            least = min(self.model.get_submodule(name).weight.shape)
+            if int(params["r"]) > least:
+                raise ValueError(f"PiSSA of rank {params['r']} asks more of {name} than its {least} singular values")
+
     def _choose(self, params: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         from peft import get_peft_model
         from peft.tuners.lora import Linear
@@ -90,6 +97,8 @@ class Alone:
         self.model, self.params, self.seed = model, params, seed
         torch.manual_seed(seed)  # A is drawn at random
         self._changes_base = str(params.get("init_lora_weights", True)).startswith("pissa")
+        if self._changes_base:
+            Targets(model).check_pissa(params)
         kept = {name: value.clone() for name, value in model.state_dict().items()} if self._changes_base else {}
         self.peft = get_peft_model(model, lora_config(model, params), adapter_name=_NAME)
         self._kept = kept

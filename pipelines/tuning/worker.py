@@ -136,6 +136,10 @@ def _carry_out(trainer: Any, spec: StudySpec, jobs: Sequence[studies.Job]) -> No
             _fail(job, error.message)
     except Exception as error:  # whatever it is, the study should say so, and the other trials go on
         log.exception("trial %d", jobs[0].trial)
+        if len(jobs) > 1:  # whose fault it is shows when each is tried alone
+            for job in jobs:
+                _write(job, studies.unpack)
+            return
         for job in jobs:
             _fail(job, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}")
 

@@ -328,3 +328,10 @@ def test_methods_that_train_alone_resume_and_load_as_plain_adapters(
     assert float(loss) == pytest.approx(whole.value, abs=1e-4)
     with pytest.raises(ValueError, match="train alone"):
         trainer.run([member(tmp_path / "x", **about), member(tmp_path / "y", **about)], total_steps=2, until=2)
+
+
+def test_pissa_of_too_large_a_rank_is_refused_and_leaves_the_base_as_it_was(trainer: Trainer, tmp_path: Path) -> None:
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"PiSSA of rank 512 asks more of model\.layers\.0\."):
+        run(trainer, tmp_path / "x", 1, init_lora_weights="pissa", lora_dropout=0.0, r=512)
+    assert equal(before, trainer.model.state_dict())
