@@ -48,8 +48,8 @@ class Size:
 
 
 FULL = Size(
-    base="builtin:smollm2-135m", train=900, test=120, requests=240, limit=160,
-    tuning="trials: 8\n  max_steps: 72\n  pruning: {reduction: 3, rungs: 3}",
+    base="builtin:smollm2-135m", train=800, test=120, requests=200, limit=120,
+    tuning="trials: 8\n  max_steps: 45\n  pruning: {reduction: 3, rungs: 3}",
     retrain="trials: 4",
 )  # fmt: skip
 QUICK = Size(

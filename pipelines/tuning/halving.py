@@ -75,6 +75,24 @@ def by_place(jobs: Sequence[Job]) -> dict[tuple[int, int], Job]:
     return {(job.trial, job.rung): job for job in jobs}
 
 
+def by_trial(jobs: Sequence[Job]) -> dict[int, list[Job]]:
+    """A trial's jobs, by rung."""
+    found: dict[int, list[Job]] = {}
+    for job in jobs:
+        found.setdefault(job.trial, []).append(job)
+    return found
+
+
+def last(jobs: Sequence[Job]) -> list[Job]:
+    """Each trial's job at its highest rung."""
+    return [mine[-1] for mine in by_trial(jobs).values()]
+
+
+def loss(job: Job) -> float:
+    """The validation loss; of a job that has none, one above all others."""
+    return float("inf") if job.value is None else job.value
+
+
 def _settled(spec: StudySpec, by: Jobs, members: Sequence[int], rung: int) -> list[Job] | None:
     """Who stands at a rung, once those that go on were put up: until then a person may take one out."""
     here = standing(spec, by, members, rung)
@@ -88,4 +106,4 @@ def _places(spec: StudySpec, number: int) -> int:
 
 
 def _rank(job: Job) -> tuple[float, int]:
-    return (float("inf") if job.value is None else job.value, job.trial)
+    return (loss(job), job.trial)

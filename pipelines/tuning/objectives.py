@@ -9,8 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from infra.errors import TunesmithError
+from pipelines.tuning import halving
+from registry.studies import Job
 
 MEASURES: Mapping[str, str] = {
     "loss": "validation loss, nats a completion token",
@@ -82,6 +85,29 @@ def pick(
         front = [n for n in front if rows[n][first] <= best + rule.within * abs(best)]
     by = [rule.then, *objectives] if rule is not None else objectives
     return min(front, key=lambda n: tuple(rows[n][name] for name in by))
+
+
+def measured(jobs: Sequence[Job]) -> list[tuple[Job, dict[str, float]]]:
+    """Each measured rung with its measures, lower rungs first, since more steps may have overfitted."""
+    rows = []
+    for job in sorted((j for j in jobs if j.value is not None), key=lambda j: (j.rung, j.trial)):
+        so_far = [j for j in jobs if j.trial == job.trial and j.rung <= job.rung]
+        row = measures(
+            loss=halving.loss(job),
+            adapter_parameters=job.adapter_parameters or 0,
+            training_seconds=sum(j.seconds or 0.0 for j in so_far),
+            training_tokens=sum(j.tokens or 0 for j in so_far),
+        )
+        rows.append((job, row))
+    return rows
+
+
+def front(rows: Sequence[tuple[Job, dict[str, float]]], objectives: Sequence[str]) -> list[dict[str, Any]]:
+    """The Pareto set, where there is more than one objective."""
+    if len(objectives) == 1:
+        return []
+    best = [rows[n] for n in pareto([row for _, row in rows], objectives)]
+    return [{"trial": j.trial, "steps": j.steps, **{n: row[n] for n in objectives}} for j, row in best]
 
 
 def _dominates(one: tuple[float, ...], other: tuple[float, ...]) -> bool:

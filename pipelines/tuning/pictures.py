@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from infra.db import transaction
 from infra.settings import get_settings
-from pipelines.tuning.search import measured
+from pipelines.tuning.objectives import measured
 from pipelines.tuning.spec import StudySpec
 from registry import mlflow, studies
 

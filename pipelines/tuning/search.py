@@ -24,9 +24,10 @@ from pipelines.tuning import halving
 from pipelines.tuning import space as spaces
 from pipelines.tuning.crew import Crew
 from pipelines.tuning.methods import fixed_by
-from pipelines.tuning.objectives import Rule, measures, pareto, pick
+from pipelines.tuning.mirror import Mirror, open_store, open_study
+from pipelines.tuning.objectives import Rule, front, measured, pick
 from pipelines.tuning.spec import StudySpec, brackets, packs, rungs
-from registry import bases, mlflow, pricing, studies
+from registry import bases, pricing, studies
 
 if TYPE_CHECKING:
     import optuna
@@ -120,23 +121,18 @@ def search(spec: StudySpec, *, progress: Progress, mlflow_parent: str | None = N
     if row["best"] is not None:
         return Best(**row["best"])
     crew = Crew(spec.study, min(spec.workers, spec.trials))
-    store = _open_store()
+    store = open_store()
     try:
-        return _Coordinator(spec, crew, _open_optuna(spec, store), progress, mlflow_parent).run()
+        study = open_study(spec, store)
+        return _Coordinator(spec, crew, study, Mirror(spec, study, mlflow_parent), progress).run()
     finally:
         crew.dismiss()
         store.engine.dispose()
 
 
 class _Coordinator:
-    def __init__(
-        self, spec: StudySpec, crew: Crew, study: optuna.Study, progress: Progress, parent: str | None
-    ) -> None:
-        self.spec, self.crew, self.optuna, self.progress, self.parent = spec, crew, study, progress, parent
-        self.runs: dict[int, str] = {}  # trial -> MLflow run
-        self.logged: set[tuple[int, int]] = set()
-        self.told: set[int] = set()  # trials that Optuna knows the end of
-        self.closed: set[int] = set()  # trials that MLflow knows the end of
+    def __init__(self, spec: StudySpec, crew: Crew, study: optuna.Study, mirror: Mirror, progress: Progress) -> None:
+        self.spec, self.crew, self.optuna, self.mirror, self.progress = spec, crew, study, mirror, progress
         self.exhausted = False
         self.per_pass: int | None = spec.adapters_per_pass or None  # None until a worker measured it
         self.seen: Any = None  # what the last turn acted on
@@ -202,8 +198,8 @@ class _Coordinator:
                 return self._end(jobs, "trials")
         elif not any(j.state == "running" for j in jobs):
             return self._end(jobs, self._budget(jobs) or "user")
-        self._tell(jobs)
-        self._log(jobs)
+        self.mirror.tell(jobs)
+        self.mirror.log(jobs)
         self._report(jobs)
         self.seen = seen
         return None
@@ -232,7 +228,9 @@ class _Coordinator:
         spec = self.spec
         if self.per_pass is None:
             return False
-        variants = [j for j in _last(jobs) if j.clone_of is not None and halving.fate(spec, jobs, j.trial) is None]
+        variants = [
+            j for j in halving.last(jobs) if j.clone_of is not None and halving.fate(spec, jobs, j.trial) is None
+        ]
         if self._try_variants(jobs, asked, variants):
             return False
         begun = sorted({j.trial for j in jobs if j.clone_of is None})
@@ -335,7 +333,7 @@ class _Coordinator:
 
         from pipelines.tuning.draws import Seen
 
-        self._tell(jobs)
+        self.mirror.tell(jobs)
         spec = self.spec
         known = [j.params for j in jobs if j.rung == 0]
         begun = [j.params for j in jobs if j.rung == 0 and j.trial in members]
@@ -361,78 +359,11 @@ class _Coordinator:
             self._put_up(found, 0)
         return len(found)
 
-    def _tell(self, jobs: Sequence[studies.Job]) -> None:
-        """Bring Optuna up to what the jobs say; all of it can be said twice."""
-        import optuna
-
-        open_ = [mine for number, mine in _by_trial(jobs).items() if number not in self.told]
-        trials = self.optuna.get_trials(deepcopy=False) if open_ else []
-        for mine in open_:
-            last = mine[-1]
-            frozen = trials[last.trial]
-            over = self._over(last, jobs)
-            if frozen.state == optuna.trial.TrialState.RUNNING:
-                trial = optuna.trial.Trial(self.optuna, last.trial_id)
-                for job in mine:
-                    if job.value is not None and job.steps not in frozen.intermediate_values:
-                        trial.report(job.value, job.steps)
-                if over is not None:
-                    value = last.value if over == optuna.trial.TrialState.COMPLETE else None
-                    self.optuna.tell(last.trial, value, state=over)
-            if over is not None:
-                self.told.add(last.trial)
-
-    def _over(self, last: studies.Job, jobs: Sequence[studies.Job]) -> optuna.trial.TrialState | None:
-        """How a trial ended, or None while it may still go on."""
-        import optuna
-
-        states = optuna.trial.TrialState
-        fates = {"complete": states.COMPLETE, "pruned": states.PRUNED, "failed": states.FAIL}
-        ended = halving.fate(self.spec, jobs, last.trial)
-        return fates[ended] if ended else None
-
-    def _log(self, jobs: Sequence[studies.Job]) -> None:
-        """Bring MLflow up to what the jobs say: a nested run a trial, with its curves. Repeating it adds nothing."""
-        if self.parent is None:
-            return
-        for number, mine in _by_trial(jobs).items():
-            if number in self.closed:
-                continue
-            if number not in self.runs:
-                self.runs[number] = mlflow.start_run(
-                    mlflow.experiment_of(self.spec.model),
-                    f"trial {number}",
-                    parent=self.parent,
-                    params=mine[0].params,
-                    tags={
-                        "tunesmith.study": self.spec.study,
-                        "tunesmith.trial": str(number),
-                        "tunesmith.clone_of": "" if mine[0].clone_of is None else str(mine[0].clone_of),
-                    },
-                    key=f"{self.spec.study}/{number}",
-                )
-            run, last = self.runs[number], mine[-1]
-            for job in mine:
-                if job.value is None or (number, job.rung) in self.logged:
-                    continue
-                points = [("train_loss", loss, int(step)) for step, loss in job.curve or []]
-                points.append(("validation_loss", _value(job), job.steps))
-                # The time is the job's, so that another coordinator sends the same points
-                mlflow.log_points(run, points, at_ms=int(job.updated_at.timestamp() * 1000))
-                self.logged.add((number, job.rung))
-            if (over := self._over(last, jobs)) is not None:
-                self._close(run, over.name.lower(), last)
-
-    def _close(self, run: str, outcome: str, last: studies.Job) -> None:
-        mlflow.set_tags(run, {"tunesmith.outcome": outcome, "tunesmith.error": last.error or ""})
-        mlflow.end_run(run, "FAILED" if last.state == "failed" else "FINISHED")
-        self.closed.add(last.trial)
-
     def _report(self, jobs: Sequence[studies.Job]) -> None:
         spec = self.spec
         done = [j for j in jobs if j.state in ("done", "failed")]
         total = _planned(spec)
-        best = min((j for j in done if j.value is not None), key=_value, default=None)
+        best = min((j for j in done if j.value is not None), key=halving.loss, default=None)
         begun = len({j.trial for j in jobs if j.clone_of is None})
         text = f"{begun} of {spec.trials} trials begun"
         if variants := len({j.trial for j in jobs if j.clone_of is not None}):
@@ -450,8 +381,8 @@ class _Coordinator:
 
     def _end(self, jobs: Sequence[studies.Job], stopped_by: str) -> Best | None:
         """The result, written down; None when a person asked for one more trial at the last moment."""
-        self._tell(jobs)
-        self._log(jobs)
+        self.mirror.tell(jobs)
+        self.mirror.log(jobs)
         done = [j for j in jobs if j.value is not None]  # also of what was pruned by hand after it was measured
         failed = [j for j in jobs if j.state == "failed"]
         if not done:
@@ -463,18 +394,18 @@ class _Coordinator:
             raise TunesmithError(
                 f"No trial of {self.spec.study} succeeded: {causes}.", hint="Mend tuning.space, or raise the budget."
             )
-        self._leave_behind(jobs)
+        self.mirror.leave_behind(jobs)
         rows = measured(jobs)
         rule = Rule(**self.spec.pick) if self.spec.pick else None
         winner = rows[pick([m for _, m in rows], self.spec.objectives, rule, self.spec.constraints)][0]
-        last = _last(jobs)
+        last = halving.last(jobs)
         assert winner.checkpoint is not None  # noqa: S101  a done job has one
         top = len(self.spec.rungs) - 1
         best = Best(
             study=self.spec.study,
             trial=winner.trial,
             params=winner.params,
-            value=_value(winner),
+            value=halving.loss(winner),
             steps=winner.steps,
             adapter=str(storage.get("checkpoint", winner.checkpoint) / "adapter"),
             trials=len(last),
@@ -483,7 +414,7 @@ class _Coordinator:
             tokens=sum(j.tokens or 0 for j in jobs),
             seconds=sum(j.seconds or 0.0 for j in jobs),
             stopped_by=stopped_by,
-            pareto=_front(rows, self.spec.objectives),
+            pareto=front(rows, self.spec.objectives),
         )
         state = "completed" if stopped_by == "trials" else "stopped"
         if not self._close_study(state, stopped_by, best):
@@ -499,74 +430,6 @@ class _Coordinator:
             row = best.to_json() if best else None
             studies.end(conn, self.spec.study, state=state, stopped_by=stopped_by, best=row)
         return True
-
-    def _leave_behind(self, jobs: Sequence[studies.Job]) -> None:
-        """Trials that a stopped search did not get to judge are over in Optuna and MLflow too."""
-        import optuna
-
-        for number, mine in _by_trial(jobs).items():
-            if number not in self.told:
-                with contextlib.suppress(ValueError):  # told by an earlier coordinator
-                    self.optuna.tell(number, state=optuna.trial.TrialState.PRUNED)
-                self.told.add(number)
-            if number in self.runs and number not in self.closed:
-                self._close(self.runs[number], "stopped", mine[-1])
-
-
-def measured(jobs: Sequence[studies.Job]) -> list[tuple[studies.Job, dict[str, float]]]:
-    """Each measured rung with its measures, lower rungs first, since more steps may have overfitted."""
-    rows = []
-    for job in sorted((j for j in jobs if j.value is not None), key=lambda j: (j.rung, j.trial)):
-        so_far = [j for j in jobs if j.trial == job.trial and j.rung <= job.rung]
-        row = measures(
-            loss=_value(job),
-            adapter_parameters=job.adapter_parameters or 0,
-            training_seconds=sum(j.seconds or 0.0 for j in so_far),
-            training_tokens=sum(j.tokens or 0 for j in so_far),
-        )
-        rows.append((job, row))
-    return rows
-
-
-def _front(rows: Sequence[tuple[studies.Job, dict[str, float]]], objectives: Sequence[str]) -> list[dict[str, Any]]:
-    """The Pareto set, where there is more than one objective."""
-    if len(objectives) == 1:
-        return []
-    front = [rows[n] for n in pareto([row for _, row in rows], objectives)]
-    return [{"trial": j.trial, "steps": j.steps, **{n: row[n] for n in objectives}} for j, row in front]
-
-
-def _by_trial(jobs: Sequence[studies.Job]) -> dict[int, list[studies.Job]]:
-    """A trial's jobs, by rung."""
-    found: dict[int, list[studies.Job]] = {}
-    for job in jobs:
-        found.setdefault(job.trial, []).append(job)
-    return found
-
-
-def _last(jobs: Sequence[studies.Job]) -> list[studies.Job]:
-    """Each trial's job at its highest rung."""
-    return [mine[-1] for mine in _by_trial(jobs).values()]
-
-
-def _open_store() -> optuna.storages.RDBStorage:
-    import optuna
-
-    url = get_settings().database("optuna").replace("postgresql://", "postgresql+psycopg://", 1)
-    # pool_pre_ping: a connection that a database restart broke is replaced, not used
-    return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True, "pool_size": 2})
-
-
-def _open_optuna(spec: StudySpec, store: optuna.storages.RDBStorage) -> optuna.Study:
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(storage=store, study_name=spec.study, direction="minimize", load_if_exists=True)
-    if spec.warm_start and "warm" not in study.user_attrs:
-        for params in spec.warm_start:
-            study.enqueue_trial(spaces.drawable(spec.space, params), skip_if_exists=True)
-        study.set_user_attr("warm", True)
-    return study
 
 
 def _planned(spec: StudySpec) -> list[int]:
@@ -587,7 +450,3 @@ def _cost(spec: StudySpec, rung: int) -> int:
 
 def _open(job: studies.Job) -> bool:
     return job.state in ("waiting", "running")
-
-
-def _value(job: studies.Job) -> float:
-    return float("inf") if job.value is None else job.value

@@ -19,16 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.tuning.forward import Forward
 from pipelines.tuning.methods import Alone, Targets, packable
 from pipelines.tuning.pack import Pack
 
 if TYPE_CHECKING:
-    import torch
-
     from pipelines.data.tokenise import Tokens
 
 log = logging.getLogger(__name__)
-_IGNORED = -100
 _MEGABATCH = 16  # batches whose rows are sorted by length together: little padding, still random
 _FORWARD_TOKENS = 4096  # an adapter's tokens in one forward pass, padding included; larger batches are accumulated
 PACKS = (1, 2, 4, 8)  # how many adapters in one pass are tried
@@ -71,11 +69,11 @@ class Trainer:
     """Holds one base and its data for many trials. Not thread-safe. `seed` orders the rows."""
 
     def __init__(self, model: Any, train: Tokens, validation: Tokens, *, pad: int, seed: int = 0) -> None:
-        self.model, self.train, self.validation, self.pad, self.seed = model, train, validation, pad, seed
+        self.model, self.train, self.validation, self.seed = model, train, validation, seed
         self.model.requires_grad_(False)
         self.targets = Targets(model)
         self.lengths = [len(train.row(i)) for i in range(len(train))]
-        self._direct = self._head_alone_is_equal()
+        self.forward = Forward(model, train, validation, pad=pad)
 
     def run(
         self, members: Sequence[Member], *, total_steps: int, until: int,
@@ -164,51 +162,6 @@ class Trainer:
             raise ValueError("DoRA and PiSSA train alone")
         return Alone(self.model, members[0], seeds[0])
 
-    def batch(
-        self, tokens: Tokens, rows: Sequence[int], copies: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Right-padded ids, mask and labels of rows, all of them `copies` times; labels hold the completion's tokens,
-        shifted to where they are predicted."""
-        import torch
-
-        longest = max(len(tokens.row(i)) for i in rows)
-        ids = torch.full((len(rows), longest), self.pad, dtype=torch.long)
-        mask = torch.zeros((len(rows), longest), dtype=torch.long)
-        labels = torch.full((len(rows), longest), _IGNORED, dtype=torch.long)
-        for n, i in enumerate(rows):
-            row = torch.from_numpy(tokens.row(i).astype("int64"))
-            prompt = int(tokens.prompt_lengths[i])
-            ids[n, : len(row)] = row
-            mask[n, : len(row)] = 1
-            labels[n, prompt - 1 : len(row) - 1] = row[prompt:]
-        device = self.model.device
-        return ids.repeat(copies, 1).to(device), mask.repeat(copies, 1).to(device), labels.repeat(copies, 1).to(device)
-
-    def loss(self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor, copies: int) -> torch.Tensor:
-        """The negative log-likelihood of each completion token in fp32, `[copies, tokens]`."""
-        import torch
-
-        chosen = labels != _IGNORED
-        if self._direct:
-            hidden = self.model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            logits = self.model.get_output_embeddings()(hidden[chosen])
-        else:
-            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[chosen]
-        return torch.nn.functional.cross_entropy(logits.float(), labels[chosen], reduction="none").view(copies, -1)
-
-    def _head_alone_is_equal(self) -> bool:
-        """Whether decoder and head by themselves give this model's logits. True for most; some scale or cap them,
-        and are then run whole."""
-        import torch
-
-        ids, mask, labels = self.batch(self.train, [0], 1)
-        with torch.inference_mode():
-            self.model.eval()
-            whole = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            hidden = self.model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            alone = self.model.get_output_embeddings()(hidden)
-        return bool(torch.allclose(whole.float(), alone.float(), atol=1e-3, rtol=1e-3)) and labels.numel() > 0
-
 
 class _Run:
     """A pack on its way through the steps of one rung."""
@@ -296,8 +249,8 @@ class _Run:
         supervised = sum(trainer.lengths[i] - int(trainer.train.prompt_lengths[i]) for i in batch)
         losses = [0.0] * copies
         for piece in _pieces(trainer.lengths, batch):
-            ids, mask, labels = trainer.batch(trainer.train, piece, copies)
-            each = trainer.loss(ids, mask, labels, copies).sum(1) / (supervised * parts)
+            ids, mask, labels = trainer.forward.batch(trainer.train, piece, copies)
+            each = trainer.forward.loss(ids, mask, labels, copies).sum(1) / (supervised * parts)
             each.sum().backward()  # type: ignore[no-untyped-call]
             losses = [a + b for a, b in zip(losses, each.tolist(), strict=True)]
             self.tokens += int(mask.sum()) // copies
@@ -316,7 +269,7 @@ class _Run:
         with torch.inference_mode():
             for piece in _pieces(lengths, order, most=max(1, _FORWARD_TOKENS // copies)):
                 self._drop(lost())
-                losses = trainer.loss(*trainer.batch(tokens, piece, copies), copies)
+                losses = trainer.forward.loss(*trainer.forward.batch(tokens, piece, copies), copies)
                 totals += losses.double().sum(1).cpu()
                 count += losses.shape[1]
         return [total / count for total in totals.tolist()]

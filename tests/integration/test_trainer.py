@@ -118,13 +118,38 @@ def test_the_saved_adapter_is_plain_peft_and_its_loss_the_usual_one(
 
 
 def test_padding_and_the_short_head_change_no_loss(trainer: Trainer) -> None:
-    assert trainer._direct
-    together = trainer.loss(*trainer.batch(trainer.train, list(range(8)), 1), 1)
-    alone = [trainer.loss(*trainer.batch(trainer.train, [i], 1), 1) for i in range(8)]
-    trainer._direct = False
-    whole = trainer.loss(*trainer.batch(trainer.train, list(range(8)), 1), 1)
+    assert trainer.forward.direct
+    together = trainer.forward.loss(*trainer.forward.batch(trainer.train, list(range(8)), 1), 1)
+    alone = [trainer.forward.loss(*trainer.forward.batch(trainer.train, [i], 1), 1) for i in range(8)]
+    trainer.forward.direct = False
+    whole = trainer.forward.loss(*trainer.forward.batch(trainer.train, list(range(8)), 1), 1)
     assert torch.allclose(together, torch.cat(alone, 1), atol=1e-5)
     assert torch.allclose(together, whole, atol=1e-5)
+
+
+def test_the_common_beginning_taken_once_changes_no_loss_and_no_gradient(trainer: Trainer) -> None:
+    from pipelines.tuning.pack import Pack
+
+    forward = trainer.forward
+    rows = [trainer.train.row(i) for i in range(len(trainer.train))]
+    prefix = forward.prefix
+    assert prefix is not None
+    assert all(row[: len(prefix)].tolist() == prefix.tolist() for row in rows)
+    assert len({int(row[len(prefix)]) for row in rows}) > 1  # and there it ends
+    pack = Pack(trainer.model, [PARAMS | {"lora_dropout": 0.0}] * 2, [1, 2], trainer.targets)
+    pack.values.normal_(std=0.05, generator=torch.Generator().manual_seed(0))  # so that B has a say
+    losses, gradients = [], []
+    with pack.attached():
+        for forward.prefix in (prefix, None):
+            loss = forward.loss(*forward.batch(trainer.train, range(6), 2), 2)
+            loss.mean().backward()
+            losses.append(loss.detach())
+            gradients.append(pack.gradients.clone())
+            pack.clear()
+    assert torch.allclose(*losses, atol=1e-5)
+    assert not torch.allclose(losses[0][0], losses[0][1], atol=1e-2)
+    assert gradients[0].abs().max() > 1e-3
+    assert torch.allclose(*gradients, atol=1e-6)
 
 
 def test_a_trial_starts_from_an_adapter_that_fits(trainer: Trainer, tmp_path: Path) -> None:
@@ -244,7 +269,7 @@ def test_an_adapter_alone_becomes_what_peft_makes_of_it(trainer: Trainer, tiny_b
     size = params["per_device_train_batch_size"]
     batches = epoch_of(trainer.lengths, size, seed=0, epoch=0) + epoch_of(trainer.lengths, size, seed=0, epoch=1)
     for step, rows in enumerate(batches[:10]):
-        ids, mask, shifted = trainer.batch(trainer.train, rows, 1)
+        ids, mask, shifted = trainer.forward.batch(trainer.train, rows, 1)
         labels = torch.full_like(ids, -100)
         labels[:, 1:] = shifted[:, :-1]
         loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
@@ -321,7 +346,7 @@ def test_methods_that_train_alone_resume_and_load_as_plain_adapters(
     assert whole.curve[-1][1] < whole.curve[0][1]
     model = PeftModel.from_pretrained(bases.load_model(tiny_base.folder, "float32"), tmp_path / "whole" / "adapter")
     model.eval()
-    ids, mask, labels = trainer.batch(trainer.validation, list(range(len(trainer.validation))), 1)
+    ids, mask, labels = trainer.forward.batch(trainer.validation, list(range(len(trainer.validation))), 1)
     with torch.inference_mode():
         logits = model(input_ids=ids, attention_mask=mask).logits
     loss = torch.nn.functional.cross_entropy(logits[labels != -100], labels[labels != -100])

@@ -1,0 +1,128 @@
+"""What Optuna and MLflow are told of a study: they are brought up to what the jobs say, and saying it twice adds
+nothing, so that a coordinator that is killed in between loses nothing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from infra.settings import get_settings
+from pipelines.tuning import halving
+from pipelines.tuning import space as spaces
+from pipelines.tuning.spec import StudySpec
+from registry import mlflow, studies
+
+if TYPE_CHECKING:
+    import optuna
+
+
+class Mirror:
+    """One coordinator's memory of what it has told. `parent` is the MLflow run that the trials' runs are nested in;
+    without it MLflow is told nothing."""
+
+    def __init__(self, spec: StudySpec, study: optuna.Study, parent: str | None) -> None:
+        self.spec, self.optuna, self.parent = spec, study, parent
+        self.runs: dict[int, str] = {}  # trial -> MLflow run
+        self.logged: set[tuple[int, int]] = set()
+        self.told: set[int] = set()  # trials that Optuna knows the end of
+        self.closed: set[int] = set()  # trials that MLflow knows the end of
+
+    def tell(self, jobs: Sequence[studies.Job]) -> None:
+        """Bring Optuna up to what the jobs say; all of it can be said twice."""
+        import optuna
+
+        open_ = [mine for number, mine in halving.by_trial(jobs).items() if number not in self.told]
+        trials = self.optuna.get_trials(deepcopy=False) if open_ else []
+        for mine in open_:
+            last = mine[-1]
+            frozen = trials[last.trial]
+            over = self._over(last, jobs)
+            if frozen.state == optuna.trial.TrialState.RUNNING:
+                trial = optuna.trial.Trial(self.optuna, last.trial_id)
+                for job in mine:
+                    if job.value is not None and job.steps not in frozen.intermediate_values:
+                        trial.report(job.value, job.steps)
+                if over is not None:
+                    value = last.value if over == optuna.trial.TrialState.COMPLETE else None
+                    self.optuna.tell(last.trial, value, state=over)
+            if over is not None:
+                self.told.add(last.trial)
+
+    def _over(self, last: studies.Job, jobs: Sequence[studies.Job]) -> optuna.trial.TrialState | None:
+        """How a trial ended, or None while it may still go on."""
+        import optuna
+
+        states = optuna.trial.TrialState
+        fates = {"complete": states.COMPLETE, "pruned": states.PRUNED, "failed": states.FAIL}
+        ended = halving.fate(self.spec, jobs, last.trial)
+        return fates[ended] if ended else None
+
+    def log(self, jobs: Sequence[studies.Job]) -> None:
+        """Bring MLflow up to what the jobs say: a nested run a trial, with its curves. Repeating it adds nothing."""
+        if self.parent is None:
+            return
+        for number, mine in halving.by_trial(jobs).items():
+            if number in self.closed:
+                continue
+            if number not in self.runs:
+                self.runs[number] = mlflow.start_run(
+                    mlflow.experiment_of(self.spec.model),
+                    f"trial {number}",
+                    parent=self.parent,
+                    params=mine[0].params,
+                    tags={
+                        "tunesmith.study": self.spec.study,
+                        "tunesmith.trial": str(number),
+                        "tunesmith.clone_of": "" if mine[0].clone_of is None else str(mine[0].clone_of),
+                    },
+                    key=f"{self.spec.study}/{number}",
+                )
+            run, last = self.runs[number], mine[-1]
+            for job in mine:
+                if job.value is None or (number, job.rung) in self.logged:
+                    continue
+                points = [("train_loss", loss, int(step)) for step, loss in job.curve or []]
+                points.append(("validation_loss", halving.loss(job), job.steps))
+                # The time is the job's, so that another coordinator sends the same points
+                mlflow.log_points(run, points, at_ms=int(job.updated_at.timestamp() * 1000))
+                self.logged.add((number, job.rung))
+            if (over := self._over(last, jobs)) is not None:
+                self._close(run, over.name.lower(), last)
+
+    def _close(self, run: str, outcome: str, last: studies.Job) -> None:
+        mlflow.set_tags(run, {"tunesmith.outcome": outcome, "tunesmith.error": last.error or ""})
+        mlflow.end_run(run, "FAILED" if last.state == "failed" else "FINISHED")
+        self.closed.add(last.trial)
+
+    def leave_behind(self, jobs: Sequence[studies.Job]) -> None:
+        """Trials that a stopped search did not get to judge are over in Optuna and MLflow too."""
+        import optuna
+
+        for number, mine in halving.by_trial(jobs).items():
+            if number not in self.told:
+                with contextlib.suppress(ValueError):  # told by an earlier coordinator
+                    self.optuna.tell(number, state=optuna.trial.TrialState.PRUNED)
+                self.told.add(number)
+            if number in self.runs and number not in self.closed:
+                self._close(self.runs[number], "stopped", mine[-1])
+
+
+def open_store() -> optuna.storages.RDBStorage:
+    import optuna
+
+    url = get_settings().database("optuna").replace("postgresql://", "postgresql+psycopg://", 1)
+    # pool_pre_ping: a connection that a database restart broke is replaced, not used
+    return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True, "pool_size": 2})
+
+
+def open_study(spec: StudySpec, store: optuna.storages.RDBStorage) -> optuna.Study:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(storage=store, study_name=spec.study, direction="minimize", load_if_exists=True)
+    if spec.warm_start and "warm" not in study.user_attrs:
+        for params in spec.warm_start:
+            study.enqueue_trial(spaces.drawable(spec.space, params), skip_if_exists=True)
+        study.set_user_attr("warm", True)
+    return study
