@@ -6,6 +6,7 @@ by one rename, so a crash or a full disk leaves nothing half-made.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -112,3 +113,12 @@ def keep(kind: Kind, digest: str, folder: Path) -> Path:
         if not target.is_dir():
             raise
     return target
+
+
+def remove(kind: Kind, digest: str) -> None:
+    """Give up a folder that nobody needs any more; no-op when it is not there."""
+    folder = where(kind, digest)
+    going = folder.with_name(f".new-{folder.name}")  # what a crash leaves of it is swept as a scratch folder is
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(going)
+    shutil.rmtree(going, ignore_errors=True)

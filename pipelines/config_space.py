@@ -54,8 +54,10 @@ class Layers:
 
 Kind = Number | Name | Modules | Layers
 
+SERVED_RANK = 256  # the highest rank that our engine serves
+
 KINDS: Mapping[str, Kind] = {
-    "r": Number(low=1, high=512, whole=True),
+    "r": Number(low=1, high=SERVED_RANK, whole=True),
     "use_rslora": Name(names=(False, True)),
     "use_dora": Name(names=(False, True)),
     "init_lora_weights": Name(names=(True, "pissa")),
@@ -104,6 +106,8 @@ def clash(params: Mapping[str, Any]) -> str | None:
         return "init_lora_weights: pissa does not go with use_dora: true, since PEFT saves no plain adapter of both"
     if params.get("lora_dropout"):
         return "init_lora_weights: pissa needs lora_dropout: 0, since dropout would drop parts of the base itself"
+    if params.get("r", 0) > SERVED_RANK // 2:
+        return f"init_lora_weights: pissa needs r of {SERVED_RANK // 2} at most, since it is saved as LoRA of twice r"
     return None
 
 
@@ -315,7 +319,7 @@ class Space(BaseModel):
 
 def _never_drawn(space: Mapping[str, Any], named: Iterable[str]) -> list[tuple[str, str]]:
     """Dimensions that can run out of choices, and choices in the file (`named`) that always clash."""
-    tried = [name for name in ("use_dora", "init_lora_weights", "lora_dropout") if name in space]
+    tried = [name for name in ("r", "use_dora", "init_lora_weights", "lora_dropout") if name in space]
     needed = {next(iter(space[name]["when"])) for name in tried if _is_conditional(space[name])}
     small = {name: space[name] for name in order(space) if name in needed or name in tried}
     try:

@@ -6,6 +6,7 @@ finished can be skipped by any later process, and the next one finds all it need
 
 from __future__ import annotations
 
+import json
 import logging
 import uuid
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from infra.errors import NotFound, TunesmithError, UsageError
 from pipelines import config as configs
 from pipelines import runs, schedules
 from pipelines.progress import report
-from registry import bases, datasets, deployments, gates, leases, mlflow, profile, versions
+from registry import bases, datasets, deployments, gates, leases, mlflow, profile, studies, versions
 from registry.bundle import Generation
 from registry.datasets import Row
 
@@ -216,7 +217,11 @@ def _init_adapter(plan: Plan, data: dict[str, Any]) -> Path | None:
         return None
     if plan.config.retrain is None or plan.config.retrain.start_from != "champion":
         return None
-    return champion.adapter()
+    adapter = champion.adapter()
+    if adapter is not None and json.loads((adapter / "adapter_config.json").read_text()).get("use_dora"):
+        log.warning("%s is DoRA, which no training goes on from: the retrain begins with the base", champion.name)
+        return None
+    return adapter
 
 
 def _warm_start(plan: Plan, run: runs.Run) -> list[dict[str, Any]]:
@@ -321,6 +326,7 @@ def register(
         promoted, refusal = _promote(plan, version, judged)
         if plan.config.retrain is not None:
             schedules.ensure_retrain(plan.config.model)
+        _let_go_of_checkpoints(run.study)
         report("register", f"{version.name} {'serves' if promoted else 'is registered'}", 1, 1)
         return {
             "model": version.model,
@@ -336,6 +342,14 @@ def register(
         }
 
     return run.stage("register", work)
+
+
+def _let_go_of_checkpoints(study: str) -> None:
+    """The bundle has the winner's adapter; of the rest nobody makes use once a study's run is over."""
+    with transaction() as conn:
+        given_up = studies.checkpoints(conn, study)
+    for digest in given_up:
+        storage.remove("checkpoint", digest)
 
 
 def _log_evaluation(run: runs.Run, version: versions.Version, evaluation: dict[str, Any]) -> None:

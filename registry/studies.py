@@ -117,6 +117,11 @@ def jobs(conn: Connection, study: str) -> list[Job]:
     return [_job(row) for row in conn.execute(SQL["jobs"], {"study": study})]
 
 
+def checkpoints(conn: Connection, study: str) -> list[str]:
+    """Digests of the checkpoints that no other study's jobs have."""
+    return [row["checkpoint"] for row in conn.execute(SQL["checkpoints"], {"study": study})]
+
+
 def add_job(
     conn: Connection, study: str, *, trial: int, rung: int, trial_id: int, params: Mapping[str, Any], steps: int,
     checkpoint: str | None, pack: int | None = None, clone_of: int | None = None,

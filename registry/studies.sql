@@ -66,6 +66,12 @@ update rung_job set state = 'done', value = %(value)s, curve = %(curve)s, checkp
 where study = %(study)s and trial = %(trial)s and rung = %(rung)s and token = %(token)s and state = 'running'
 returning token
 
+-- Of this study's alone: the same training twice has the same digest
+-- name: checkpoints
+select distinct checkpoint from rung_job mine
+where study = %(study)s and checkpoint is not null
+    and not exists (select from rung_job other where other.checkpoint = mine.checkpoint and other.study <> mine.study)
+
 -- name: fail
 update rung_job set state = 'failed', error = %(error)s, lease_until = null, updated_at = now()
 where study = %(study)s and trial = %(trial)s and rung = %(rung)s and token = %(token)s and state = 'running'

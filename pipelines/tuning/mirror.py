@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from infra.services import sqlalchemy_url
 from infra.settings import get_settings
 from pipelines.tuning import halving
 from pipelines.tuning import space as spaces
@@ -111,7 +112,7 @@ class Mirror:
 def open_store() -> optuna.storages.RDBStorage:
     import optuna
 
-    url = get_settings().database("optuna").replace("postgresql://", "postgresql+psycopg://", 1)
+    url = sqlalchemy_url(get_settings().database("optuna"), "psycopg")
     # pool_pre_ping: a connection that a database restart broke is replaced, not used
     return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True, "pool_size": 2})
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.db import transaction
-from infra.settings import get_settings
+from pipelines.tuning.mirror import open_store
 from pipelines.tuning.objectives import measured
 from pipelines.tuning.spec import StudySpec
 from registry import mlflow, studies
@@ -130,8 +130,7 @@ def _measures(study_name: str) -> Measures:
 def _opened(study_name: str) -> Iterator[optuna.Study]:
     import optuna
 
-    url = get_settings().database("optuna").replace("postgresql://", "postgresql+psycopg://", 1)
-    store = optuna.storages.RDBStorage(url, engine_kwargs={"pool_size": 1})
+    store = open_store()
     try:
         yield optuna.load_study(study_name=study_name, storage=store)
     finally:

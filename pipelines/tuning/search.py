@@ -397,7 +397,11 @@ class _Coordinator:
         self.mirror.leave_behind(jobs)
         rows = measured(jobs)
         rule = Rule(**self.spec.pick) if self.spec.pick else None
-        winner = rows[pick([m for _, m in rows], self.spec.objectives, rule, self.spec.constraints)][0]
+        try:
+            winner = rows[pick([m for _, m in rows], self.spec.objectives, rule, self.spec.constraints)][0]
+        except TunesmithError:  # no trial keeps the constraints
+            self._close_study("failed", stopped_by, None)
+            raise
         last = halving.last(jobs)
         assert winner.checkpoint is not None  # noqa: S101  a done job has one
         top = len(self.spec.rungs) - 1

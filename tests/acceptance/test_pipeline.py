@@ -135,6 +135,10 @@ def test_a_run_turns_rows_into_a_version_that_serves(stack: Stack, data: Path) -
     }
     listed = json.loads(stack.tunesmith("versions", "whole", "--json").stdout)["versions"]
     assert [(v["version"], v["serving"]) for v in listed] == [(1, "champion")]
+    given_up = asked(stack, "select checkpoint from rung_job where study = %s", result["study"])
+    assert len(given_up) == 3
+    kept = {folder.name for folder in (stack.home / "artifacts" / "checkpoint").iterdir()}
+    assert not {digest.removeprefix("sha256:") for (digest,) in given_up} & kept
 
 
 def start(stack: Stack, config: str) -> subprocess.Popen[bytes]:

@@ -159,6 +159,14 @@ def test_a_search_without_a_success_says_why(spec: StudySpec) -> None:
         assert studies.get(conn, "m-1")["state"] == "failed"
 
 
+def test_a_search_none_of_whose_trials_keeps_the_constraints_is_over(spec: StudySpec) -> None:
+    small = replace(spec, trials=1, rungs=(2,), constraints={"adapter_parameters": 1.0})
+    with pytest.raises(TunesmithError, match=r"^No trial keeps the constraints: adapter_parameters must be at most 1,"):
+        search(small, progress=quiet)
+    with transaction() as conn:
+        assert studies.get(conn, "m-1")["state"] == "failed"  # so that workers go home
+
+
 def test_a_budget_ends_a_search_with_what_it_has(spec: StudySpec) -> None:
     # Rungs that take much longer than a coordinator's turn, in which no more than the next one can begin
     best = search(replace(spec, max_training_tokens=1, rungs=(150, 300), adapters_per_pass=1), progress=quiet)

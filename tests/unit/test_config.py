@@ -232,7 +232,7 @@ def test_overrides_win_and_are_yaml(tmp_path: Path) -> None:
         (
             "use_dora: [true, false], r: {when: {use_dora: true}, then: [8, 0], else: 4}",
             "r",
-            "then: must be from 1 to 512, not 0",
+            "then: must be from 1 to 256, not 0",
         ),
         (
             "use_dora: [true, false], r: {when: {use_dora: true}, then: 8, else: {when: {}}}",
@@ -283,6 +283,12 @@ def test_overrides_win_and_are_yaml(tmp_path: Path) -> None:
             "lora_dropout",
             "0.1 is never drawn: init_lora_weights: pissa needs lora_dropout: 0, since dropout would drop parts of the "
             "base itself; take one of the two out",
+        ),
+        (
+            "r: [64, 192], init_lora_weights: pissa",
+            "init_lora_weights",
+            "init_lora_weights: pissa needs r of 128 at most, since it is saved as LoRA of twice r; "
+            "take one of the two out, or make one depend on the other",
         ),
     ],
 )
