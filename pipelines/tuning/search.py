@@ -26,7 +26,7 @@ from pipelines.tuning.crew import Crew
 from pipelines.tuning.methods import fixed_by
 from pipelines.tuning.mirror import Mirror, open_store, open_study
 from pipelines.tuning.objectives import Rule, front, measured, pick
-from pipelines.tuning.spec import StudySpec, brackets, packs, rungs
+from pipelines.tuning.spec import StudySpec, alone, brackets, packs, reaching, rungs
 from registry import bases, pricing, studies
 
 if TYPE_CHECKING:
@@ -362,7 +362,7 @@ class _Coordinator:
     def _report(self, jobs: Sequence[studies.Job]) -> None:
         spec = self.spec
         done = [j for j in jobs if j.state in ("done", "failed")]
-        total = _planned(spec)
+        total = reaching(spec)
         best = min((j for j in done if j.value is not None), key=halving.loss, default=None)
         begun = len({j.trial for j in jobs if j.clone_of is None})
         text = f"{begun} of {spec.trials} trials begun"
@@ -373,8 +373,8 @@ class _Coordinator:
         if best is not None:
             text += f", best loss {best.value:.3f} (trial {best.trial}, {best.steps} steps)"
         spent = sum((j.seconds or 0.0) for j in done)
-        worked = sum(_cost(spec, j.rung) for j in done)
-        left = sum(_cost(spec, r) * n for r, n in enumerate(total)) - worked
+        worked = sum(alone(spec, j.rung) for j in done)
+        left = sum(alone(spec, r) * n for r, n in enumerate(total)) - worked
         if worked and left > 0:
             text += f", about {max(1, round(spent / worked * left / self.crew.wanted / 60))} min left"
         self.progress(text, len(done), sum(total) + sum(j.clone_of is not None for j in jobs))
@@ -434,22 +434,6 @@ class _Coordinator:
             row = best.to_json() if best else None
             studies.end(conn, self.spec.study, state=state, stopped_by=stopped_by, best=row)
         return True
-
-
-def _planned(spec: StudySpec) -> list[int]:
-    """How many trials reach each rung, when none fails."""
-    counts = [0] * len(spec.rungs)
-    for group in brackets(spec):
-        size = len(group)
-        for rung in range(len(spec.rungs)):
-            counts[rung] += size
-            size = max(1, -(-size // spec.reduction))
-    return counts
-
-
-def _cost(spec: StudySpec, rung: int) -> int:
-    """Steps of a rung alone."""
-    return spec.rungs[rung] - (spec.rungs[rung - 1] if rung else 0)
 
 
 def _open(job: studies.Job) -> bool:

@@ -62,6 +62,22 @@ def brackets(spec: StudySpec) -> list[range]:
     return [range(start, min(start + size, spec.trials)) for start in range(0, spec.trials, size)]
 
 
+def reaching(spec: StudySpec) -> list[int]:
+    """How many trials reach each rung, when none fails."""
+    counts = [0] * len(spec.rungs)
+    for group in brackets(spec):
+        size = len(group)
+        for rung in range(len(spec.rungs)):
+            counts[rung] += size
+            size = max(1, -(-size // spec.reduction))
+    return counts
+
+
+def alone(spec: StudySpec, rung: int) -> int:
+    """Steps of a rung by itself."""
+    return spec.rungs[rung] - (spec.rungs[rung - 1] if rung else 0)
+
+
 def packs(members: Sequence[tuple[int, Mapping[str, Any]]], *, most: int, workers: int) -> dict[int, int]:
     """Which trial leads the pack of each: those that train in one pass agree in batch size and accumulation.
 

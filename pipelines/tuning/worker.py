@@ -21,7 +21,7 @@ from infra import storage
 from infra.db import transaction
 from infra.errors import Conflict, NotFound, TunesmithError, Unreachable
 from pipelines.tuning import space as spaces
-from pipelines.tuning.spec import StudySpec
+from pipelines.tuning.spec import StudySpec, alone, brackets, reaching
 from registry import bases, datasets, studies
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,10 @@ def _measure(trainer: Any, spec: StudySpec) -> None:
     with transaction() as conn:
         if studies.get(conn, spec.study)["adapters_per_pass"] is not None:
             return
-    best = trainer.best_pack(spaces.typical(spec.space))
+    workers = max(1, spec.workers)
+    steps = sum(count * alone(spec, rung) for rung, count in enumerate(reaching(spec))) // workers
+    most = -(-len(brackets(spec)[0]) // workers)  # of a larger pack a part would go to an idle worker
+    best = trainer.best_pack(spaces.typical(spec.space), most=most, steps=steps)
     with transaction() as conn:
         studies.measured(conn, spec.study, best)
 
