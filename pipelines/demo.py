@@ -45,15 +45,16 @@ class Size:
     tuning: str
     retrain: str
     limit: int
+    batch: int
 
 
 FULL = Size(
-    base="builtin:smollm2-135m", train=800, test=120, requests=200, limit=120,
+    base="builtin:smollm2-135m", train=800, test=80, requests=200, limit=120, batch=4,
     tuning="trials: 8\n  max_steps: 45\n  pruning: {reduction: 3, rungs: 3}",
     retrain="trials: 4",
 )  # fmt: skip
 QUICK = Size(
-    base="builtin:tiny", train=1500, test=150, requests=200, limit=200,
+    base="builtin:tiny", train=1500, test=150, requests=200, limit=200, batch=8,
     tuning="trials: 8\n  max_steps: 180\n  pruning: {reduction: 3, rungs: 3}",
     retrain="trials: 4",
 )  # fmt: skip
@@ -173,6 +174,7 @@ tuning:
     lora_dropout: [0.0, 0.05]
     lr_scheduler_type: [linear, cosine]
     target_modules: [attention, all-linear]
+    per_device_train_batch_size: {size.batch}
 evaluation: {{suites: [quality, latency], limit: {size.limit}}}
 gates:
   - {{metric: loss, against: base, must: better}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import orjson
@@ -44,6 +44,22 @@ class Tokens:
     def row(self, number: int) -> NDArray[np.int32]:
         """The ids of one row, prompt and completion."""
         return self.ids[self.offsets[number] : self.offsets[number + 1]]
+
+    def sample(self, most: int, seed: int) -> Tokens:
+        """At most so many of the rows, drawn without replacement; a function of its arguments."""
+        import numpy as np
+
+        if most >= len(self):
+            return self
+        chosen = np.sort(np.random.default_rng(seed).choice(len(self), most, replace=False))
+        rows = [self.row(int(number)) for number in chosen]
+        return replace(
+            self,
+            ids=np.concatenate(rows),
+            offsets=np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64),
+            prompt_lengths=self.prompt_lengths[chosen],
+            rows=self.rows[chosen],
+        )
 
 
 def tokenised(

@@ -94,6 +94,7 @@ def make_spec(
         seed=tuning.seed,
         workers=tuning.workers,
         adapters_per_pass=tuning.adapters_per_pass,
+        validation_rows=tuning.validation_rows,
         max_minutes=tuning.budget.max_minutes,
         max_training_tokens=tuning.budget.max_tokens,
         max_usd=tuning.budget.max_usd,

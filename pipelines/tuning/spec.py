@@ -15,7 +15,8 @@ class StudySpec:
     """`rungs` are the optimizer steps at which trials are compared, the last being the whole of a trial; after each
     rung but the last, the best 1/`reduction` go on. `space` is the YAML's section. With `init_adapter`, a folder
     with a PEFT adapter, every trial starts from its weights. `max_tokens` bounds a row. `adapters_per_pass` 0 is
-    measured by the study's first worker. `objectives`, `pick` and `constraints` are those of tuning/objectives.py."""
+    measured by the study's first worker. Trials are validated on at most `validation_rows`, a seeded sample.
+    `objectives`, `pick` and `constraints` are those of tuning/objectives.py."""
 
     study: str
     model: str
@@ -31,6 +32,7 @@ class StudySpec:
     seed: int = 0
     workers: int = 0
     adapters_per_pass: int = 0
+    validation_rows: int | None = None
     max_minutes: float | None = None
     max_training_tokens: int | None = None
     max_usd: float | None = None

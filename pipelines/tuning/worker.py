@@ -105,6 +105,8 @@ def _trainer(spec: StudySpec) -> Any:
         split: tokenised(dataset, split, base, max_tokens=spec.max_tokens, system=spec.system)
         for split in ("train", "validation")
     }
+    if spec.validation_rows is not None:
+        rows["validation"] = rows["validation"].sample(spec.validation_rows, spec.seed)
     model = bases.load_model(base.folder, base.dtype)
     if spec.max_tokens <= _EAGER_UP_TO:
         model.set_attn_implementation("eager")

@@ -217,6 +217,15 @@ def test_tokens_hold_the_prompt_as_served_and_the_answer_with_its_end(world: Wor
         assert tokenizer.decode(ids[length:-1]) == one.answer
         assert ids[-1] == tokenizer.eos_token_id
     assert isinstance(tokens.ids, np.memmap)
+    some = tokens.sample(3, seed=1)
+    chosen = [int(row) for row in some.rows]
+    assert len(set(chosen)) == 3
+    for at, number in enumerate(chosen):
+        (there,) = (i for i in range(len(tokens)) if tokens.rows[i] == number)
+        assert some.row(at).tolist() == tokens.row(there).tolist()
+        assert some.prompt_lengths[at] == tokens.prompt_lengths[there]
+    assert {tuple(tokens.sample(3, seed=n).rows.tolist()) for n in range(9)} != {tuple(chosen)}
+    assert tokens.sample(10_000, seed=1) is tokens
     assert tokenised(dataset, "train", world.base, max_tokens=128, system="Be brief.").digest == tokens.digest
     assert tokenised(dataset, "train", world.base, max_tokens=128, system=None).digest != tokens.digest
     with pytest.raises(UsageError, match="All 21 train rows are longer than 8 tokens"):
