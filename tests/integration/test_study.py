@@ -210,17 +210,21 @@ def test_a_run_whose_model_another_took_stops_searching(
             conn.execute("update lease set expires_at = clock_timestamp() where name = 'run:m'")
             taken.append(leases.acquire(conn, "run:m", "elsewhere:1 train"))
 
-    with (
-        pytest.raises(Conflict, match="run:m is no longer held by"),
-        runs.begin(
-            model="m", kind="train", fingerprint=plan.fingerprint, config=plan.config.jsonable(),
-            config_path=str(path), flow_run_id=None,
-        ) as run,
-    ):  # fmt: skip
-        thief = threading.Thread(target=take_over, args=(run.study,))
-        thief.start()
-        stages.search(plan, run, data)
-    thief.join()
-    assert sum(j.state == "done" for j in jobs(run.study)) < 60
+    begun = runs.begin(
+        model="m", kind="train", fingerprint=plan.fingerprint, config=plan.config.jsonable(),
+        config_path=str(path), flow_run_id=None,
+    )  # fmt: skip
+
+    def carry_out() -> None:
+        with begun as run:
+            studies_of.append(run.study)
+            thief = threading.Thread(target=take_over, args=(run.study,))
+            thief.start()
+            stages.search(plan, run, data)
+
+    studies_of: list[str] = []
+    with pytest.raises(Conflict, match="run:m is no longer held by"):
+        carry_out()
+    assert sum(j.state == "done" for j in jobs(studies_of[0])) < 60
     with transaction() as conn:
         leases.check(conn, taken[0])  # and nothing of the new run's was touched
