@@ -218,7 +218,7 @@ def test_a_run_whose_model_another_took_stops_searching(
     def carry_out() -> None:
         with begun as run:
             studies_of.append(run.study)
-            thief = threading.Thread(target=take_over, args=(run.study,))
+            thief = threading.Thread(target=take_over, args=(run.study,), daemon=True)
             thief.start()
             stages.search(plan, run, data)
 

@@ -24,7 +24,9 @@ def answering(data: bytes) -> Iterator[str]:
                 while True:
                     caller, _ = server.accept()
                     with caller:
-                        caller.recv(65536)
+                        heard = caller.recv(65536)
+                        while not heard.endswith(b"{}" if heard.startswith(b"POST") else b"\r\n\r\n"):
+                            heard += caller.recv(65536)
                         caller.sendall(data)
 
         threading.Thread(target=serve, daemon=True).start()
@@ -44,7 +46,7 @@ def answering(data: bytes) -> Iterator[str]:
     ],
 )
 def test_what_cannot_be_read_is_an_oserror(data: bytes) -> None:
-    with answering(data) as url, pytest.raises(OSError, match=r"no answer that can be read|hung up|closed|reset"):
+    with answering(data) as url, pytest.raises(OSError, match="no answer that can be read"):
         web.post(url, {})
 
 
