@@ -294,7 +294,7 @@ def test_a_version_travels_by_export_and_import_with_its_evidence(
         import_version(target, f"{model}-b")
 
 
-@pytest.mark.parametrize("profile", [{"format": 99}, {"format": 1}, [1]])
+@pytest.mark.parametrize("profile", [{"format": 99}, {"format": 1}, {"format": 1, "histograms": []}])
 def test_a_bundle_whose_profile_cannot_be_read_is_refused(
     base: bases.Base, adapter: Path, model: str, tmp_path: Path, profile: Any
 ) -> None:

@@ -391,10 +391,11 @@ def test_files_that_may_not_be_read_are_told_in_a_sentence(open_folder: Path) ->
     path = minimal(open_folder)
     path.write_text(
         "model: support\nbase: builtin:tiny\ndata:\n"
-        "  train: [train.jsonl, mine.jsonl, closed/train.jsonl]\n  validation: .\n  test: train.jsonl/x\n"
+        "  train: [train.jsonl, mine.jsonl, closed/train.jsonl]\n  validation: all.jsonl\n  test: train.jsonl/x.csv\n"
     )
     (open_folder / "mine.jsonl").write_text(ROW % 1)
     (open_folder / "mine.jsonl").chmod(0)
+    (open_folder / "all.jsonl").mkdir()
     (open_folder / "closed").mkdir()
     (open_folder / "closed" / "train.jsonl").write_text(ROW % 1)
     (open_folder / "closed").chmod(0)
@@ -408,9 +409,9 @@ def test_files_that_may_not_be_read_are_told_in_a_sentence(open_folder: Path) ->
             assert told == {
                 "data.train[1]": (4, f"{open_folder / 'mine.jsonl'} {closed}"),
                 "data.train[2]": (4, f"{open_folder / 'closed/train.jsonl'} {closed}"),
-                "data.validation": (5, f"{open_folder} is not a file; give a JSONL or CSV file"),
+                "data.validation": (5, f"{open_folder / 'all.jsonl'} is not a file; give a JSONL or CSV file"),
                 "data.test": (
-                    6, f"there is no file {open_folder / 'train.jsonl/x'}; mend the path, or make the file"
+                    6, f"there is no file {open_folder / 'train.jsonl/x.csv'}; mend the path, or make the file"
                 ),
             }  # fmt: skip
     finally:
