@@ -160,6 +160,7 @@ async def test_a_large_batch_of_events_does_not_stop_the_loop(database: Settings
         header = {"authorization": f"Bearer {key}"}
         assert (await http.post("/v1/events", content=b"", headers=header)).status_code == 200  # the key is known now
         ticking = asyncio.create_task(tick())
+        await asyncio.sleep(0.01)  # it has begun
         answer = await http.post("/v1/events", content=body, headers=header)
         await asyncio.sleep(0.01)  # the last gap ends
         ticking.cancel()
