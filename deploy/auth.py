@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Literal, cast, get_args
 from urllib.parse import quote, urlsplit
 
 import orjson
+import psycopg
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -184,7 +185,7 @@ class Auth:
             try:
                 await self._refresh()
                 silent = False
-            except (TunesmithError, OSError) as error:
+            except (TunesmithError, psycopg.Error, OSError) as error:
                 if not silent:
                     log.warning("keys cannot be read, the last ones stay valid for now: %s", error)
                 silent = True

@@ -87,7 +87,7 @@ class Follower:
         self.table = Table()
         self.synced = False
         self.applied: dict[str, tuple[int, bool, str]] = {}  # model -> generation, ready, message
-        self._versions: dict[Ref, Served] = {}  # verified; the least recently needed first
+        self._versions: dict[Ref, Served] = {}  # verified; the least recently needed or used first
         self._loaded: dict[uuid.UUID, set[Ref]] = {}  # what each engine answered a first request of
         self._engines: tuple[Engine, ...] = ()
         self._stale: dict[uuid.UUID, float] = {}  # since when we have seen an engine's row stale
@@ -126,6 +126,12 @@ class Follower:
             for task in self._warming.values():
                 task.cancel()
             self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def used(self, served: Served) -> None:
+        """A request was answered by it, so it is not idle; of versions in no slot the busy ones stay longest."""
+        ref = (served.model, served.number)
+        if ref in self._versions:
+            self._versions[ref] = self._versions.pop(ref)
 
     async def warm(self, model: str, number: int) -> Served:
         """A version that no slot needs, ready to answer. Raises NotFound, Refused, Unreachable, BadAnswer."""
@@ -189,6 +195,8 @@ class Follower:
         if self.applied == self._reported and now < self._report_at:
             return
         with transaction() as conn:
+            if not self._report_at:  # the first time: gateways that went stay no longer than a day beyond the next
+                conn.execute(SQL["forget_replicas"])
             for model, (generation, ready, message) in sorted(self.applied.items()):
                 conn.execute(
                     SQL["report"],

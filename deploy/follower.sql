@@ -23,4 +23,4 @@ on conflict (id, model) do update
 set generation = excluded.generation, ready = excluded.ready, message = excluded.message, seen_at = now()
 
 -- name: forget_replicas
-delete from replica where seen_at < now() - interval '1 day' or id = %(id)s
+delete from replica where seen_at < now() - interval '1 day'

@@ -221,6 +221,8 @@ class Inference:
         else:
             served, call.slot = picked
             call.served = served
+        if call.slot == "pinned":
+            self.follower.used(served)
         engines = table.engines.get(served.base_digest, ())
         body = for_engine(asked, served)
         if asked.stream:

@@ -35,6 +35,7 @@ from psycopg.types.json import Jsonb
 
 from infra.db import Connection, connect, load_queries, one
 from infra.errors import TunesmithError
+from infra.settings import get_settings
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
 log = logging.getLogger(__name__)
@@ -327,6 +328,7 @@ class Recorder:
                     with self._transaction() as conn:
                         ensure_partitions(conn)
                     self._adopt()
+                    self._drop_rejected()
                     next_hour = time.monotonic() + 3600
                 wait = 0.0 if self._send() else POLL_SECONDS
             except (psycopg.OperationalError, psycopg.InterfaceError, TunesmithError) as error:
@@ -373,16 +375,26 @@ class Recorder:
             with self._transaction() as conn:
                 store(conn, self.replica, [orjson.loads(body) for body in bodies])
             self.arrived += len(bodies)
-        except (psycopg.DataError, psycopg.IntegrityError, ValueError) as error:
+        except (psycopg.DataError, psycopg.IntegrityError, ValueError, LookupError, TypeError) as error:
+            # The last two: a record that another release left in the spool
             if len(bodies) > 1:
                 middle = len(bodies) // 2
                 self._deliver(bodies[:middle])
                 self._deliver(bodies[middle:])
                 return
-            log.error("an event was set aside in rejected.jsonl: %s", str(error).strip().split("\n")[0])
-            with (self.folder / "rejected.jsonl").open("ab") as file:
-                file.write(bodies[0] + b"\n")
+            file = self.folder / f"rejected-{datetime.now(UTC):%Y%m%d}.jsonl"
+            reason = str(error).strip().split("\n")[0]
+            log.error("an event was set aside in %s: %s: %s", file, type(error).__name__, reason)
+            with file.open("ab") as rejected:
+                rejected.write(bodies[0] + b"\n")
             self.rejected += 1
+
+    def _drop_rejected(self) -> None:
+        """What was set aside may hold people's text, and goes as the events themselves do."""
+        oldest = datetime.now(UTC).date() - timedelta(days=get_settings().event_retention_days)
+        for file in self.folder.glob("rejected-????????.jsonl"):
+            if file.name < f"rejected-{oldest:%Y%m%d}":
+                file.unlink(missing_ok=True)
 
     @contextmanager
     def _transaction(self) -> Iterator[Connection]:
@@ -401,8 +413,8 @@ class Recorder:
 def store(conn: Connection, replica: uuid.UUID, events: Sequence[Mapping[str, Any]]) -> int:
     """Insert events (as `Event`'s fields, from JSON) and their ``event_batch``; returns how many were new.
 
-    An event that is there already is left alone, so replays are harmless. Raises psycopg.DataError or ValueError
-    when one of the events does not fit the table.
+    An event that is there already is left alone, so replays are harmless. Raises psycopg.DataError, ValueError,
+    LookupError or TypeError when one of the events does not fit the table.
     """
     batch = uuid.uuid4()
     conn.execute(SQL["make_stage"])

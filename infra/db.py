@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, LiteralString, cast
@@ -18,10 +18,12 @@ import psycopg
 from psycopg.rows import DictRow, dict_row
 from psycopg_pool import ConnectionPool, PoolTimeout
 
+from infra import migrate
 from infra.errors import Unreachable
 from infra.settings import get_settings
 
 Connection = psycopg.Connection[DictRow]
+_checked: set[str] = set()  # databases whose schema this process found to be its own
 
 
 @lru_cache(maxsize=1)
@@ -45,10 +47,11 @@ def pool() -> ConnectionPool[Connection]:
 def transaction() -> Iterator[Connection]:
     """One transaction on a pooled connection: commits at the end, rolls back when the block raises.
 
-    Raises Unreachable when the database does not answer.
+    Raises Unreachable when the database does not answer, TunesmithError when its schema is another program's.
     """
     try:
         with pool().connection() as conn:
+            _check_schema(conn)
             yield conn
     except (PoolTimeout, psycopg.OperationalError) as error:
         raise Unreachable(
@@ -58,20 +61,44 @@ def transaction() -> Iterator[Connection]:
 
 
 def connect(*, autocommit: bool = False) -> Connection:
-    """A connection of one's own, for LISTEN, advisory locks and long-lived loops; the caller closes it."""
+    """A connection of one's own, for LISTEN, advisory locks and long-lived loops; the caller closes it.
+
+    Raises as `transaction` does.
+    """
     try:
-        return psycopg.connect(
+        conn = psycopg.connect(
             get_settings().database(),
             row_factory=dict_row,
             autocommit=autocommit,
             connect_timeout=5,
             application_name="tunesmith",
         )
+        try:
+            _check_schema(conn)
+        except BaseException:
+            conn.close()
+            raise
+        return conn
     except psycopg.OperationalError as error:
         raise Unreachable(
             f"PostgreSQL does not answer: {str(error).strip().splitlines()[0]}",
             hint="See `tunesmith status`.",
         ) from error
+
+
+def refuse_other_schema() -> None:
+    """For long-lived processes at their start: raise TunesmithError when the schema is another program's. A database
+    that does not answer yet is no reason to end: it is asked again at its first use."""
+    with suppress(Unreachable):
+        connect().close()
+
+
+def _check_schema(conn: Connection) -> None:
+    """Once a process and database."""
+    database = get_settings().database()
+    if database not in _checked:
+        migrate.check(conn)
+        _checked.add(database)
 
 
 def load_queries(path: Path) -> Mapping[str, LiteralString]:

@@ -6,9 +6,11 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psycopg
 from psycopg import sql
+from psycopg.rows import scalar_row
 
 from infra.errors import TunesmithError, Unreachable, UsageError
 from infra.settings import Settings
@@ -116,20 +118,14 @@ def migrate(url: str, folder: Path = _FOLDER) -> int:
         ) from error
 
 
-def check(url: str) -> None:
-    """Raise TunesmithError unless the database has exactly this program's schema (long-lived processes at start)."""
+def check(conn: psycopg.Connection[Any]) -> None:
+    """Raise TunesmithError unless the database has exactly this program's schema. Leaves no transaction open."""
     known = len(migrations())
     try:
-        with psycopg.connect(url, connect_timeout=5) as conn:
-            row = conn.execute("select coalesce(max(number), 0) from schema_migration").fetchone()
+        with conn.transaction(), conn.cursor(row_factory=scalar_row) as cursor:
+            has = cursor.execute("select coalesce(max(number), 0) from schema_migration").fetchone() or 0
     except psycopg.errors.UndefinedTable:
-        row = None
-    except psycopg.OperationalError as error:
-        raise Unreachable(
-            f"PostgreSQL does not answer: {str(error).strip().splitlines()[0]}",
-            hint="See `tunesmith status`.",
-        ) from error
-    has = row[0] if row else 0
+        has = 0
     if has != known:
         age = "newer" if has > known else "older"
         raise TunesmithError(

@@ -225,7 +225,7 @@ def _is_online(pool: str, worker: str) -> bool:
     """Whether Prefect has heard from a worker of the pool (which the worker makes) lately."""
     try:
         found = web.post(f"{pool}/workers/filter", {"workers": {"status": {"any_": ["ONLINE"]}}}, seconds=2)
-    except (OSError, ValueError):
+    except OSError:
         return False
     return any(each["name"] == worker for each in found)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import urllib.request
 from collections.abc import Mapping
+from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,16 +18,20 @@ def answers(url: str, *, seconds: float = 2) -> bool:
     try:
         with _opener(url).open(url, timeout=seconds) as response:
             return bool(200 <= response.status < 300)
-    except (OSError, ValueError):
+    except (OSError, HTTPException, ValueError):
         return False
 
 
 def post(url: str, body: Any, *, headers: Mapping[str, str] | None = None, seconds: float = 10) -> Any:
-    """The JSON answer to a JSON body. Raises OSError (its subclasses for no connection and for status codes)."""
+    """The JSON answer to a JSON body. Raises OSError (its subclasses for no connection and for status codes), also
+    when what answers speaks no HTTP or no JSON."""
     head = {"content-type": "application/json", **(headers or {})}
     request = urllib.request.Request(url, json.dumps(body).encode(), head)  # noqa: S310 - a server that settings name
-    with _opener(url).open(request, timeout=seconds) as response:
-        return json.load(response)
+    try:
+        with _opener(url).open(request, timeout=seconds) as response:
+            return json.load(response)
+    except (HTTPException, ValueError) as error:
+        raise OSError(f"{url} gives no answer that can be read: {type(error).__name__}: {error}") from error
 
 
 def _opener(url: str) -> urllib.request.OpenerDirector:

@@ -30,11 +30,13 @@ def serve(host: str | None, port: int | None) -> None:
     """The gateway and the console, one process, until SIGTERM."""
     from deploy import gateway
     from infra import log
+    from infra.db import refuse_other_schema
     from infra.settings import get_settings
     from monitoring.console.app import console_routes
     from monitoring.routes import routes
 
     log.setup()
+    refuse_other_schema()
     settings = get_settings()
     changes = {"host": host or settings.host, "port": port or settings.port}
     settings = settings.model_copy(update=changes)
@@ -48,9 +50,11 @@ def watch() -> None:
     import threading
 
     from infra import log
+    from infra.db import refuse_other_schema
     from monitoring import watch as watcher
 
     log.setup()
+    refuse_other_schema()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -48,7 +48,8 @@ def _record(item: feedback.Item, identity: Identity) -> uuid.UUID:
 async def post_events(request: Request) -> Response:
     """Events of another gateway, one JSON object a line; the same event again changes nothing. All or none of a
     body is taken: 400 names each wrong line."""
-    found = events.parse(await _body(request, _MAX_EVENT_BYTES))
+    # Megabytes of JSON take a while, and this loop also answers requests
+    found = await asyncio.to_thread(events.parse, await _body(request, _MAX_EVENT_BYTES))
     new = await asyncio.to_thread(_store, found)
     return Response(orjson.dumps({"events": len(found), "new": new}), media_type="application/json")
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,10 @@ from psycopg import sql
 from deploy.recorder import ensure_partitions
 from infra.db import Connection, load_queries, one, transaction
 from infra.durations import parse_duration
-from infra.errors import Conflict, TunesmithError
+from infra.errors import Conflict, TunesmithError, Unreachable
 from infra.settings import get_settings
 from monitoring import alerts, drift, feedback, retraining, windows
-from registry import leases
-from registry.mlflow import deliver
+from registry import leases, mlflow
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
 log = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ class Watcher:
         self.lease: leases.Lease | None = None
         self._touched: set[tuple[str, int]] = set()
         self._judged: dict[tuple[str, int], float] = {}
+        self._failing: dict[str, str] = {}  # model or version -> why it cannot be judged
         self._standing_by = False
         self._steps = (
             _Step(name="closing windows", seconds=0.0, work=self.close_windows),
@@ -164,14 +165,28 @@ class Watcher:
                 key = (model, int(row["version"]))
                 if key in self._touched or time.monotonic() >= self._judged.get(key, 0.0) + JUDGE_IDLE:
                     self._touched.discard(key)
-                    with transaction() as conn:
-                        self._check(conn)
-                        _judge(conn, row, now)
+                    self._alone(f"{model}:{row['version']}", partial(_judge, row=row, now=now))
                     self._judged[key] = time.monotonic()
+            serving, settings = [int(r["version"]) for r in rows], rows[0]["settings"]
+            self._alone(model, partial(alerts.close_retired, model=model, versions=serving, settings=settings))
+        self._touched &= {(version["model"], int(version["version"])) for version in served}
+
+    def _alone(self, name: str, work: Callable[[Connection], None]) -> None:
+        """Work for one version or model, in a transaction of its own: what is wrong with that one (a profile or
+        settings that cannot be read) is told once, and holds up none of the others."""
+        try:
             with transaction() as conn:
                 self._check(conn)
-                alerts.close_retired(conn, model, [int(r["version"]) for r in rows], rows[0]["settings"])
-        self._touched &= {(version["model"], int(version["version"])) for version in served}
+                work(conn)
+        except (Conflict, Unreachable):
+            raise
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0]
+            if self._failing.get(name) != reason:
+                log.warning("%s cannot be judged: %s", name, reason, exc_info=not _expected(error))
+            self._failing[name] = reason
+        else:
+            self._failing.pop(name, None)
 
     def start_retrainings(self) -> None:
         """Over HTTP, outside of any transaction; the requests' ids make it safe to repeat."""
@@ -181,10 +196,11 @@ class Watcher:
         """MLflow's aliases follow the deployment rows."""
         with transaction() as conn:
             self._check(conn)
-            deliver(conn)
+            mlflow.deliver(conn)
 
     def keep_house(self) -> None:
-        """Partitions for the days to come; nothing that is older than the settings allow."""
+        """Partitions for the days to come; nothing that is older than the settings allow; aliases that a hand moved
+        in MLflow's page set right."""
         days = get_settings().event_retention_days
         with transaction() as conn:
             self._check(conn)
@@ -197,6 +213,8 @@ class Watcher:
             feedback.drop_old(conn, days)
             alerts.drop_old(conn, max(days, 90))
             drift.drop_old(conn, max(days, 90))
+            mlflow.drop_old(conn, days)
+            mlflow.reconcile(conn)
 
 
 def _judge(conn: Connection, row: Mapping[str, Any], now: datetime) -> None:

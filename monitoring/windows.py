@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -327,8 +328,11 @@ def _extractors(conn: Connection, versions: Iterable[tuple[str, int | None]]) ->
     wanted = [(model, number) for model, number in versions if number is not None]
     if not wanted:
         return {}
-    rows = conn.execute(SQL["profiles"], {"models": [m for m, _ in wanted], "numbers": [n for _, n in wanted]})
-    return {(row["model"], row["number"]): Extractor(Profile.from_json(row["profile"])) for row in rows}
+    found = {}
+    for row in conn.execute(SQL["profiles"], {"models": [m for m, _ in wanted], "numbers": [n for _, n in wanted]}):
+        with suppress(ValueError):  # one that cannot be read knows no words; judging tells of it
+            found[row["model"], row["number"]] = Extractor(Profile.from_json(row["profile"]))
+    return found
 
 
 def _merge_into_table(conn: Connection, changes: Mapping[tuple[str, int, Grain, datetime], Window]) -> None:

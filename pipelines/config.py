@@ -418,14 +418,26 @@ def check_files(config: PipelineConfig) -> None:
         paths: tuple[Path, ...] = getattr(config.data, name)
         for index, path in enumerate(paths):
             field: config_file.Field = ("data", name) if len(paths) == 1 else ("data", name, index)
-            if not path.exists():
-                problems.append(config.problem(field, f"there is no file {path}; mend the path, or make the file"))
-            elif not path.is_file():
-                problems.append(config.problem(field, f"{path} is not a file; give a JSONL or CSV file"))
-            elif path.stat().st_size == 0:
-                problems.append(config.problem(field, f"{path} is empty; put one example on each line"))
+            if message := _unreadable(path):
+                problems.append(config.problem(field, message))
     if problems:
         raise config_file.failure(_path_of(config), problems)
+
+
+def _unreadable(path: Path) -> str | None:
+    """Why a data file cannot be read, and what to do; None when it can."""
+    try:
+        size = path.stat().st_size
+        if not path.is_file():
+            return f"{path} is not a file; give a JSONL or CSV file"
+        if size == 0:
+            return f"{path} is empty; put one example on each line"
+        path.open("rb").close()
+    except (FileNotFoundError, NotADirectoryError):
+        return f"there is no file {path}; mend the path, or make the file"
+    except OSError as error:  # closed to this user, or in a folder that is
+        return f"{path} cannot be read ({error.strerror}); let this user read it and its folders"
+    return None
 
 
 def check(config: PipelineConfig) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -152,13 +152,24 @@ def _mlflow_run(run: runs.Run) -> str:
     return run.mlflow_run_id
 
 
+def _progress(run: runs.Run, stage: str) -> Callable[..., None]:
+    """Tells how far a stage is, and ends its work with Conflict once another run has taken the model."""
+
+    def say(text: str, done: float | None = None, total: float | None = None) -> None:
+        run.keeper.raise_if_lost()
+        report(stage, text, done, total)
+
+    return say
+
+
 def prepare(plan: Plan, run: runs.Run) -> dict[str, Any]:
     """Rows to a clean, split data set, and a base to a folder: ``{"dataset", "base", "counts"}``."""
 
     def work() -> dict[str, Any]:
         from pipelines.data.prepare import prepare as prepare_rows
 
-        report("prepare", f"base {plan.config.base.path}")
+        say = _progress(run, "prepare")
+        say(f"base {plan.config.base.path}")
         old = None
         if plan.kind == "retrain" and plan.champion is not None and plan.champion.dataset_digest is not None:
             old = datasets.open_dataset(plan.champion.dataset_digest)
@@ -167,8 +178,8 @@ def prepare(plan: Plan, run: runs.Run) -> dict[str, Any]:
             base = bases.load(plan.champion.base_digest)
         else:
             base = bases.resolve(plan.config.base.path, plan.config.base.revision)
-        dataset = prepare_rows(plan.config, extra=plan.corrections, old=old, progress=partial(report, "prepare"))
-        report("prepare", f"{dataset.counts}", 1, 1)
+        dataset = prepare_rows(plan.config, extra=plan.corrections, old=old, progress=say)
+        say(f"{dataset.counts}", 1, 1)
         return {"dataset": dataset.digest, "base": base.digest, "counts": dict(dataset.counts)}
 
     return run.stage("prepare", work)
@@ -192,7 +203,7 @@ def search(plan: Plan, run: runs.Run, data: dict[str, Any]) -> dict[str, Any]:
             init_adapter=_init_adapter(plan, data),
             warm_start=_warm_start(plan, run),
         )
-        best = run_search(spec, progress=partial(report, "search"), mlflow_parent=run.mlflow_run_id)
+        best = run_search(spec, progress=_progress(run, "search"), mlflow_parent=run.mlflow_run_id)
         return best.to_json() | {"importances": _draw(run)}
 
     return run.stage("search", work)
@@ -256,7 +267,7 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
             suites=config.evaluation.suites,
             limit=config.evaluation.limit,
             seed=config.evaluation.seed,
-            progress=partial(report, "evaluate"),
+            progress=_progress(run, "evaluate"),
         )
         decision = gates.decide(
             [gates.Gate(**gate.model_dump()) for gate in config.gates],

@@ -86,8 +86,24 @@ def _keep_bundle(path: Path, model: str) -> str:
             shutil.copyfile(path / name, folder / name)
         digest = bundle.write(folder, manifest.model_copy(update={"model": model}))
         bundle.verify(folder, digest)
+        _check_profile(folder / "profile.json", path)
         storage.keep("bundle", digest, folder)
     return digest
+
+
+def _check_profile(file: Path, path: Path) -> None:
+    """Refuse a profile that no watcher could judge traffic by; a version need not have one."""
+    from registry.profile import Profile
+
+    if not file.is_file():
+        return
+    try:
+        Profile.from_json(json.loads(file.read_bytes()))
+    except ValueError as error:
+        raise Refused(
+            f"The profile.json of the bundle in {path} cannot be read: {error}.",
+            hint="Export the version again, with this release or an older one.",
+        ) from error
 
 
 def _keep_adapter(path: Path, model: str, base: str | None) -> str:

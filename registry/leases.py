@@ -2,7 +2,8 @@
 
 A holder may be stopped at any point and wake up after its lease has gone to another. So every write that the
 lease protects calls `check` first, in the same transaction: it holds the row against a takeover until the commit,
-and refuses a token that is not the newest.
+and refuses a token that is not the newest. A lease that ran out may be taken; until it is, its holder keeps it, so
+that a database that was away for longer than a lease ends nobody's work.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -60,7 +60,7 @@ def acquire(conn: Connection, name: str, holder: str, seconds: float = 60) -> Le
 
 
 def renew(conn: Connection, lease: Lease) -> Lease:
-    """Hold on for another `lease.seconds`. Raises Conflict when it expired or went to another."""
+    """Hold on for another `lease.seconds`. Raises Conflict when it went to another."""
     row = conn.execute(SQL["renew"], {"name": lease.name, "token": lease.token, "seconds": lease.seconds}).fetchone()
     if row is None:
         raise _lost(lease)
@@ -70,10 +70,10 @@ def renew(conn: Connection, lease: Lease) -> Lease:
 def check(conn: Connection, lease: Lease) -> None:
     """Let this transaction write under the lease; nobody can take it over before it ends.
 
-    Raises Conflict when the lease expired or went to another.
+    Raises Conflict when the lease went to another.
     """
     row = conn.execute(SQL["check"], {"name": lease.name}).fetchone()
-    if row is None or row["token"] != lease.token or not row["alive"]:
+    if row is None or row["token"] != lease.token:
         raise _lost(lease)
 
 
@@ -86,12 +86,12 @@ class Keeper:
     """Holds a lease for the length of a block: a thread renews it three times in its duration.
 
     ``with Keeper("run:m", this_process("run")) as keeper:`` acquires (Conflict when held) and releases at the end.
-    `keeper.lease` is the lease to `check` in each writing transaction. When renewal fails for so long that the lease
-    is gone, `lost` is set, `on_lost` is called once from the thread, and `raise_if_lost` raises.
+    `keeper.lease` is the lease to `check` in each writing transaction. When renewal fails for so long that another
+    takes the lease, `lost` is set, and `raise_if_lost` raises: long work calls it now and then.
     """
 
-    def __init__(self, name: str, holder: str, *, seconds: float = 60, on_lost: Callable[[], None] | None = None):
-        self.name, self.holder, self.seconds, self.on_lost = name, holder, seconds, on_lost
+    def __init__(self, name: str, holder: str, *, seconds: float = 60) -> None:
+        self.name, self.holder, self.seconds = name, holder, seconds
         self.lost = threading.Event()
         self._stop = threading.Event()
         self._lease: Lease | None = None
@@ -125,18 +125,19 @@ class Keeper:
             log.warning("lease %s was not released: %s", self.name, problem)
 
     def _keep(self) -> None:
-        while not self._stop.wait(self.seconds / 3):
+        wait = self.seconds / 3
+        while not self._stop.wait(wait):
             try:
                 with transaction() as conn:
                     self._lease = renew(conn, self.lease)
+                wait = self.seconds / 3
             except Conflict:
                 log.warning("lease %s was lost by %s", self.name, self.holder)
                 self.lost.set()
-                if self.on_lost is not None:
-                    self.on_lost()
                 return
-            except Exception as problem:  # the database may be restarting; the lease outlives two missed renewals
+            except Exception as problem:  # the database may be restarting
                 log.warning("lease %s was not renewed: %s", self.name, problem)
+                wait = self.seconds / 30  # it may have run out: be there before one who would take it
 
 
 def _lost(lease: Lease) -> Conflict:

@@ -11,12 +11,13 @@ returning name, holder, token, expires_at
 select holder, acquired_at, expires_at from lease where name = %(name)s
 
 -- name: renew
+-- Also after it ran out: until another takes it, which changes the token, it is still the holder's.
 update lease set expires_at = clock_timestamp() + make_interval(secs => %(seconds)s)
-where name = %(name)s and token = %(token)s and expires_at > clock_timestamp()
+where name = %(name)s and token = %(token)s
 returning name, holder, token, expires_at
 
 -- name: check
-select holder, token, expires_at > clock_timestamp() as alive from lease where name = %(name)s for share
+select token from lease where name = %(name)s for share
 
 -- name: release
 update lease set expires_at = clock_timestamp() where name = %(name)s and token = %(token)s

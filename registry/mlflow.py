@@ -41,6 +41,7 @@ _ENVIRONMENT = {  # read by MLflow's client at import or at each call; what the 
 }
 _BATCH = 1000  # MLflow's limit of metrics in one log_batch
 _PARAMS = 100  # and of params
+_ALIAS_SECONDS = 4.0  # for one answer; three tries must fit well into the watcher's lease
 _TEXT = 5000  # MLflow keeps 6000 characters of a param, 5000 of a tag
 
 
@@ -249,7 +250,9 @@ def deliver(conn: Connection, limit: int = 20) -> int:
 
     What is written is what the deployment row says now, under a lock per model, so neither order nor repetition
     matters. What fails stays in the outbox and is tried again after 1, 2, 4 ... 300 seconds; nothing is raised for it.
-    A version that somebody deleted in MLflow cannot be aliased: it is logged, and goes on serving from our own store.
+    When MLflow does not answer for one model, none of the others is tried now: this is a step of a loop that has more
+    to do. A version that somebody deleted in MLflow cannot be aliased: it is logged, and goes on serving from our own
+    store.
     """
     delivered = 0
     for row in conn.execute(SQL["open_models"], {"limit": limit}).fetchall():
@@ -262,6 +265,10 @@ def deliver(conn: Connection, limit: int = 20) -> int:
         slots = one(conn, SQL["slots"], {"model": model})  # read after `newest`: at least as new as all these rows
         try:
             gone = set_aliases(model, {"champion": slots["champion"], "challenger": slots["challenger"]})
+        except Unreachable as error:
+            log.warning("aliases wait, %s's and all others: %s", model, error)
+            conn.execute(SQL["postpone_all"], {"error": str(error)[:1000]})
+            break
         except TunesmithError as error:
             seconds = min(300.0, 2.0 ** min(row["attempts"], 9))
             log.warning("aliases of %s wait %.0f s: %s", model, seconds, error)
@@ -282,6 +289,11 @@ def reconcile(conn: Connection) -> None:
     conn.execute(SQL["enqueue_all"])
 
 
+def drop_old(conn: Connection, days: int) -> None:
+    """Forget what was delivered more than `days` days ago."""
+    conn.execute(SQL["drop_old"], {"days": days})
+
+
 def set_aliases(model: str, wanted: Mapping[str, int | None]) -> list[int]:
     """Make a registered model's aliases point where `wanted` says, None meaning nowhere; others are left alone.
 
@@ -289,7 +301,7 @@ def set_aliases(model: str, wanted: Mapping[str, int | None]) -> list[int]:
     """
     check_model_name(model)
     gone = []
-    with _rest() as rest:
+    with _rest(_ALIAS_SECONDS) as rest:
         try:
             found = _call(rest, "GET", "registered-models/get", {"name": model})["registered_model"]
         except NotFound:
@@ -364,11 +376,11 @@ def _answers() -> Iterator[None]:
 
 
 @contextmanager
-def _rest() -> Iterator[httpx.Client]:
+def _rest(seconds: float = 10) -> Iterator[httpx.Client]:
     import httpx
 
     url = _url()
-    with httpx.Client(base_url=f"{url}/api/2.0/mlflow/", timeout=10, trust_env=not _on_loopback(url)) as rest:
+    with httpx.Client(base_url=f"{url}/api/2.0/mlflow/", timeout=seconds, trust_env=not _on_loopback(url)) as rest:
         yield rest
 
 

@@ -22,6 +22,17 @@ set attempts = attempts + 1, error = %(error)s,
     next_attempt_at = clock_timestamp() + make_interval(secs => %(seconds)s)
 where model = %(model)s and kind = 'mlflow_aliases' and done_at is null and id <= %(newest)s
 
+-- name: postpone_all
+-- Each by what its own attempts earned it.
+update outbox
+set attempts = attempts + 1, error = %(error)s,
+    next_attempt_at = greatest(
+        next_attempt_at, clock_timestamp() + make_interval(secs => least(300, power(2, least(attempts, 9)))))
+where kind = 'mlflow_aliases' and done_at is null
+
+-- name: drop_old
+delete from outbox where done_at < now() - make_interval(days => %(days)s)
+
 -- name: enqueue_all
 insert into outbox (kind, model)
 select 'mlflow_aliases', d.model from deployment d

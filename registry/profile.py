@@ -222,17 +222,21 @@ class Profile:
     def from_json(cls, value: Mapping[str, Any]) -> Profile:
         """The profile of a bundle or of the ``version`` table. Features that this program does not know, or that
         had other bins, are left out; of a version without a profile (``{}``, such as an imported one) the profile is
-        empty. Raises ValueError for another format."""
+        empty. Raises ValueError for another format, and for what is no profile."""
         if not value:
             return cls(histograms={})
-        if value.get("format") != 1:
-            raise ValueError(f"a profile of format {value.get('format')!r} is not known to this program")
-        histograms = {
-            name: tuple(int(n) for n in counts)
-            for name, counts in value["histograms"].items()
-            if name in FEATURE and len(counts) == FEATURE[name].bins
-        }
-        return cls(histograms=histograms, vocabulary={str(w): float(s) for w, s in value["vocabulary"].items()})
+        try:
+            if value.get("format") != 1:
+                raise ValueError(f"a profile of format {value.get('format')!r} is not known to this program")
+            histograms = {
+                name: tuple(int(n) for n in counts)
+                for name, counts in value["histograms"].items()
+                if name in FEATURE and len(counts) == FEATURE[name].bins
+            }
+            vocabulary = {str(w): float(s) for w, s in value["vocabulary"].items()}
+        except (LookupError, TypeError, AttributeError, OverflowError) as error:  # as an import may bring
+            raise ValueError(f"it is not a profile: {type(error).__name__}: {error}") from error
+        return cls(histograms=histograms, vocabulary=vocabulary)
 
 
 class Extractor:

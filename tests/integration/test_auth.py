@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
+import time
 
 import httpx
+import orjson
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
+from uuid_utils.compat import uuid7
 
 from deploy.auth import (
     Auth,
@@ -27,8 +31,10 @@ from deploy.auth import (
 )
 from deploy.errors import explain
 from infra.db import transaction
-from infra.errors import TunesmithError
+from infra.errors import TunesmithError, UsageError
 from infra.settings import Settings
+from monitoring import events
+from monitoring.routes import routes as monitoring_routes
 
 HERE = "http://tunesmith.test"
 
@@ -104,6 +110,62 @@ async def test_sessions(database: Settings) -> None:
     with transaction() as conn:
         kept = conn.execute("select hash from api_key union all select hash from session").fetchall()
     assert all(len(row["hash"]) == 32 for row in kept)
+
+
+async def test_keys_are_read_again_after_a_database_that_refused(database: Settings) -> None:
+    """Whatever it refuses, such as a table that a repair took away for a moment, the copy goes on being refreshed."""
+    with transaction() as conn:
+        old = create_key(conn, name="Ann", role="operator")
+    auth = Auth()
+    reader = asyncio.create_task(auth.run())
+    try:
+        assert await auth.authenticate(f"Bearer {old.key}", None) is not None
+        with transaction() as conn:
+            conn.execute("alter table session rename to away")
+        await asyncio.sleep(2.5)
+        assert not reader.done()
+        assert await auth.authenticate(f"Bearer {old.key}", None) is not None
+        with transaction() as conn:
+            conn.execute("alter table away rename to session")
+            new = create_key(conn, name="Bob", role="viewer")
+        until = time.monotonic() + 60
+        while new.id not in auth._copy.keys:  # nobody asks for it: `run` alone reads
+            assert time.monotonic() < until
+            await asyncio.sleep(0.1)
+    finally:
+        reader.cancel()
+
+
+async def test_a_large_batch_of_events_does_not_stop_the_loop(database: Settings) -> None:
+    with transaction() as conn:
+        key = create_key(conn, name="gateway", role="operator").key
+    messages = [{"role": "user", "content": "x"}] * 1000
+    line = {"id": str(uuid7()), "model": "m", "version": 1, "status": 200, "latency_ms": 1.0, "messages": messages}
+    body = b"\n".join([orjson.dumps(line)] * 400 + [b"{"])  # and refused, so that only reading it takes long
+    begun = time.perf_counter()
+    with pytest.raises(UsageError):
+        events.parse(body)
+    alone = time.perf_counter() - begun
+    gaps: list[float] = []
+
+    async def tick() -> None:
+        while True:
+            before = time.perf_counter()
+            await asyncio.sleep(0.001)
+            gaps.append(time.perf_counter() - before)
+
+    auth = Auth()
+    app = Guard(Starlette(routes=monitoring_routes(), exception_handlers={TunesmithError: explain}), auth)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=HERE) as http:
+        header = {"authorization": f"Bearer {key}"}
+        assert (await http.post("/v1/events", content=b"", headers=header)).status_code == 200  # the key is known now
+        ticking = asyncio.create_task(tick())
+        await asyncio.sleep(0.01)  # it has begun
+        answer = await http.post("/v1/events", content=body, headers=header)
+        await asyncio.sleep(0.01)  # the last gap ends
+        ticking.cancel()
+    assert answer.status_code == 400
+    assert max(gaps) < alone / 2
 
 
 def test_the_keys_command(database: Settings) -> None:

@@ -17,6 +17,7 @@ import pytest
 from psycopg.types.json import Jsonb
 from serving import Stand, add_version, make_stand, wait_for
 
+from deploy.follower import IDLE_VERSIONS
 from infra.db import transaction
 from infra.settings import Settings
 from registry import deployments
@@ -319,15 +320,38 @@ def test_an_engine_that_fails(stand: Stand) -> None:
     assert {e["version"] for e in events} == {1}
 
 
+def replicas() -> list[Any]:
+    with transaction() as conn:
+        return [row["id"] for row in conn.execute("select id from replica")]
+
+
+def test_of_pinned_versions_the_busy_one_stays_loaded(stand: Stand) -> None:
+    most = IDLE_VERSIONS + 3
+    for number in range(4, most + 1):
+        add_version("demo", number)
+    for number in range(2, most + 1):  # the first is asked between all others
+        assert stand.ask(f"demo:{number}").status_code == 200
+        assert stand.ask("demo:2").status_code == 200
+    wait_for(lambda: len(stand.stats()["loaded"]) == IDLE_VERSIONS + 1, what="for the idle ones to go")
+    assert stand.ask("demo:2").status_code == 200
+    stats = stand.stats()
+    assert stats["loads"] == most, "each once: the busy one was never let go"
+    assert "demo-v3" not in stats["loaded"]
+
+
 def test_a_killed_gateway_loses_no_event(stand: Stand) -> None:
     for _ in range(50):
         assert stand.ask().status_code == 200
     assert stand.gateway is not None
     stand.gateway.kill()
     stand.gateway.wait()
+    with transaction() as conn:
+        killed = conn.execute("update replica set seen_at = now() - interval '25 hours' returning id").fetchone()
+    assert killed is not None
     with stand.running_gateway():
         stand.wait_ready()
         assert stand.ask().status_code == 200
+        wait_for(lambda: killed["id"] not in replicas() and replicas(), what="for the killed one to be forgotten")
         stand.wait_events(51)
         time.sleep(0.5)
         assert len(stand.events()) == 51

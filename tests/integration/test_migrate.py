@@ -10,9 +10,10 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from infra import migrate
+from infra import db, migrate, ports
 from infra.errors import TunesmithError, UsageError
 from infra.settings import Settings, own_settings
+from tests.stacks import tunesmith
 
 RACER = (
     "import sys; from infra import migrate; from infra.settings import own_settings\n"
@@ -58,23 +59,40 @@ def test_of_many_processes_at_once_one_migrates(empty: Settings) -> None:
     ended = [racer.communicate(timeout=300) for racer in racers]
     assert [racer.returncode for racer in racers] == [0] * 6, ended
     assert sorted(int(out) for out, _ in ended) == [0] * 5 + [len(migrate.migrations())]
-    migrate.check(empty.database())
+    with psycopg.connect(empty.database()) as conn:
+        migrate.check(conn)
 
 
 def test_a_newer_schema_is_refused_by_this_program(database: Settings) -> None:
     with psycopg.connect(database.database(), autocommit=True) as conn:
         conn.execute("insert into schema_migration (number, name, digest) values (9999, '9999_later', 'x')")
-    for refuse in (migrate.migrate, migrate.check):
         with pytest.raises(TunesmithError, match="schema 9999") as caught:
-            refuse(database.database())
-        assert "nstall" in caught.value.hint
+            migrate.migrate(database.database())
+    assert "nstall" in caught.value.hint
 
 
-def test_an_older_schema_is_refused_by_a_process_that_does_not_migrate(empty: Settings) -> None:
+@pytest.mark.parametrize("command", ["models", "keys list", "serve", "watch", "worker --study s"])
+@pytest.mark.parametrize("schema", ["newer", "older"])
+def test_every_process_refuses_another_schema_in_a_sentence(empty: Settings, command: str, schema: str) -> None:
     migrate.create_databases(empty)
-    with pytest.raises(TunesmithError, match="older than this program's") as caught:
-        migrate.check(empty.database())
-    assert "tunesmith up" in caught.value.hint
+    if schema == "newer":
+        migrate.migrate(empty.database())
+        with psycopg.connect(empty.database(), autocommit=True) as conn:
+            conn.execute("insert into schema_migration (number, name, digest) values (9999, '9999_later', 'x')")
+    done = tunesmith(empty.home, *command.split(), timeout=60, TUNESMITH_PORT=str(ports.free()))
+    assert done.returncode == 1, done.stderr
+    assert f"{schema} than this program's {len(migrate.migrations())}" in done.stderr
+    assert ("Install the release" if schema == "newer" else "tunesmith up") in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_process_asks_for_the_schema_once(database: Settings) -> None:
+    with db.transaction():
+        pass
+    with psycopg.connect(database.database(), autocommit=True) as conn:
+        conn.execute("drop table schema_migration")
+    with db.transaction() as found, db.connect() as other:  # would raise if it were looked at again
+        assert found.execute("select 1").fetchone() == other.execute("select 1").fetchone()
 
 
 def test_an_applied_migration_may_not_change(empty: Settings, tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ import subprocess
 import sys
 import time
 import uuid
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import orjson
 import pytest
 from uuid_utils.compat import uuid7
 
@@ -69,8 +71,6 @@ def test_every_field_arrives(database: Settings) -> None:
 
 
 def test_the_same_event_twice_counts_once(database: Settings) -> None:
-    import orjson
-
     rows = [orjson.loads(orjson.dumps(event())) for _ in range(10)]
     with transaction() as conn:
         assert len(ensure_partitions(conn)) == 4
@@ -133,7 +133,37 @@ def test_a_poisoned_event_does_not_hold_up_the_others(database: Settings) -> Non
     recorder.close()
     assert count() == (18, 18)
     assert recorder.rejected == 2
-    assert len((database.home / "spool" / "rejected.jsonl").read_text().splitlines()) == 2
+    assert len(rejected(database.home / "spool")) == 2
+
+
+def rejected(spool: Path) -> list[str]:
+    [file] = spool.glob("rejected-*.jsonl")
+    return file.read_text().splitlines()
+
+
+def test_what_another_release_left_in_the_spool_does_not_hold_up_the_others(database: Settings) -> None:
+    spool = database.home / "spool"
+    spool.mkdir(mode=0o700)
+    left = Segment.create(spool, f"{uuid.uuid4()}-000001")
+    bodies = [orjson.dumps(event()) for _ in range(4)]
+    later: dict[str, object] = orjson.loads(bodies[1])
+    del later["latency_ms"]
+    bodies[1] = orjson.dumps(later)
+    bodies[2] = orjson.dumps(orjson.loads(bodies[2]) | {"features": 7})
+    for body in [*bodies, b"[1]"]:
+        assert left.append(body)
+    left.close(remove=False)
+    old = spool / f"rejected-{datetime.now(UTC) - timedelta(days=database.event_retention_days + 1):%Y%m%d}.jsonl"
+    old.write_text("{}\n")
+    recorder = Recorder(spool, uuid.uuid4())
+    recorder.start()
+    recorder.put(event())
+    assert recorder.flush()
+    recorder.close()
+    assert count() == (3, 3)
+    assert recorder.rejected == 3
+    assert rejected(spool) == [bodies[1].decode(), bodies[2].decode(), "[1]"]
+    assert not old.exists(), "kept no longer than the events"
 
 
 def test_a_full_disk_is_waited_for_in_memory(database: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

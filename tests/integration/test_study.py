@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,10 +18,11 @@ import psutil
 import pytest
 
 from infra.db import transaction
-from infra.errors import TunesmithError
+from infra.errors import Conflict, TunesmithError
+from pipelines import runs, stages
 from pipelines.tuning.search import search
 from pipelines.tuning.spec import StudySpec
-from registry import datasets, studies
+from registry import datasets, leases, studies
 from registry.bases import Base
 from registry.datasets import Row, make_row
 
@@ -191,3 +193,46 @@ def test_workers_that_cannot_start_end_the_search_with_their_words(spec: StudySp
     ) as raised:
         search(replace(spec, base="sha256:" + "0" * 64), progress=quiet)
     assert raised.value.hint == f"See {home / 'logs' / 'worker-1.log'}."
+
+
+def test_a_run_whose_model_another_took_stops_searching(
+    tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 3, for a run that does not notice by itself: its lease ran out, and another run has it now."""
+    monkeypatch.setattr(runs, "LEASE_SECONDS", 1.5)
+    (tmp_path / "train.jsonl").write_text('{"prompt": "colour", "completion": "red"}\n')
+    path = tmp_path / "m.yaml"
+    path.write_text(
+        "model: m\nbase: builtin:tiny\ndata: {train: train.jsonl}\n"
+        "tuning: {trials: 60, max_steps: 150, workers: 1, adapters_per_pass: 1}\n"
+    )
+    splits = {"train": rows(80), "validation": rows(16, 100), "test": rows(4, 200)}
+    kept = datasets.keep(splits, counts={}, sources=[], recipe={})
+    plan = stages.plan_train(path, [])
+    data = {"base": tiny_base.digest, "dataset": kept.digest, "counts": {"train": 80}}
+    taken: list[leases.Lease] = []
+
+    def take_over(study: str) -> None:
+        until(lambda: any(j.state == "running" for j in jobs(study)))
+        with transaction() as conn:
+            conn.execute("update lease set expires_at = clock_timestamp() where name = 'run:m'")
+            taken.append(leases.acquire(conn, "run:m", "elsewhere:1 train"))
+
+    begun = runs.begin(
+        model="m", kind="train", fingerprint=plan.fingerprint, config=plan.config.jsonable(),
+        config_path=str(path), flow_run_id=None,
+    )  # fmt: skip
+
+    def carry_out() -> None:
+        with begun as run:
+            studies_of.append(run.study)
+            thief = threading.Thread(target=take_over, args=(run.study,), daemon=True)
+            thief.start()
+            stages.search(plan, run, data)
+
+    studies_of: list[str] = []
+    with pytest.raises(Conflict, match="run:m is no longer held by"):
+        carry_out()
+    assert sum(j.state == "done" for j in jobs(studies_of[0])) < 60
+    with transaction() as conn:
+        leases.check(conn, taken[0])  # and nothing of the new run's was touched

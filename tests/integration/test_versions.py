@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from infra import storage
 from infra.db import one, transaction
 from infra.errors import Conflict, NotFound, Refused, Unreachable, UsageError
 from infra.settings import Settings, get_settings
+from monitoring import watch
 from registry import bases, deployments, mlflow, versions
 from registry.exchange import export_version, import_version
 from registry.gates import Gate, decide
+from registry.profile import build
 from registry.statistics import mean_ci, paired_difference
 from registry.verification import verify_version
 from registry.versions import Version, VersionDraft
@@ -95,7 +98,7 @@ def _draft(model: str, base: bases.Base, adapter: Path, *, gain: float = 0.5, se
         params={"r": 4, "learning_rate": 1e-5, "seed": seed},
         evaluation=evaluation,
         decision=decide([gate], evaluation, on_underpowered="refuse", first=True),
-        profile={"format": 1},
+        profile=build([], []).to_json(),
         report_html="<h1>report</h1>",
     )
 
@@ -211,9 +214,11 @@ def test_aliases_follow_whatever_happened_to_mlflow_meanwhile(
     body = {"name": model, "alias": "champion", "version": "1"}  # a hand in MLflow's page
     httpx.post(f"{mlflow_server}/api/2.0/mlflow/registered-models/alias", json=body, trust_env=False, timeout=60)
     assert (_deliver(), _aliases(model)) == (0, {"champion": "1"})
-    with transaction() as conn:
-        mlflow.reconcile(conn)
-    assert (_deliver(), _aliases(model)) == (1, {"champion": "2"})
+    watcher = watch.Watcher("test")
+    watcher.turn()  # its housekeeping, once an hour
+    watcher.relay()
+    assert _aliases(model) == {"champion": "2"}
+    watcher.release()
     assert _deliver() == 0
 
 
@@ -287,6 +292,16 @@ def test_a_version_travels_by_export_and_import_with_its_evidence(
     (target / "README.md").write_text("changed on the way")
     with pytest.raises(Refused, match=r"README\.md has digest"):
         import_version(target, f"{model}-b")
+
+
+@pytest.mark.parametrize("profile", [{"format": 99}, {"format": 1}, {"format": 1, "histograms": []}])
+def test_a_bundle_whose_profile_cannot_be_read_is_refused(
+    base: bases.Base, adapter: Path, model: str, tmp_path: Path, profile: Any
+) -> None:
+    digest = versions.seal(replace(_draft(model, base, adapter), profile=profile))
+    shutil.copytree(storage.get("bundle", digest), tmp_path / "out")
+    with pytest.raises(Refused, match=r"The profile\.json of the bundle in .*out cannot be read: "):
+        import_version(tmp_path / "out", f"{model}-b")
 
 
 def test_a_bundle_for_another_base_is_refused_with_both_digests(

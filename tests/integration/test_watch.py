@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -13,13 +15,15 @@ from typing import Any
 import pytest
 import traffic
 from click.testing import CliRunner
+from psycopg.types.json import Jsonb
+from version_rows import add_version
 
 from deploy import recorder
 from infra import settings as infra_settings
 from infra.db import one, transaction
 from infra.settings import Settings
 from monitoring import alerts, commands, feedback, watch
-from registry import leases
+from registry import deployments, leases, mlflow
 from registry.profile import Profile
 
 SETTINGS = {
@@ -262,6 +266,65 @@ def test_limits_open_and_close_with_hysteresis(database: Settings) -> None:
     assert "p95_latency_ms is 9" in next(a["message"] for a in history if a["rule"].startswith("p95"))
 
 
+@pytest.mark.parametrize("profile", [{"format": 99}, {"format": 1}, {"format": 1, "histograms": 3, "vocabulary": {}}])
+def test_a_version_that_cannot_be_judged_holds_up_no_other(
+    database: Settings, caplog: pytest.LogCaptureFixture, profile: dict[str, Any]
+) -> None:
+    pair, good = ("f(x)", "Return x."), traffic.profile([], [])
+    with transaction() as conn:
+        for model in ("a-bad", "m"):
+            traffic.register(conn, model, 1, good, settings=SETTINGS)
+        conn.execute("update version set profile = %s where model = 'a-bad'", (Jsonb(profile),))
+        foreign = [traffic.event("a-bad", 1, good, pair, keep_text=True) for _ in range(3)]
+        recorder.store(conn, uuid.uuid4(), foreign)
+    served([pair] * 120, 1, good)
+    watcher = watch.Watcher("test")
+    turn(watcher)
+    turn(watcher)
+    with transaction() as conn:
+        assert {row["model"] for row in conn.execute("select model from verdict")} == {"m"}
+        assert one(conn, "select sum(requests) as n from traffic_window where grain = 'minute'")["n"] == 123
+    told = [record.message for record in caplog.records if "cannot be judged" in record.message]
+    assert len(told) == 1, "once, not at every turn"
+    assert told[0].startswith("a-bad:1 cannot be judged: ")
+    with transaction() as conn:
+        conn.execute("update version set profile = '{}' where model = 'a-bad'")
+    turn(watcher)
+    with transaction() as conn:
+        assert {row["model"] for row in conn.execute("select model from verdict")} == {"a-bad", "m"}
+
+
+def test_an_mlflow_that_hangs_is_asked_for_one_model_a_turn(
+    database: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+
+        def accept() -> None:
+            with suppress(OSError):
+                while True:
+                    calls.append(silent.accept()[0])
+
+        threading.Thread(target=accept, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(mlflow, "_ALIAS_SECONDS", 0.2)
+        infra_settings.get_settings.cache_clear()
+        with transaction() as conn:
+            for model in ("a", "b", "c"):
+                add_version(conn, model, 1)
+                deployments.promote(conn, model, 1, actor="test", reason="test")
+        watcher = watch.Watcher("test")
+        watcher.turn()
+        silent.shutdown(socket.SHUT_RDWR)
+    for call in calls:
+        call.close()
+    assert len(calls) == 3, "one model's three tries"
+    with transaction() as conn:
+        rows = conn.execute("select attempts, error from outbox").fetchall()
+    assert [row["attempts"] for row in rows] == [1, 1, 1]
+    assert all("MLflow does not answer" in row["error"] for row in rows)
+
+
 def test_one_of_two_watchers_works(database: Settings) -> None:
     first, second = watch.Watcher("first"), watch.Watcher("second")
     first.turn()
@@ -287,8 +350,13 @@ def test_partitions_come_and_go(database: Settings) -> None:
             f"create table request_event_{day:%Y%m%d} partition of request_event"
             f" for values from ('{day} 00:00+00') to ('{day + timedelta(days=1)} 00:00+00')"
         )
+        conn.execute(
+            "insert into outbox (kind, model, done_at) values"
+            " ('mlflow_aliases', 'old', now() - interval '40 days'), ('mlflow_aliases', 'new', now())"
+        )
     turn(watcher)
     with transaction() as conn:
+        assert {row["model"] for row in conn.execute("select model from outbox")} == {"new"}
         rows = conn.execute("select c.relname from pg_inherits i join pg_class c on c.oid = i.inhrelid"
                             " where i.inhparent = 'request_event'::regclass")  # fmt: skip
         names = {row["relname"] for row in rows}

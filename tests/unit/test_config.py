@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,6 +15,7 @@ from infra.errors import ConfigError
 from pipelines import config as configs
 from pipelines.config import PipelineConfig, check, load
 from pipelines.config_space import Space
+from tests.stacks import new_folder
 
 EXAMPLES = Path(configs.__file__).parent / "examples"
 ROW = '{"prompt": "Where is my parcel %d?", "completion": "order_status"}\n'
@@ -367,6 +372,56 @@ def test_missing_and_malformed_files_are_told_at_their_line(tmp_path: Path) -> N
     with pytest.raises(ConfigError) as error:
         check(load(path))
     assert [message.split(":")[:2] for _, _, message in problems(error)] == [["bad.jsonl", "1"], ["bad.jsonl", "2"]]
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    folder = new_folder()
+    yield folder
+    shutil.rmtree(folder)
+
+
+@contextmanager
+def ordinary_user() -> Iterator[None]:
+    """As root every file can be read."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+def test_files_that_may_not_be_read_are_told_in_a_sentence(open_folder: Path) -> None:
+    path = minimal(open_folder)
+    path.write_text(
+        "model: support\nbase: builtin:tiny\ndata:\n"
+        "  train: [train.jsonl, mine.jsonl, closed/train.jsonl]\n  validation: all.jsonl\n  test: train.jsonl/x.csv\n"
+    )
+    (open_folder / "mine.jsonl").write_text(ROW % 1)
+    (open_folder / "mine.jsonl").chmod(0)
+    (open_folder / "all.jsonl").mkdir()
+    (open_folder / "closed").mkdir()
+    (open_folder / "closed" / "train.jsonl").write_text(ROW % 1)
+    (open_folder / "closed").chmod(0)
+    config = load(path)
+    try:
+        for use in (configs.check_files, PipelineConfig.fingerprint):
+            with ordinary_user(), pytest.raises(ConfigError) as error:
+                use(config)
+            told = {field: (line, message) for line, field, message in problems(error)}
+            closed = "cannot be read (Permission denied); let this user read it and its folders"
+            assert told == {
+                "data.train[1]": (4, f"{open_folder / 'mine.jsonl'} {closed}"),
+                "data.train[2]": (4, f"{open_folder / 'closed/train.jsonl'} {closed}"),
+                "data.validation": (5, f"{open_folder / 'all.jsonl'} is not a file; give a JSONL or CSV file"),
+                "data.test": (
+                    6, f"there is no file {open_folder / 'train.jsonl/x.csv'}; mend the path, or make the file"
+                ),
+            }  # fmt: skip
+    finally:
+        (open_folder / "closed").chmod(0o755)
 
 
 def test_the_fingerprint_follows_content_and_not_place(tmp_path: Path) -> None:
