@@ -34,6 +34,7 @@ TURN = 1.0
 LEASE_SECONDS = 30.0
 JUDGE_EVERY = 3.0  # at most, while traffic comes
 JUDGE_IDLE = 60.0  # at least, since old traffic leaves the window
+JUDGE_WAITING = 10.0  # and when a retraining waits for what may have come, such as corrections
 KEEP_VERDICT_EVERY = timedelta(minutes=10)
 _MAX_BACK_OFF = 15.0
 
@@ -153,7 +154,7 @@ class Watcher:
 
     def judge(self) -> None:
         """Verdicts, alerts and retraining requests for every version that holds a slot and had traffic, or that
-        was not looked at for a minute."""
+        was not looked at for a while."""
         with transaction() as conn:
             now: datetime = one(conn, SQL["now"])["now"]
             served = conn.execute(SQL["served"]).fetchall()
@@ -163,7 +164,8 @@ class Watcher:
         for model, rows in by_model.items():
             for row in rows:
                 key = (model, int(row["version"]))
-                if key in self._touched or time.monotonic() >= self._judged.get(key, 0.0) + JUDGE_IDLE:
+                pause = JUDGE_WAITING if row["waits"] else JUDGE_IDLE
+                if key in self._touched or time.monotonic() >= self._judged.get(key, 0.0) + pause:
                     self._touched.discard(key)
                     self._alone(f"{model}:{row['version']}", partial(_judge, row=row, now=now))
                     self._judged[key] = time.monotonic()

@@ -1,7 +1,9 @@
 -- name: served
--- Every version that holds a slot.
-select d.model, m.settings, slots.version, slots.slot
+-- Every version that holds a slot; `waits` when a retraining of the model was held back, for want of corrections say.
+select d.model, m.settings, slots.version, slots.slot, coalesce(newest.state = 'refused', false) as waits
 from deployment d join model m on m.name = d.model
+left join lateral (
+    select state from retrain_request r where r.model = d.model order by r.at desc limit 1) as newest on true
 cross join lateral (values
     (d.champion, 'champion'), (d.challenger, 'challenger'), (d.shadow, 'shadow')) as slots (version, slot)
 where slots.version is not null

@@ -169,7 +169,11 @@ def test_from_quiet_traffic_to_a_retrained_version(
     assert len(requests()) == 1
     with transaction() as conn:
         leases.release(conn, run)
-    turn(watcher)
+    watcher.judge()
+    assert [r["state"] for r in requests()] == ["refused"], "it was looked at just now"
+    watcher._judged = {key: at - watch.JUDGE_WAITING for key, at in watcher._judged.items()}
+    watcher.judge()
+    watcher.start_retrainings()
     asked = requests()[-1]
     assert asked["state"] == "started"
     assert [b["parameters"] for b in prefect.created] == [{"model": "m", "request": str(asked["id"])}]
