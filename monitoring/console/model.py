@@ -10,6 +10,7 @@ from typing import Any
 from markupsafe import Markup
 from starlette.responses import RedirectResponse, Response
 
+from deploy.auth import check_force
 from infra.db import Connection, transaction
 from infra.errors import NotFound, Refused, TunesmithError
 from monitoring.console import charts, figures, strips, traffic
@@ -184,8 +185,10 @@ def promote_form(visit: Visit) -> Response:
 
 
 def promote(visit: Visit) -> Response:
-    """Compare-and-set on the generation the person saw."""
+    """Compare-and-set on the generation the person saw. Raises NotAllowed for an override that is no admin's."""
     name, number = check_model_name(visit.path("model")), _number(visit)
+    force = visit.form.get("force") == "yes"
+    check_force(visit.identity, force)
     try:
         with transaction() as conn:
             deployments.promote(
@@ -195,7 +198,7 @@ def promote(visit: Visit) -> Response:
                 actor=visit.actor,
                 reason=visit.form.get("reason", ""),
                 expect_generation=whole(visit.form.get("generation", ""), "generation"),
-                force=visit.form.get("force") == "yes",
+                force=force,
             )
     except TunesmithError as error:
         if error.http_status in (400, 409, 412):
@@ -263,6 +266,7 @@ def _ask(visit: Visit, number: int | None, error: TunesmithError | None) -> Resp
         against=against,
         reason=visit.form.get("reason", ""),
         forced=visit.form.get("force") == "yes",
+        may_force=visit.allows("admin"),
     )
 
 
