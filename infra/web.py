@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from typing import Any
@@ -27,6 +28,22 @@ def post(url: str, body: Any, *, headers: Mapping[str, str] | None = None, secon
     request = urllib.request.Request(url, json.dumps(body).encode(), head)  # noqa: S310 - a server that settings name
     with _opener(url).open(request, timeout=seconds) as response:
         return json.load(response)
+
+
+def ask(
+    method: str, url: str, body: Any = None, *, headers: Mapping[str, str] | None = None, seconds: float = 10
+) -> tuple[int, bytes]:
+    """The status and content of an answer, whatever the status; `body` goes out as JSON. Raises OSError or
+    http.client.HTTPException when none comes."""
+    data = None if body is None else json.dumps(body).encode()
+    head = {"content-type": "application/json", **(headers or {})}
+    request = urllib.request.Request(url, data, head, method=method)  # noqa: S310 - a server that settings name
+    try:
+        with _opener(url).open(request, timeout=seconds) as response:
+            return response.status, response.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read()
 
 
 def _opener(url: str) -> urllib.request.OpenerDirector:
