@@ -142,20 +142,7 @@ def _models(app: FastAPI) -> None:
         with transaction() as conn:
             found = versions.list_versions(conn, model)
             now = deployments.read(conn, model)
-        listed = [
-            {
-                "version": v.number,
-                "created_at": v.created_at.astimezone(UTC),
-                "serving": now.slot_of(v.number),
-                "base": v.base,
-                "method": v.method,
-                "metrics": v.metrics,
-                "gate": v.decision,
-                "dataset": v.dataset_digest,
-                "study": v.study,
-            }
-            for v in found
-        ]
+        listed = [v.to_json(now.slot_of(v.number)) for v in found]
         return json_response({"model": model, "versions": listed})
 
     @app.get("/models/{model}/versions/{number}", summary="One version with its evaluation and gate decision")

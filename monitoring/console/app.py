@@ -67,10 +67,6 @@ async def login(request: Request) -> Response:
 
 async def logout(request: Request) -> Response:
     """End the session and forget the cookie."""
-    try:
-        await read_form(request)
-    except TunesmithError as error:
-        return await run_in_threadpool(problem, Visit(request=request, identity=identify(request)), error)
     await request.app.state.auth.logout(request)
     response = RedirectResponse("/login", 303)
     clear_session(response)
