@@ -10,7 +10,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from deploy.auth import Auth, clear_session, identify, set_session
+from deploy.auth import Auth, clear_session, identify, needs, set_session
 from infra.errors import TunesmithError
 from monitoring.console import drift, model, overview, playground, requests, runs, studies, version
 from monitoring.console.render import Visit, draw, page, problem, read_form
@@ -65,6 +65,7 @@ async def login(request: Request) -> Response:
         return await run_in_threadpool(problem, visit, error)
 
 
+@needs("viewer")
 async def logout(request: Request) -> Response:
     """End the session and forget the cookie."""
     await request.app.state.auth.logout(request)
