@@ -331,7 +331,7 @@ def _join(members: tuple[Adapter, ...]) -> _Stack:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """The adapter's configuration, when it asks for nothing beyond plain LoRA. Raises BadAdapter."""
+    """The adapter's configuration, when it asks for nothing beyond LoRA, rsLoRA and DoRA. Raises BadAdapter."""
     if not folder.is_dir():
         raise BadAdapter(f"There is no adapter folder {folder}.")
     for path in folder.iterdir():

@@ -20,7 +20,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Mount
 
 from deploy import auth
-from deploy.auth import Identity, Needed, NotAllowed, Role, require
+from deploy.auth import Identity, Needed, Role, check_force, require
 from deploy.errors import crashed, explain, json_response
 from infra.db import transaction
 from infra.errors import NotFound, TunesmithError, UsageError
@@ -142,20 +142,7 @@ def _models(app: FastAPI) -> None:
         with transaction() as conn:
             found = versions.list_versions(conn, model)
             now = deployments.read(conn, model)
-        listed = [
-            {
-                "version": v.number,
-                "created_at": v.created_at.astimezone(UTC),
-                "serving": now.slot_of(v.number),
-                "base": v.base,
-                "method": v.method,
-                "metrics": v.metrics,
-                "gate": v.decision,
-                "dataset": v.dataset_digest,
-                "study": v.study,
-            }
-            for v in found
-        ]
+        listed = [v.to_json(now.slot_of(v.number)) for v in found]
         return json_response({"model": model, "versions": listed})
 
     @app.get("/models/{model}/versions/{number}", summary="One version with its evaluation and gate decision")
@@ -198,10 +185,6 @@ def _changes(app: FastAPI) -> None:
             done = act(conn)
         return json_response(done.to_json(), headers={"etag": f'"{done.deployment.generation}"'})
 
-    def may_force(who: Identity, force: bool) -> None:
-        if force and not who.may("admin"):
-            raise NotAllowed("Overriding a gate needs the admin role.", hint="Ask an admin.")
-
     @app.patch("/models/{model}/deployment", summary="Change one slot, compared with If-Match")
     def patch(
         model: str,
@@ -209,7 +192,7 @@ def _changes(app: FastAPI) -> None:
         who: Operator,
         if_match: Annotated[str | None, Header(description="the generation this is a change of")] = None,
     ) -> Response:
-        may_force(who, body.force)
+        check_force(who, body.force)
         if if_match is None:
             raise PreconditionRequired("If-Match is missing.", hint="Send the generation that you read.")
         text = if_match.strip().strip('"')
@@ -232,7 +215,7 @@ def _changes(app: FastAPI) -> None:
 
     @app.post("/models/{model}/promote", summary="Make a version the champion")
     def promote(model: str, body: Promotion, who: Operator) -> Response:
-        may_force(who, body.force)
+        check_force(who, body.force)
         return change(
             lambda conn: deployments.promote(
                 conn,

@@ -311,6 +311,12 @@ def require(request: HTTPConnection, role: Needed) -> Identity:
     return identity
 
 
+def check_force(who: Identity | None, force: bool) -> None:
+    """Overriding a gate is for admins, by whatever way it is asked. Raises NotAllowed."""
+    if force and not (who and who.may("admin")):
+        raise NotAllowed("Overriding a gate needs the admin role.", hint="Ask an admin.")
+
+
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 

@@ -46,7 +46,6 @@ class Result:
     mean_logprob: float
     logprobs: tuple[float, ...]
     engine_seconds: float
-    ttft_seconds: float
     seconds: float
 
 
@@ -116,7 +115,6 @@ class Row:
             mean_logprob=self.mean_logprob,
             logprobs=tuple(self.logprobs),
             engine_seconds=self.engine_seconds,
-            ttft_seconds=self.first_at - self.joined_at,
             seconds=self.ended_at - self.joined_at,
         )
 

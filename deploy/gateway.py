@@ -81,7 +81,6 @@ def create_app(settings: Settings, *, routes: Sequence[BaseRoute] = (), limits: 
     app.state.recorder = recorder
     app.state.metrics = metrics
     app.state.upstream = upstream
-    app.state.settings = settings
     return app
 
 

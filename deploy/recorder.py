@@ -237,13 +237,6 @@ class Recorder:
         """Events taken or found that have not arrived in the database yet."""
         return self.taken + self._adopted - self.arrived - self.dropped - self.rejected
 
-    def flush(self, timeout: float = 10.0) -> bool:
-        """Wait until nothing is pending; False when `timeout` seconds were not enough."""
-        deadline = time.monotonic() + timeout
-        while self.pending > 0 and time.monotonic() < deadline:
-            time.sleep(0.02)
-        return self.pending <= 0
-
     def close(self, timeout: float = 5.0) -> None:
         """Send what can be sent within `timeout` seconds; the rest stays in the spool for the next start."""
         self._stop.set()

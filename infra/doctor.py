@@ -79,15 +79,22 @@ def _packages(own: Settings) -> Iterator[Finding]:
 
 def _processor(own: Settings) -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    bf16 = any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
     level: Literal["ok", "warn"] = "ok" if cores > 1 else "warn"
     yield Finding(
         name="processor",
         level=level,
-        text=f"{cores} core(s), bf16 {'in hardware' if bf16 else 'not in hardware, or not known'}",
+        text=f"{cores} core(s), bases run in {'bfloat16' if multiplies_bf16() else 'float32'}",
         hint="" if cores > 1 else "Training and serving share one core.",
     )
+
+
+def multiplies_bf16() -> bool:
+    """Whether the processor multiplies in bfloat16, which bases are then kept in (`registry.bases`)."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def _memory(own: Settings) -> Iterator[Finding]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
 
@@ -76,6 +79,21 @@ def alive(pid: int, started: float | None = None) -> bool:
         return started is None or abs(process.create_time() - started) < 2
     except psutil.Error:
         return False
+
+
+def is_gone(holder: str, held: timedelta) -> bool:
+    """Whether a lease's holder, ``host:pid what for``, was a process of this machine that does not live. A process
+    that is younger than the lease, held for so long by the database's clock, only has its number."""
+    host, _, rest = holder.partition(":")
+    pid = rest.partition(" ")[0]
+    if host != socket.gethostname() or not pid.isdigit():
+        return False
+    try:
+        process = psutil.Process(int(pid))
+        age = time.time() - process.create_time()  # not compared with the database's times: its clock may be another
+        return process.status() == psutil.STATUS_ZOMBIE or age < held.total_seconds() - 2
+    except psutil.NoSuchProcess:
+        return True
 
 
 def marked(mark: str) -> list[psutil.Process]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
-import socket
+from functools import partial
 from pathlib import Path
 
 import psycopg
 
-from infra import processes, web
+from infra import prefect, processes
 from infra.db import load_queries
 from infra.settings import Settings
 
@@ -27,34 +26,22 @@ def reconcile(settings: Settings, *, own_pool: bool) -> int:
     running it.
     """
     with psycopg.connect(settings.database(), autocommit=True, connect_timeout=5) as conn:
-        for name, holder, token in conn.execute(SQL["held_leases"]).fetchall():
-            if _is_gone(holder):
+        for name, holder, token, held in conn.execute(SQL["held_leases"]).fetchall():
+            if processes.is_gone(holder, held):
                 conn.execute(SQL["end_lease"], {"name": name, "token": token})
         living = {str(row[0]) for row in conn.execute(SQL["living_flow_runs"])}
         ours = {str(row[0]) for row in conn.execute(SQL["unfinished_flow_runs"])}
-    api = settings.need("prefect_url")
-    headers = {"authorization": f"Bearer {key}"} if (key := os.environ.get("PREFECT_API_KEY")) else {}
+    call = partial(prefect.call, "POST", settings=settings, seconds=10)
     state = {"state": {"type": {"any_": _OPEN}}}
     dead = set()
     if ours - living:
-        found = web.post(
-            f"{api}/flow_runs/filter", {"flow_runs": {**state, "id": {"any_": sorted(ours - living)}}}, headers=headers
-        )
+        found = call("/flow_runs/filter", {"flow_runs": {**state, "id": {"any_": sorted(ours - living)}}})
         dead |= {run["id"] for run in found}
     if own_pool:
         pool = {"work_pools": {"name": {"any_": [settings.work_pool]}}}
-        dead |= {
-            run["id"] for run in web.post(f"{api}/flow_runs/filter", {"flow_runs": state, **pool}, headers=headers)
-        } - living
+        dead |= {run["id"] for run in call("/flow_runs/filter", {"flow_runs": state, **pool})} - living
     for run in sorted(dead):
         crashed = {"type": "CRASHED", "name": "Crashed", "message": "Its process is gone; the next run resumes it."}
-        web.post(f"{api}/flow_runs/{run}/set_state", {"state": crashed, "force": True}, headers=headers)
+        call(f"/flow_runs/{run}/set_state", {"state": crashed, "force": True})
         log.info("flow run %s was dead and is marked as crashed", run)
     return len(dead)
-
-
-def _is_gone(holder: str) -> bool:
-    """Whether a lease's holder, ``host:pid what for``, was a process of this machine that does not live."""
-    place, _, _ = holder.partition(" ")
-    host, _, pid = place.rpartition(":")
-    return host == socket.gethostname() and pid.isdigit() and not processes.alive(int(pid))

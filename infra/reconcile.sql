@@ -1,5 +1,5 @@
 -- name: held_leases
-select name, holder, token from lease where expires_at > clock_timestamp()
+select name, holder, token, clock_timestamp() - acquired_at as held from lease where expires_at > clock_timestamp()
 
 -- name: end_lease
 update lease set expires_at = clock_timestamp() where name = %(name)s and token = %(token)s

@@ -18,8 +18,9 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 from pydantic import SecretStr
 
 from infra import ports, processes, web
-from infra.errors import UsageError
+from infra.errors import TunesmithError, UsageError
 from infra.postgres import Cluster
+from infra.prefect import call as ask_prefect
 from infra.settings import Settings
 
 PREFERRED = {"mlflow": 5000, "prefect": 4200, "gateway": 8080}
@@ -209,23 +210,23 @@ def worker(settings: Settings, env: Mapping[str, str], *, local: bool) -> Servic
         *("--pool", settings.work_pool, "--type", "process"),
         *("--name", name),
     ]
-    pool = f"{settings.need('prefect_url')}/work_pools/{settings.work_pool}"
     return Service(
         name="runner",
         start=partial(_spawn, argv, {**env, **own}, settings.home),
         # A server of the team's may want credentials for the question.
-        ready=partial(_is_online, pool, name) if local else lambda: True,
+        ready=partial(_is_online, settings, name) if local else lambda: True,
         settle=2,
         needs=("prefect",),
         tier=1,
     )
 
 
-def _is_online(pool: str, worker: str) -> bool:
+def _is_online(settings: Settings, worker: str) -> bool:
     """Whether Prefect has heard from a worker of the pool (which the worker makes) lately."""
+    online, path = {"workers": {"status": {"any_": ["ONLINE"]}}}, f"/work_pools/{settings.work_pool}/workers/filter"
     try:
-        found = web.post(f"{pool}/workers/filter", {"workers": {"status": {"any_": ["ONLINE"]}}}, seconds=2)
-    except OSError:
+        found = ask_prefect("POST", path, online, settings=settings, seconds=2)
+    except TunesmithError:
         return False
     return any(each["name"] == worker for each in found)
 

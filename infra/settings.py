@@ -86,15 +86,12 @@ class Settings(BaseSettings):
         description="ends in /api",
     )
     gateway_url: str | None = Field(default=None, description="where this home's gateway answers")
-    url: str | None = Field(default=None, description="a gateway to command from afar")
-    api_key: SecretStr | None = None
     engine_secret: SecretStr | None = Field(default=None, description="shared by gateway and engines")
     work_pool: str = "tunesmith"
     search_workers: int = Field(default=0, ge=0, description="0: one a core")
     max_engines: int = Field(default=2, ge=1)
     machine_usd_per_hour: float = Field(default=0.10, ge=0, description="price of one machine for cost per second")
     event_retention_days: int = Field(default=30, ge=1)
-    allow_private_webhooks: bool = False
 
     @classmethod
     def settings_customise_sources(

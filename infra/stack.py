@@ -250,7 +250,7 @@ class Supervisor:
     def clear_dead_runs(self, *, own_pool: bool) -> None:
         try:
             dead = reconcile.reconcile(self.settings, own_pool=own_pool)
-        except (OSError, psycopg.Error):
+        except (TunesmithError, psycopg.Error):
             return  # again in half a minute
         if dead:
             self.report({"kind": "note", "text": f"{dead} flow run(s) whose process was gone are marked as crashed."})

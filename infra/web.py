@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from http.client import HTTPException
@@ -32,6 +33,22 @@ def post(url: str, body: Any, *, headers: Mapping[str, str] | None = None, secon
             return json.load(response)
     except (HTTPException, ValueError) as error:
         raise OSError(f"{url} gives no answer that can be read: {type(error).__name__}: {error}") from error
+
+
+def ask(
+    method: str, url: str, body: Any = None, *, headers: Mapping[str, str] | None = None, seconds: float = 10
+) -> tuple[int, bytes]:
+    """The status and content of an answer, whatever the status; `body` goes out as JSON. Raises OSError or
+    http.client.HTTPException when none comes."""
+    data = None if body is None else json.dumps(body).encode()
+    head = {"content-type": "application/json", **(headers or {})}
+    request = urllib.request.Request(url, data, head, method=method)  # noqa: S310 - a server that settings name
+    try:
+        with _opener(url).open(request, timeout=seconds) as response:
+            return response.status, response.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read()
 
 
 def _opener(url: str) -> urllib.request.OpenerDirector:

@@ -14,10 +14,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from infra import prefect
 from infra.db import Connection, load_queries, one, transaction
 from infra.durations import parse_duration
-from infra.errors import NotFound, TunesmithError, Unreachable
-from infra.settings import get_settings
+from infra.errors import NotFound, TunesmithError
 from monitoring import alerts, feedback
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
@@ -85,7 +85,7 @@ def start_asked() -> int:
     started = 0
     for request in asked:
         try:
-            flow_run = _create_flow_run(request["model"], request["id"])
+            flow_run = start(request["model"], request["id"])
         except TunesmithError as error:
             if request["error"] != error.message:
                 log.warning("retraining of %s waits: %s", request["model"], error.message)
@@ -99,28 +99,18 @@ def start_asked() -> int:
     return started
 
 
-def _create_flow_run(model: str, request: uuid.UUID) -> str:
-    deployment = _prefect("GET", f"/deployments/name/retrain/{model}")
-    body = {
-        "parameters": {"model": model, "request": str(request)},
-        "idempotency_key": str(request),
-        "state": {"type": "SCHEDULED"},
-    }
-    return str(_prefect("POST", f"/deployments/{deployment['id']}/create_flow_run", body)["id"])
-
-
-def _prefect(method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-    import httpx
-
-    url = get_settings().need("prefect_url").rstrip("/")
+def start(model: str, request: uuid.UUID | None = None) -> str:
+    """Start a model's retrain flow, once for one request; returns the flow run's id. Raises NotFound when no run ever
+    set it up, Unreachable when Prefect is away."""
     try:
-        answer = httpx.request(method, f"{url}{path}", json=body, timeout=10, trust_env=False)
-    except httpx.HTTPError as error:
-        raise Unreachable(f"Prefect does not answer at {url}.", hint="See `tunesmith status`.") from error
-    if answer.status_code == 404:
-        raise NotFound(f"Prefect knows no {path.strip('/')}: the model has no retrain flow.")
-    if answer.status_code >= 500:
-        raise Unreachable(f"Prefect answered {answer.status_code} to {path}.", hint="See `tunesmith status`.")
-    if answer.status_code >= 400:
-        raise TunesmithError(f"Prefect refused to start the flow: {answer.text[:300]}")
-    return answer.json()
+        deployment = prefect.call("GET", f"/deployments/name/retrain/{model}")
+    except NotFound as error:
+        raise NotFound(
+            f"The model {model} has no retrain flow.",
+            hint="Add a `retrain:` section to its pipeline file and run it once.",
+        ) from error
+    asked = str(request) if request is not None else None
+    body: dict[str, Any] = {"parameters": {"model": model, "request": asked}, "state": {"type": "SCHEDULED"}}
+    if asked is not None:
+        body["idempotency_key"] = asked
+    return str(prefect.call("POST", f"/deployments/{deployment['id']}/create_flow_run", body)["id"])

@@ -69,9 +69,9 @@ def run(path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 def retrain(model: str, detach: bool, as_json: bool) -> None:
     """Make the next version from a model's data and the corrections people sent."""
     if detach:
-        from pipelines import schedules
+        from monitoring import retraining
 
-        started = {"model": model, "flow_run_id": schedules.start_retrain(model, None)}
+        started = {"model": model, "flow_run_id": retraining.start(model)}
         print_json(started) if as_json else out.print(f"Started flow run {started['flow_run_id']}.")
         return
     _ready_prefect()

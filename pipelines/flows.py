@@ -60,9 +60,9 @@ def retrain(model: str, request: str | None = None) -> Any:
 
     Args:
         model: the model's name
-        request: id of the retrain request that a drift verdict wrote; none when started by hand
+        request: id of the retrain request that a drift verdict wrote, for who reads the run; none when started by hand
     """
-    return _carry_out(stages.plan_retrain(model, request))
+    return _carry_out(stages.plan_retrain(model))
 
 
 def _carry_out(plan: stages.Plan) -> Any:

@@ -7,7 +7,6 @@ same command with the same configuration and data goes on after it.
 
 from __future__ import annotations
 
-import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,16 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 from psycopg.types.json import Jsonb
 
+from infra import processes
 from infra.db import Connection, load_queries, transaction
 from registry import leases
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
 LEASE_SECONDS = 60
 
-Kind = Literal["train", "retrain", "rescore"]
+Kind = Literal["train", "retrain"]
 
 
 @dataclass(kw_only=True)
@@ -115,18 +114,7 @@ def begin(
 def _bury(conn: Connection, name: str) -> None:
     """Free the lease of a holder that was a process of this machine and is dead, rather than wait it out."""
     held = conn.execute(SQL["holder"], {"name": name}).fetchone()
-    if held is None:
-        return
-    host, _, rest = held["holder"].partition(":")
-    number = rest.split(" ")[0]
-    if host != socket.gethostname() or not number.isdigit():
-        return
-    try:
-        process = psutil.Process(int(number))
-        alive = process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= held["acquired_at"].timestamp()
-    except psutil.NoSuchProcess:
-        alive = False
-    if not alive:
+    if held is not None and processes.is_gone(held["holder"], held["held"]):
         conn.execute(SQL["free"], {"name": name, "token": held["token"]})
 
 

@@ -24,6 +24,9 @@ where id = %(id)s
 -- name: stages
 select name, output from stage where run_id = %(id)s
 
+-- name: config
+select config -> 'evaluation' as evaluation from run where id = %(id)s
+
 -- name: keep_stage
 insert into stage (run_id, name, output, seconds) values (%(id)s, %(name)s, %(output)s, %(seconds)s)
 on conflict (run_id, name) do nothing
@@ -50,7 +53,7 @@ where f.model = %(model)s and f.correction is not null and e.messages is not nul
 order by f.request_id
 
 -- name: holder
-select holder, token, acquired_at from lease where name = %(name)s and expires_at > now()
+select holder, token, clock_timestamp() - acquired_at as held from lease where name = %(name)s and expires_at > now()
 
 -- name: free
 update lease set expires_at = now() where name = %(name)s and token = %(token)s

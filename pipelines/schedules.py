@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
-import httpx
-
-from infra.errors import Conflict, NotFound, Unreachable, UsageError
-from infra.settings import get_settings
+from infra.errors import Conflict, NotFound, UsageError
+from infra.prefect import call
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
@@ -18,24 +16,6 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 def check_reachable() -> None:
     """Raises Unreachable when Prefect's server does not answer: its own client says so in a hundred lines."""
     call("GET", "/health")
-
-
-def call(method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-    """One call of Prefect's API; returns its JSON, or None for an empty answer.
-
-    Raises NotFound on 404, UsageError on other refusals with Prefect's own words, Unreachable when it is away.
-    """
-    url = get_settings().need("prefect_url").rstrip("/")
-    try:
-        # Prefect's server is on loopback or in the team's own network: a proxy of the environment is never meant
-        answer = httpx.request(method, f"{url}{path}", json=body, timeout=20, trust_env=False)
-    except httpx.HTTPError as error:
-        raise Unreachable(f"Prefect's server does not answer at {url}.", hint="See `tunesmith status`.") from error
-    if answer.status_code == 404:
-        raise NotFound(f"Prefect knows no {path.strip('/')}.")
-    if answer.status_code >= 400:
-        raise UsageError(f"Prefect refused: {answer.text[:300]}")
-    return answer.json() if answer.content else None
 
 
 def add(name: str, config: str, overrides: list[str], cron: str, timezone: str) -> dict[str, Any]:
@@ -93,19 +73,6 @@ def trigger(name: str) -> dict[str, Any]:
     """Start a run now; returns its id, name and state."""
     run = call("POST", f"/deployments/{_deployment(name)['id']}/create_flow_run", {"state": {"type": "SCHEDULED"}})
     return {"flow_run_id": run["id"], "name": run["name"], "state": run["state"]["type"].lower()}
-
-
-def start_retrain(model: str, request: str | None) -> str:
-    """Start the retrain flow of a model; returns the flow run's id. Raises NotFound when no run ever set it up."""
-    try:
-        deployment = call("GET", f"/deployments/name/retrain/{model}")
-    except NotFound as error:
-        raise NotFound(
-            f"The model {model} has no retrain flow.",
-            hint="Add a `retrain:` section to its pipeline file and run it once.",
-        ) from error
-    body = {"parameters": {"model": model, "request": request}, "state": {"type": "SCHEDULED"}}
-    return str(call("POST", f"/deployments/{deployment['id']}/create_flow_run", body)["id"])
 
 
 def superseded(flow_run_id: str) -> bool:

@@ -65,7 +65,7 @@ def plan_train(path: Path, overrides: list[str]) -> Plan:
     )
 
 
-def plan_retrain(model: str, request: str | None) -> Plan:
+def plan_retrain(model: str) -> Plan:
     """Read the pipeline file of the model's last run, and the corrections that came since.
 
     Raises NotFound for no such model or no file, UsageError when there are fewer corrections than
@@ -179,10 +179,26 @@ def prepare(plan: Plan, run: runs.Run) -> dict[str, Any]:
         else:
             base = bases.resolve(plan.config.base.path, plan.config.base.revision)
         dataset = prepare_rows(plan.config, extra=plan.corrections, old=old, progress=say)
-        say(f"{dataset.counts}", 1, 1)
-        return {"dataset": dataset.digest, "base": base.digest, "counts": dict(dataset.counts)}
+        counts = dict(dataset.counts) | {"too_long": _too_long(plan.config, dataset, base)}
+        say(f"{counts}", 1, 1)
+        return {"dataset": dataset.digest, "base": base.digest, "counts": counts}
 
     return run.stage("prepare", work)
+
+
+def _too_long(config: configs.PipelineConfig, dataset: datasets.Dataset, base: bases.Base) -> int:
+    """How many rows the search will leave out; it finds their tokens made."""
+    from pipelines.data.tokenise import tokenised
+
+    report("prepare", "rows to tokens")
+    most, found = config.data.quality.max_tokens, 0
+    for split in ("train", "validation"):
+        count = tokenised(dataset, split, base, max_tokens=most, system=config.prompt.system).too_long
+        if count:
+            text = f"{count} of {dataset.counts[split]} {split} rows are longer than {most} tokens"
+            report("prepare", f"{text} (data.quality.max_tokens) and are left out", 1, 1)
+        found += count
+    return found
 
 
 def search(plan: Plan, run: runs.Run, data: dict[str, Any]) -> dict[str, Any]:
@@ -411,7 +427,7 @@ def _promote(plan: Plan, version: versions.Version, judged: dict[str, Any]) -> t
 
 
 def evaluate_again(name: str, suites: Sequence[str] = ()) -> dict[str, Any]:
-    """The evaluation of a registered version on its data set's test rows, beside its base and, if it is another
+    """The evaluation of a registered version on the test rows it was judged on, beside its base and, if it is another
     version of the same base, the champion. Nothing is changed.
 
     Raises NotFound for no such version, UsageError when its data set is not here or a suite is not known.
@@ -424,8 +440,10 @@ def evaluate_again(name: str, suites: Sequence[str] = ()) -> dict[str, Any]:
     model, number = versions.parse_version(name)
     with transaction() as conn:
         version = versions.get(conn, model, number)
+        made = conn.execute(runs.SQL["config"], {"id": version.run_id}).fetchone()
     if version.dataset_digest is None:
         raise UsageError(f"{version.name} was not trained here: there are no test rows.", hint="Import its data set.")
+    sample = {key: made["evaluation"][key] for key in ("limit", "seed")} if made else {}
     champion = _champion(model)
     beside = champion is not None and champion.number != number and champion.base_digest == version.base_digest
     return judge(
@@ -436,5 +454,6 @@ def evaluate_again(name: str, suites: Sequence[str] = ()) -> dict[str, Any]:
         system=version.parsed.prompt.system,
         generation=version.parsed.generation,
         suites=wanted,
+        **sample,
         progress=partial(report, "evaluate"),
     ).evaluation

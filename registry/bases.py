@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from infra import storage
+from infra import doctor, storage
 from infra.db import load_queries, transaction
 from infra.errors import NotFound, TunesmithError, Unreachable, UsageError
 from infra.settings import get_settings
@@ -123,13 +123,7 @@ def _dtype() -> str:
     """bfloat16 where the processor (or a GPU) multiplies in it, since there a step takes half the time."""
     import torch
 
-    if torch.cuda.is_available():
-        return "bfloat16"
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux
-        return "float32"
-    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+    return "bfloat16" if torch.cuda.is_available() or doctor.multiplies_bf16() else "float32"
 
 
 def _source(id: str, revision: str) -> tuple[Path | None, str]:

@@ -55,21 +55,7 @@ def versions(model: str, as_json: bool) -> None:
         found = owner.list_versions(conn, model)
         now = deployments.read(conn, model)
     if as_json:
-        listed = [
-            {
-                "version": v.number,
-                "created_at": v.created_at.astimezone(UTC),
-                "serving": now.slot_of(v.number),
-                "base": v.base,
-                "method": v.method,
-                "metrics": v.metrics,
-                "gate": v.decision,
-                "dataset": v.dataset_digest,
-                "study": v.study,
-            }
-            for v in found
-        ]
-        print_json({"model": model, "versions": listed})
+        print_json({"model": model, "versions": [v.to_json(now.slot_of(v.number)) for v in found]})
         return
     if not found:
         out.print(f"{model} has no versions yet.")

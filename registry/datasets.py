@@ -19,7 +19,6 @@ from psycopg.types.json import Jsonb
 
 from infra import storage
 from infra.db import Connection, load_queries
-from infra.errors import NotFound
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
 FORMAT = 1
@@ -164,11 +163,3 @@ def record(conn: Connection, model: str, dataset: Dataset) -> None:
             "parent": dataset.parent,
         },
     )
-
-
-def latest(conn: Connection, model: str) -> str:
-    """The digest of a model's newest data set. Raises NotFound when it has none."""
-    row = conn.execute(SQL["latest"], {"model": model}).fetchone()
-    if row is None:
-        raise NotFound(f"The model {model} has no data set yet.", hint="Run its pipeline first.")
-    return str(row["digest"])

@@ -5,6 +5,3 @@ insert into model (name) values (%(model)s) on conflict do nothing
 insert into dataset (digest, model, counts, sources, parent)
 values (%(digest)s, %(model)s, %(counts)s, %(sources)s, (select digest from dataset where digest = %(parent)s))
 on conflict (digest) do nothing
-
--- name: latest
-select digest from dataset where model = %(model)s order by created_at desc limit 1

@@ -380,7 +380,13 @@ def _rest(seconds: float = 10) -> Iterator[httpx.Client]:
     import httpx
 
     url = _url()
-    with httpx.Client(base_url=f"{url}/api/2.0/mlflow/", timeout=seconds, trust_env=not _on_loopback(url)) as rest:
+    # The variables and their order are those of MLflow's own client
+    user, password, token = (os.environ.get(f"MLFLOW_TRACKING_{name}") for name in ("USERNAME", "PASSWORD", "TOKEN"))
+    login = (user, password) if user and password else None
+    headers = {"authorization": f"Bearer {token}"} if token and not login else None
+    with httpx.Client(
+        base_url=f"{url}/api/2.0/mlflow/", timeout=seconds, trust_env=not _on_loopback(url), auth=login, headers=headers
+    ) as rest:
         yield rest
 
 

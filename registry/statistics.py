@@ -169,21 +169,6 @@ def percentile_difference(
     )
 
 
-def sign_test(candidate: Values, other: Values) -> float:
-    """The exact two-sided p-value that neither side wins more rows; equal rows say nothing.
-
-    On 0/1 outcomes this is McNemar's exact test (the binomial test on discordant pairs).
-    """
-    import numpy as np
-    from scipy.special import bdtr
-
-    signs = np.sign(_clean(candidate) - _clean(other))
-    wins, losses = int((signs > 0).sum()), int((signs < 0).sum())
-    if wins + losses == 0:
-        return 1.0
-    return min(1.0, 2.0 * float(bdtr(min(wins, losses), wins + losses, 0.5)))
-
-
 def rows_needed(deviation: float, distance: float, *, level: float = LEVEL, power: float = 0.8) -> int:
     """Rows for a two-sided interval at `level` to clear a threshold that lies `distance` from the true mean of
     row differences with standard deviation `deviation`, in `power` of all repetitions.

@@ -8,7 +8,7 @@ import subprocess
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,6 +106,20 @@ class Listed:
     base: str
     metrics: dict[str, float | None]
     decision: str | None
+
+    def to_json(self, serving: str | None) -> dict[str, Any]:
+        """A line of ``versions --json`` and of the control API; `serving` is the slot that the version holds."""
+        return {
+            "version": self.number,
+            "created_at": self.created_at.astimezone(UTC),
+            "serving": serving,
+            "base": self.base,
+            "method": self.method,
+            "metrics": self.metrics,
+            "gate": self.decision,
+            "dataset": self.dataset_digest,
+            "study": self.study,
+        }
 
 
 def seal(draft: VersionDraft) -> str:

@@ -10,7 +10,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from deploy.auth import Auth, clear_session, identify, set_session
+from deploy.auth import Auth, clear_session, identify, needs, set_session
 from infra.errors import TunesmithError
 from monitoring.console import drift, model, overview, playground, requests, runs, studies, version
 from monitoring.console.render import Visit, draw, page, problem, read_form
@@ -65,12 +65,9 @@ async def login(request: Request) -> Response:
         return await run_in_threadpool(problem, visit, error)
 
 
+@needs("viewer")
 async def logout(request: Request) -> Response:
     """End the session and forget the cookie."""
-    try:
-        await read_form(request)
-    except TunesmithError as error:
-        return await run_in_threadpool(problem, Visit(request=request, identity=identify(request)), error)
     await request.app.state.auth.logout(request)
     response = RedirectResponse("/login", 303)
     clear_session(response)

@@ -32,8 +32,7 @@ def show(visit: Visit) -> Response:
     begin = until - RANGES[since]
     with transaction() as conn:
         now = deployments.read(conn, name)
-        rows = conn.execute(SQL["versions"], {"model": name}).fetchall()
-        numbers = [row["number"] for row in rows]
+        numbers = [row["number"] for row in conn.execute(SQL["numbers"], {"model": name})]
         number = whole(visit.query("version"), "version") if visit.query("version") else _first(now.champion, numbers)
         if number is None:
             return draw(visit, "drift.html", model=name, number=None, since=since, versions=[], now=now)

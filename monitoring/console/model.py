@@ -10,6 +10,7 @@ from typing import Any
 from markupsafe import Markup
 from starlette.responses import RedirectResponse, Response
 
+from deploy.auth import check_force
 from infra.db import Connection, transaction
 from infra.errors import NotFound, Refused, TunesmithError
 from monitoring.console import charts, figures, strips, traffic
@@ -31,7 +32,7 @@ def show(visit: Visit) -> Response:
         now = deployments.read(conn, name)
         since = visit.since(traffic.natural_range(conn, name))
         entries = deployments.history(conn, name)
-        versions = conn.execute(SQL["versions"], {"model": name}).fetchall()
+        versions = conn.execute(SQL["versions"], {"model": name, "number": None}).fetchall()
         verdicts = {row["version"]: row for row in conn.execute(SQL["last_verdicts"], {"model": name})}
         alerts = conn.execute(SQL["alerts_open"], {"model": name}).fetchall()
         flow = traffic.read(conn, name, RANGES[since])
@@ -184,8 +185,10 @@ def promote_form(visit: Visit) -> Response:
 
 
 def promote(visit: Visit) -> Response:
-    """Compare-and-set on the generation the person saw."""
+    """Compare-and-set on the generation the person saw. Raises NotAllowed for an override that is no admin's."""
     name, number = check_model_name(visit.path("model")), _number(visit)
+    force = visit.form.get("force") == "yes"
+    check_force(visit.identity, force)
     try:
         with transaction() as conn:
             deployments.promote(
@@ -195,7 +198,7 @@ def promote(visit: Visit) -> Response:
                 actor=visit.actor,
                 reason=visit.form.get("reason", ""),
                 expect_generation=whole(visit.form.get("generation", ""), "generation"),
-                force=visit.form.get("force") == "yes",
+                force=force,
             )
     except TunesmithError as error:
         if error.http_status in (400, 409, 412):
@@ -235,16 +238,13 @@ def _ask(visit: Visit, number: int | None, error: TunesmithError | None) -> Resp
     with transaction() as conn:
         now = deployments.read(conn, name)
         earlier = _earlier(conn, name)
-        versions = {v["number"]: v for v in conn.execute(SQL["versions"], {"model": name}).fetchall()}
-    if number is None:
-        number = int(visit.form.get("to") or visit.query("to") or 0) if _digits(visit) else 0
-        number = number or (earlier[0] if earlier else 0)
-        if not earlier:
-            raise Refused(f"No other version of {name} has served, so nothing can be rolled back to.")
-        kind = "rollback"
-    else:
-        kind = "promote"
-    chosen = versions.get(number)
+        kind = "rollback" if number is None else "promote"
+        if number is None:
+            if not earlier:
+                raise Refused(f"No other version of {name} has served, so nothing can be rolled back to.")
+            number = int(visit.form.get("to") or visit.query("to") or 0) if _digits(visit) else 0
+            number = number or earlier[0]
+        chosen = conn.execute(SQL["versions"], {"model": name, "number": number}).fetchone()
     if chosen is None:
         raise NotFound(f"There is no version {name}:{number}.", hint=f"See `tunesmith versions {name}`.")
     against = "champion" if differences(chosen["estimates"] or {}, "champion") else "base"
@@ -263,6 +263,7 @@ def _ask(visit: Visit, number: int | None, error: TunesmithError | None) -> Resp
         against=against,
         reason=visit.form.get("reason", ""),
         forced=visit.form.get("force") == "yes",
+        may_force=visit.allows("admin"),
     )
 
 

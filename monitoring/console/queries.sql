@@ -30,8 +30,11 @@ from version v
 join base b on b.digest = v.base_digest
 left join evidence g on g.digest = v.gate
 left join evidence e on e.digest = v.evaluation
-where v.model = %(model)s
+where v.model = %(model)s and (%(number)s::int is null or v.number = %(number)s)
 order by v.number desc
+
+-- name: numbers
+select number from version where model = %(model)s order by number desc
 
 -- name: version
 select v.*, b.id as base, b.revision, b.parameters, b.dtype, g.body as gate_body, e.body as evaluation_body,
@@ -140,12 +143,11 @@ where model = %(model)s and version = %(version)s and at >= %(since)s
 order by at
 
 -- name: last_verdicts
-select distinct on (version) version, verdict, at, body
-from verdict where model = %(model)s
-order by version, at desc
-
--- name: verdicts_of_versions
-select version, at, verdict from verdict where model = %(model)s and at >= %(since)s order by at
+select v.number as version, t.verdict, t.at
+from version v
+cross join lateral (
+    select verdict, at from verdict where model = v.model and version = v.number order by at desc limit 1) t
+where v.model = %(model)s
 
 -- name: requests
 select r.id, r.at, r.model, r.version, r.slot, r.status, r.error, r.stream, r.prompt_tokens, r.completion_tokens,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+log = logging.getLogger(__name__)
+
 # Raised when the same rows would give other ids than before
 FORMAT = 1
 
@@ -27,14 +29,13 @@ class Tokens:
     """Ragged rows of token ids, in one flat array.
 
     Row i is ``ids[offsets[i]:offsets[i + 1]]``: a prompt of ``prompt_lengths[i]`` tokens, and then the completion
-    with its end token, which is what the loss is taken on. ``rows[i]`` is its number in ``dataset.rows(split)``;
-    rows longer than `max_tokens` are not here but counted in `too_long`.
+    with its end token, which is what the loss is taken on. Rows longer than `max_tokens` are not here but counted in
+    `too_long`.
     """
 
     ids: NDArray[np.int32]
     offsets: NDArray[np.int64]
     prompt_lengths: NDArray[np.int32]
-    rows: NDArray[np.int32]
     too_long: int
     digest: str
 
@@ -58,19 +59,10 @@ class Tokens:
             ids=np.concatenate(rows),
             offsets=np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64),
             prompt_lengths=self.prompt_lengths[chosen],
-            rows=self.rows[chosen],
         )
 
 
-def tokenised(
-    dataset: Dataset,
-    split: Split,
-    base: Base,
-    *,
-    max_tokens: int,
-    system: str | None,
-    progress: Callable[..., None] | None = None,
-) -> Tokens:
+def tokenised(dataset: Dataset, split: Split, base: Base, *, max_tokens: int, system: str | None) -> Tokens:
     """The tokens of a split; memory-mapped, so that many processes share one copy.
 
     Raises UsageError when every row is longer than `max_tokens`.
@@ -86,27 +78,18 @@ def tokenised(
     }
     digest = storage.text_digest(orjson.dumps(recipe, option=orjson.OPT_SORT_KEYS).decode())
     if not storage.has("tokens", digest):
-        _make(digest, dataset, split, base, max_tokens, system, progress)
+        _make(digest, dataset, split, base, max_tokens, system)
     return _open(digest)
 
 
-def _make(
-    digest: str,
-    dataset: Dataset,
-    split: Split,
-    base: Base,
-    max_tokens: int,
-    system: str | None,
-    progress: Callable[..., None] | None,
-) -> None:
+def _make(digest: str, dataset: Dataset, split: Split, base: Base, max_tokens: int, system: str | None) -> None:
     import numpy as np
 
     tokenizer = load_tokenizer(base.folder)
     ids: list[NDArray[np.int32]] = []
-    kept: list[int] = []
     prompt_lengths: list[int] = []
     rows = dataset.rows(split)
-    for number, row in enumerate(rows):
+    for row in rows:
         try:
             tokens, prompt_length = prompts.encode_pair(tokenizer, row.messages, system=system)
         except ValueError as error:
@@ -116,21 +99,19 @@ def _make(
             ) from error
         if len(tokens) <= max_tokens:
             ids.append(np.asarray(tokens, np.int32))
-            kept.append(number)
             prompt_lengths.append(prompt_length)
-        if progress and number % 200 == 0:
-            progress(f"{split} rows to tokens", number, len(rows))
-    if not kept:
+    if not ids:
         raise UsageError(
             f"All {len(rows)} {split} rows are longer than {max_tokens} tokens.",
             hint="Raise data.quality.max_tokens, or shorten the rows.",
         )
+    if too_long := len(rows) - len(ids):
+        log.warning("%d of %d %s rows are longer than %d tokens and left out", too_long, len(rows), split, max_tokens)
     with storage.scratch("tokens") as folder:
         np.save(folder / "ids.npy", np.concatenate(ids))
         np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64))
         np.save(folder / "prompt_lengths.npy", np.asarray(prompt_lengths, np.int32))
-        np.save(folder / "rows.npy", np.asarray(kept, np.int32))
-        (folder / "meta.json").write_bytes(orjson.dumps({"too_long": len(rows) - len(kept)}))
+        (folder / "meta.json").write_bytes(orjson.dumps({"too_long": too_long}))
         storage.keep("tokens", digest, folder)
 
 
@@ -142,7 +123,6 @@ def _open(digest: str) -> Tokens:
         ids=np.load(folder / "ids.npy", mmap_mode="r"),
         offsets=np.load(folder / "offsets.npy", mmap_mode="r"),
         prompt_lengths=np.load(folder / "prompt_lengths.npy", mmap_mode="r"),
-        rows=np.load(folder / "rows.npy", mmap_mode="r"),
         too_long=orjson.loads((folder / "meta.json").read_bytes())["too_long"],
         digest=digest,
     )

@@ -43,11 +43,6 @@ def distributions(space: Mapping[str, Any]) -> dict[str, BaseDistribution]:
     }
 
 
-def parameters(space: Mapping[str, Any], drawn: Mapping[str, Any]) -> dict[str, Any]:
-    """What a trial trains with: the drawn values, by Optuna's names, and the fixed ones of the rest."""
-    return draw(space, lambda label, _: drawn[label])
-
-
 def drawable(space: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a configuration that this space can draw, as Optuna wants it: for warm starts."""
     full, wanted = FIXED | dict(space), FIXED | dict(params)

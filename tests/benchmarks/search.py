@@ -554,7 +554,6 @@ def ours_pack(job: Mapping[str, Any]) -> None:
         ids=np.concatenate([np.asarray(ids, np.int32) for ids, _ in rows]),
         offsets=np.cumsum([0] + [len(ids) for ids, _ in rows]),
         prompt_lengths=np.asarray([prompt for _, prompt in rows], np.int32),
-        rows=np.arange(len(rows), dtype=np.int32),
         too_long=0,
         digest="",
     )

@@ -301,13 +301,21 @@ def test_a_conflict_shows_what_serves_now_and_keeps_the_reason(app: TestClient) 
         assert deployments.read(conn, MODEL).champion == 2
 
 
-def test_a_gate_that_did_not_pass_is_overridden_only_on_purpose(app: TestClient) -> None:
+def test_a_gate_that_did_not_pass_is_overridden_only_by_an_admin_and_on_purpose(app: TestClient) -> None:
     fill()
-    log_in(app, "operator")
     path, change = "/models/support-intents/promote/1", {"reason": "we need it", "generation": "0"}
+    log_in(app, "operator")
     refused = app.post(path, data=change)
     assert refused.status_code == 409
     assert "310 are needed" in refused.text
-    assert 'name="force"' in refused.text
+    assert "An admin may override it" in refused.text
+    assert 'name="force"' not in refused.text
+    forced = app.post(path, data={**change, "force": "yes"})
+    assert forced.status_code == 403
+    assert "Overriding a gate needs the admin role." in forced.text
+    with transaction() as conn:
+        assert deployments.read(conn, "support-intents").champion is None
+    log_in(app, "admin")
+    assert 'name="force"' in app.post(path, data=change).text
     assert app.post(path, data={**change, "force": "yes"}).status_code == 303
     assert '<span class="tag bad">forced</span>' in app.get("/models/support-intents").text

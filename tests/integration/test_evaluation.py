@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import orjson
 import pytest
 import torch
+from psycopg.types.json import Jsonb
 
+from infra import storage
+from infra.db import transaction
 from infra.errors import UsageError
 from infra.settings import get_settings
+from pipelines import runs, stages
 from pipelines.data.tokenise import tokenised
 from pipelines.evaluation import report
 from pipelines.evaluation.answers import Bench
 from pipelines.evaluation.suites import EXAMPLES, choose, evaluate
 from pipelines.tuning.trainer import Member, Outcome, Trainer
-from registry import datasets, prompts
+from registry import datasets, prompts, versions
 from registry.bases import Base, load_model, load_tokenizer
+from registry.bundle import Generation
 from registry.datasets import Row, make_row
 from registry.gates import Gate, decide
 
@@ -204,27 +211,73 @@ def test_rows_that_do_not_fit_are_left_out(world: World) -> None:
         )
 
 
+def test_a_second_judgement_is_on_the_rows_of_the_first(tiny_base: Base) -> None:
+    rows, run = [row(n) for n in range(100, 148)], uuid.uuid4()
+    splits = {"train": [row(0)], "validation": [row(1)], "test": rows}
+    dataset = datasets.keep(splits, counts={}, sources=[], recipe={})
+    first = evaluate(
+        base=tiny_base,
+        candidate=None,
+        champion=None,
+        rows=dataset.rows("test"),
+        system=None,
+        generation=Generation(max_tokens=8),
+        suites=("quality",),
+        limit=5,
+        seed=7,
+    ).evaluation
+    bundle = versions.seal(
+        versions.VersionDraft(
+            model="m", method="prompt", base=tiny_base, adapter=None, generation=Generation(max_tokens=8),
+            dataset=dataset.digest, evaluation=first,
+        )
+    )  # fmt: skip
+    manifest = orjson.loads((storage.get("bundle", bundle) / "version.json").read_bytes())
+    with transaction() as conn:
+        datasets.record(conn, "m", dataset)
+        begun = {"id": run, "model": "m", "kind": "train", "fingerprint": "f", "config_path": "m.yaml", "token": 1}
+        config = Jsonb({"evaluation": {"suites": ["quality"], "limit": 5, "seed": 7}})
+        conn.execute(runs.SQL["begin"], {**begun, "config": config, "flow_run_id": None})
+        conn.execute(
+            versions.SQL["insert"],
+            {
+                **dict.fromkeys(("study", "mlflow_run_id", "mlflow_model_id", "evaluation", "gate")),
+                "model": "m",
+                "number": 1,
+                "bundle_digest": bundle,
+                "base_digest": tiny_base.digest,
+                "dataset_digest": dataset.digest,
+                "method": "prompt",
+                "run_id": run,
+                "manifest": Jsonb(manifest),
+                "metrics": Jsonb({}),
+                "profile": Jsonb({}),
+            },
+        )
+    again = stages.evaluate_again("m:1", ["quality"])
+    assert again["rows"] == 5
+    assert again == first
+
+
 def test_tokens_hold_the_prompt_as_served_and_the_answer_with_its_end(world: World, home: Path) -> None:
     rows = [row(n) for n in range(20)]
     turns = [{"role": "user", "content": "x y " * 100}, {"role": "assistant", "content": "y"}]
     dataset = datasets.keep({"train": [*rows, make_row(turns)]}, counts={}, sources=[], recipe={})
     tokens = tokenised(dataset, "train", world.base, max_tokens=128, system="Be brief.")
     tokenizer = load_tokenizer(world.base.folder)
-    assert (len(tokens), tokens.too_long, tokens.rows.tolist()) == (20, 1, list(range(20)))
+    assert (len(tokens), tokens.too_long) == (20, 1)
     for number, one in enumerate(rows):
         ids, length = tokens.row(number).tolist(), int(tokens.prompt_lengths[number])
         assert ids[:length] == prompts.encode(tokenizer, one.prompt, system="Be brief.")
         assert tokenizer.decode(ids[length:-1]) == one.answer
         assert ids[-1] == tokenizer.eos_token_id
     assert isinstance(tokens.ids, np.memmap)
-    some = tokens.sample(3, seed=1)
-    chosen = [int(row) for row in some.rows]
-    assert len(set(chosen)) == 3
-    for at, number in enumerate(chosen):
-        (there,) = (i for i in range(len(tokens)) if tokens.rows[i] == number)
-        assert some.row(at).tolist() == tokens.row(there).tolist()
-        assert some.prompt_lengths[at] == tokens.prompt_lengths[there]
-    assert {tuple(tokens.sample(3, seed=n).rows.tolist()) for n in range(9)} != {tuple(chosen)}
+    whole = {tuple(tokens.row(i)): int(tokens.prompt_lengths[i]) for i in range(len(tokens))}
+    drawn = [tokens.sample(3, seed=n) for n in range(9)]
+    for some in drawn:
+        assert len({tuple(some.row(i)) for i in range(3)}) == len(some) == 3
+        assert all(whole[tuple(some.row(i))] == some.prompt_lengths[i] for i in range(3))
+    assert len({tuple(some.ids) for some in drawn}) > 1
     assert tokens.sample(10_000, seed=1) is tokens
     assert tokenised(dataset, "train", world.base, max_tokens=128, system="Be brief.").digest == tokens.digest
     assert tokenised(dataset, "train", world.base, max_tokens=128, system=None).digest != tokens.digest

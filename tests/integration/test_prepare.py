@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from infra.db import transaction
 from infra.errors import UsageError
 from infra.settings import Settings
+from pipelines import runs, stages
 from pipelines.config import PipelineConfig, load
 from pipelines.data.dedup import ALIKE, Alike
 from pipelines.data.prepare import build, prepare
-from registry import datasets
+from pipelines.stages import Plan
+from registry.bases import Base
 from registry.datasets import SPLITS, Dataset, Row, make_row, question_key
 
 VERBS = ["open", "close", "read", "write", "copy", "move", "send", "fetch", "parse", "render", "split", "merge"]
@@ -60,10 +62,26 @@ def test_the_same_inputs_are_no_work_and_the_same_digest(tmp_path: Path, databas
     assert prepare(config, progress=lambda text, *_: said.append(text)).digest == first.digest
     assert said == ["the same rows as before: nothing to do"]
     with transaction() as conn:
-        assert datasets.latest(conn, "support") == first.digest
+        assert conn.execute("select digest from dataset where model = 'support'").fetchall() == [
+            {"digest": first.digest}
+        ]
     assert sum(first.counts[split] for split in SPLITS) == first.counts["read"] == 200
     (tmp_path / "train.jsonl").write_bytes(some(201))
     assert prepare(config).digest != first.digest
+
+
+def test_a_run_tells_of_the_rows_that_are_too_long_to_train_on(
+    tmp_path: Path, tiny_base: Base, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = line("open the parcel", "word after word " * 200)
+    config = pipeline(tmp_path, train=some(60) + long, validation=some(20, 100), test=some(20, 200))
+    plan = Plan(kind="train", config=config, config_path=tmp_path / "pipeline.yaml", champion=None)
+    with runs.begin(
+        model="support", kind="train", fingerprint="f", config={}, config_path="pipeline.yaml", flow_run_id=None
+    ) as run:
+        done = stages.prepare(plan, run)
+    assert (done["counts"]["train"], done["counts"]["too_long"]) == (61, 1)
+    assert "1 of 61 train rows are longer than 512 tokens (data.quality.max_tokens)" in capsys.readouterr().err
 
 
 def test_two_homes_give_one_digest(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,6 @@ from registry.statistics import (
     percentile_ci,
     percentile_difference,
     rows_needed,
-    sign_test,
 )
 
 
@@ -103,13 +102,6 @@ def test_the_difference_of_percentiles_holds_the_truth() -> None:
     got = percentile_difference(x + 100, x, 0.95, higher_is_better=False)
     assert got.estimate == pytest.approx(100)
     assert got.low <= 100 <= got.high
-
-
-def test_the_sign_test_is_the_exact_binomial_one() -> None:
-    x, y = np.array([1.0] * 9 + [0.0] * 2 + [1.0] * 30), np.array([0.0] * 9 + [1.0] * 2 + [1.0] * 30)
-    assert sign_test(x, y) == pytest.approx(stats.binomtest(9, 11).pvalue)
-    assert sign_test(y, x) == sign_test(x, y)
-    assert sign_test(x, x) == 1.0
 
 
 def test_that_many_rows_have_that_power() -> None:

@@ -1,0 +1,36 @@
+"""Whose lease may be taken away: that of a process which is known to be dead, and of nobody else."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from datetime import timedelta
+
+from infra import processes
+
+HERE, MOMENT = socket.gethostname(), timedelta(0)
+
+
+def test_a_dead_holder_of_this_machine_is_gone_and_no_other() -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    assert processes.is_gone(f"{HERE}:{ended.pid} train", MOMENT)
+    assert not processes.is_gone(f"{HERE}:{os.getpid()} train", MOMENT)
+    assert not processes.is_gone(f"another-{HERE}:{ended.pid} train", MOMENT)
+    assert not processes.is_gone("a hand in the database", MOMENT)
+
+
+def test_a_process_younger_than_the_lease_only_has_its_holders_number() -> None:
+    assert processes.is_gone(f"{HERE}:{os.getpid()} train", timedelta(days=365))
+
+
+def test_a_zombie_is_gone() -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.read()  # ends with the process, which nobody has waited for yet
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert processes.is_gone(f"{HERE}:{child.pid} train", MOMENT)
+    child.wait()
+    child.stdout.close()
