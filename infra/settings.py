@@ -89,6 +89,7 @@ class Settings(BaseSettings):
     engine_secret: SecretStr | None = Field(default=None, description="shared by gateway and engines")
     work_pool: str = "tunesmith"
     search_workers: int = Field(default=0, ge=0, description="0: one a core")
+    worker_memory_gb: float | None = Field(default=None, gt=0, description="unset: an equal part of 80 %")
     max_engines: int = Field(default=2, ge=1)
     machine_usd_per_hour: float = Field(default=0.10, ge=0, description="price of one machine for cost per second")
     event_retention_days: int = Field(default=30, ge=1)

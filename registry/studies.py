@@ -20,7 +20,7 @@ from infra.errors import Conflict, NotFound
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
 LEASE_SECONDS = 30.0
-MOST_ATTEMPTS = 2
+MOST_ATTEMPTS = 3
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -103,7 +103,9 @@ update rung_job set state = 'waiting', attempts = attempts - 1, lease_until = nu
 where study = %(study)s and worker = %(worker)s and state = 'running'
 
 -- name: reap
+-- Whoever kills workers shows when the members of a pack are tried alone, which they are after the second time.
 update rung_job set lease_until = null, updated_at = now(),
+    pack = case when attempts < 2 then pack else trial end,
     state = case when attempts < %(attempts)s then 'waiting' else 'failed' end,
     error = case when attempts < %(attempts)s then error
                  else 'its worker died ' || attempts || ' times, last ' || worker end

@@ -69,6 +69,11 @@ class Forward:
         device = self.model.device
         return ids.repeat(copies, 1).to(device), mask.repeat(copies, 1).to(device), labels.repeat(copies, 1).to(device)
 
+    def cells(self, rows: int, length: int) -> int:
+        """Tokens that go through the model for rows of a length, padding included."""
+        shared = 0 if self.prefix is None or rows < 2 else len(self.prefix)
+        return shared + rows * (length - shared)
+
     def loss(self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor, copies: int) -> torch.Tensor:
         """The negative log-likelihood of each completion token in fp32, `[copies, tokens]`.
 

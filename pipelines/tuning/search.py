@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from infra.settings import get_settings
 from pipelines.tuning import halving
 from pipelines.tuning import space as spaces
 from pipelines.tuning.crew import Crew
+from pipelines.tuning.memory import OUT_OF_MEMORY
 from pipelines.tuning.methods import fixed_by
 from pipelines.tuning.mirror import Mirror, open_store, open_study
 from pipelines.tuning.objectives import Rule, front, measured, pick
@@ -338,6 +339,7 @@ class _Coordinator:
         spec = self.spec
         known = [j.params for j in jobs if j.rung == 0]
         begun = [j.params for j in jobs if j.rung == 0 and j.trial in members]
+        beyond = [j.params for j in seen if j.state == "failed" and str(j.error).startswith(OUT_OF_MEMORY)]
         found: list[tuple[int, int, dict[str, Any], str | None]] = []
         again = 0
         waiting = [t for t in self.optuna.get_trials(deepcopy=False) if t.state == optuna.trial.TrialState.RUNNING]
@@ -349,7 +351,7 @@ class _Coordinator:
             self.optuna.sampler = Seen(spec.sampler, spec.seed, place, spec.space, seen, begun)
             trial = optuna.trial.Trial(self.optuna, orphan._trial_id) if orphan else self.optuna.ask()
             params = spaces.draw(spec.space, trial._suggest)
-            if params in known:
+            if params in known or any(_as_large(params, other) for other in beyond):
                 self.optuna.tell(trial.number, state=optuna.trial.TrialState.FAIL)
                 again += 1
                 continue
@@ -435,6 +437,14 @@ class _Coordinator:
             row = best.to_json() if best else None
             studies.end(conn, self.spec.study, state=state, stopped_by=stopped_by, best=row)
         return True
+
+
+def _as_large(params: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether a configuration needs at least the memory that another does."""
+    same = ("use_dora", "init_lora_weights", "target_modules", "layers_to_transform")
+    return all(params.get(name) == other.get(name) for name in same) and all(
+        params[name] >= other[name] for name in ("r", "per_device_train_batch_size")
+    )
 
 
 def _open(job: studies.Job) -> bool:

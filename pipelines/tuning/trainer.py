@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.tuning import memory
 from pipelines.tuning.forward import Forward
 from pipelines.tuning.methods import Alone, Targets, packable
 from pipelines.tuning.pack import Pack
@@ -66,14 +67,19 @@ class Outcome:
 
 
 class Trainer:
-    """Holds one base and its data for many trials. Not thread-safe. `seed` orders the rows."""
+    """Holds one base and its data for many trials. Not thread-safe. `seed` orders the rows; trials that would need
+    more than `room` bytes of memory in all are refused."""
 
-    def __init__(self, model: Any, train: Tokens, validation: Tokens, *, pad: int, seed: int = 0) -> None:
-        self.model, self.train, self.validation, self.seed = model, train, validation, seed
+    def __init__(
+        self, model: Any, train: Tokens, validation: Tokens, *, pad: int, seed: int = 0, room: int | None = None
+    ) -> None:
+        self.model, self.train, self.validation, self.seed, self.room = model, train, validation, seed, room
         self.model.requires_grad_(False)
         self.targets = Targets(model)
         self.lengths = [len(train.row(i)) for i in range(len(train))]
         self.forward = Forward(model, train, validation, pad=pad)
+        self._cell: dict[bool, int] = {}  # bytes that autograd keeps for a token, by whether trials are packable
+        self._begun_with = memory.used()
 
     def run(
         self, members: Sequence[Member], *, total_steps: int, until: int,
@@ -87,6 +93,15 @@ class Trainer:
         each, None for a lost one. Raises PackTooLarge when memory runs out for several.
         """
         begun = time.monotonic()
+        if self.room is not None and (needed := self.needs([m.params for m in members])) > self.room:
+            if len(members) > 1:
+                raise PackTooLarge(f"{len(members)} trials together would need {memory.gigabytes(needed)}")
+            return [
+                TrialFailed(
+                    f"{memory.OUT_OF_MEMORY}: it would need about {memory.gigabytes(needed)}, and a worker may use "
+                    f"{memory.gigabytes(self.room)} (TUNESMITH_WORKER_MEMORY_GB)"
+                )
+            ]
         try:
             adapters = self._adapters([m.params for m in members], [m.seed for m in members])
             with adapters.attached():
@@ -116,7 +131,7 @@ class Trainer:
                 raise
             if len(members) > 1:
                 raise PackTooLarge(f"{len(members)} trials do not fit into memory together") from error
-            return [TrialFailed(f"out of memory with {dict(members[0].params)}")]
+            return [TrialFailed(f"{memory.OUT_OF_MEMORY} with {dict(members[0].params)}")]
 
     def best_pack(self, params: Mapping[str, Any], *, most: int, steps: int) -> int:
         """How many adapters in one pass, up to `most`, give the most steps a second, measured with a step or two of
@@ -127,6 +142,8 @@ class Trainer:
         best, rate, begun, allowed = 1, 0.0, time.monotonic(), math.inf
         for count in (count for count in PACKS if count <= most):
             if rate and time.monotonic() - begun + 2 * count / rate > allowed:
+                break
+            if count > 1 and self.room is not None and self.needs([params] * count) > self.room:
                 break
             try:
                 seconds = self._time([params] * count)
@@ -140,6 +157,50 @@ class Trainer:
             if count == 1:
                 allowed = steps * seconds / 10
         return best
+
+    def needs(self, members: Sequence[Mapping[str, Any]]) -> int:
+        """Bytes of memory that the process has while it trains configurations together: an estimate, from what
+        autograd keeps for a token of this base, tried once. tests/integration/test_memory.py holds it against the
+        real peak."""
+        params, longest = members[0], max(self.lengths)
+        if packable(params) not in self._cell:
+            self._cell[packable(params)] = self._kept(params)
+        batch = min(int(params["per_device_train_batch_size"]), len(self.train))
+        rows = min(batch, max(1, _FORWARD_TOKENS // longest))
+        answers = max(n - int(p) for n, p in zip(self.lengths, self.train.prompt_lengths, strict=True))
+        vocabulary = int(self.model.get_output_embeddings().weight.shape[0])
+        # Logits, their softmax and the gradient of both, in fp32; of an adapter values, gradients, two moments, a copy
+        a_copy = self._cell[packable(params)] * self.forward.cells(rows, longest) + 16 * rows * answers * vocabulary
+        layers = {name for m in members for name in self.targets.layers(m)}
+        sides = sum(sum(self.model.get_submodule(name).weight.shape) for name in layers)
+        numbers = max(int(m["r"]) for m in members) * sides
+        # PiSSA keeps the base as it was
+        twice = 0 if params.get("init_lora_weights", True) is True else self.model.get_memory_footprint()
+        return self._begun_with + twice + round(1.5 * len(members) * (a_copy + 24 * numbers))
+
+    def _kept(self, params: Mapping[str, Any]) -> int:
+        """Bytes that autograd keeps of a forward pass for its backward pass, a token."""
+        import torch
+
+        wide = dict(params) | {"r": 8, "target_modules": "all-linear", "layers_to_transform": "all"}
+        adapters = self._adapters([wide], [0])
+        own = {part.untyped_storage().data_ptr() for part in self.model.parameters()}
+        kept: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        longest = max(range(len(self.train)), key=self.lengths.__getitem__)
+        with adapters.attached(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            self.model.train()
+            adapters.begin_step(0, mix=_mix)
+            loss = self.forward.loss(*self.forward.batch(self.train, [longest] * 2, 1), 1)
+            total = sum(kept.values())
+            del loss
+        return total // self.forward.cells(2, self.lengths[longest])
 
     def _time(self, members: Sequence[Mapping[str, Any]]) -> float:
         """Seconds a step, the shorter of some after one to warm up; one will do where steps are slow."""

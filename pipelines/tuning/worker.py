@@ -20,6 +20,7 @@ from typing import Any
 from infra import storage
 from infra.db import transaction
 from infra.errors import Conflict, NotFound, TunesmithError, Unreachable
+from pipelines.tuning import memory
 from pipelines.tuning import space as spaces
 from pipelines.tuning.spec import StudySpec, alone, brackets, reaching
 from registry import bases, datasets, studies
@@ -111,7 +112,10 @@ def _trainer(spec: StudySpec) -> Any:
     if spec.max_tokens <= _EAGER_UP_TO:
         model.set_attn_implementation("eager")
     pad = model.config.pad_token_id if isinstance(model.config.pad_token_id, int) else 0
-    return Trainer(model, rows["train"], rows["validation"], pad=pad, seed=spec.seed)
+    room = memory.share(spec.workers)
+    trainer = Trainer(model, rows["train"], rows["validation"], pad=pad, seed=spec.seed, room=room)
+    memory.confine(room)
+    return trainer
 
 
 def _carry_out(trainer: Any, spec: StudySpec, jobs: Sequence[studies.Job]) -> None:

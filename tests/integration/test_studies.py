@@ -163,8 +163,8 @@ def test_leases_follow_the_databases_clock(study: str) -> None:
     assert job(0).state == "running"
 
 
-def test_a_job_whose_worker_died_is_tried_twice_and_then_fails_with_its_cause(study: str) -> None:
-    for attempt in (1, 2):
+def test_a_job_whose_worker_died_is_tried_again_and_then_fails_with_its_cause(study: str) -> None:
+    for attempt in (1, 2, 3):
         died = taken(f"host:{attempt}")
         assert (died.trial, died.attempts) == (0, attempt)
         with transaction() as conn:
@@ -172,8 +172,20 @@ def test_a_job_whose_worker_died_is_tried_twice_and_then_fails_with_its_cause(st
             studies.bury(conn, "s", "host:7")
         reap()
     assert job(0).state == "failed"
-    assert job(0).error == "its worker died 2 times, last host:2"
+    assert job(0).error == "its worker died 3 times, last host:3"
     assert taken("w").trial == 1
+
+
+def test_members_of_a_pack_whose_workers_died_twice_are_tried_alone(study: str) -> None:
+    with transaction() as conn:
+        for trial in (3, 4):
+            put_up(conn, trial, rung=1, pack=3)
+    for attempt in (1, 2):
+        assert [(j.trial, j.attempts) for j in take_pack(f"host:{attempt}")] == [(3, attempt), (4, attempt)]
+        with transaction() as conn:
+            studies.bury(conn, "s", f"host:{attempt}")
+        reap()
+    assert [[j.trial for j in take_pack("w")] for _ in range(2)] == [[3], [4]]
 
 
 def test_a_job_that_was_given_back_has_lost_no_attempt(study: str) -> None:
