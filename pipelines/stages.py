@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pipelines.evaluation.suites import Evaluation
 
 log = logging.getLogger(__name__)
-_WARM_STARTS = 3  # best configurations of earlier studies that a retrain begins with
+_WARM_STARTS = 3  # how many earlier studies' best configurations a search begins with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,11 +252,13 @@ def _init_adapter(plan: Plan, data: dict[str, Any]) -> Path | None:
 
 
 def _warm_start(plan: Plan, run: runs.Run) -> list[dict[str, Any]]:
+    if not plan.config.tuning.warm_start:
+        return []
     with transaction() as conn:
         rows = conn.execute(
             runs.SQL["best_params"], {"model": plan.config.model, "study": run.study, "most": _WARM_STARTS}
         ).fetchall()
-    return [row["params"] for row in rows if row["params"]] if plan.kind == "retrain" else []
+    return [row["params"] for row in rows]
 
 
 def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, Any]) -> dict[str, Any]:

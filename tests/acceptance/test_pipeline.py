@@ -139,6 +139,11 @@ def test_a_run_turns_rows_into_a_version_that_serves(stack: Stack, data: Path) -
     assert len(given_up) == 3
     kept = {folder.name for folder in (stack.home / "artifacts" / "checkpoint").iterdir()}
     assert not {digest.removeprefix("sha256:") for (digest,) in given_up} & kept
+    # A later search of the model begins with what was best
+    changes = [f"--set=tuning.{change}" for change in ("seed=5", "trials=1", "pruning.rungs=1")]
+    later = stack.tunesmith("run", "-c", pipeline(data, "whole", steps=6), *changes, "--json")
+    assert later.returncode == 0, later.stderr
+    assert json.loads(later.stdout)["best"]["params"] == result["best"]["params"]
 
 
 def start(stack: Stack, config: str) -> subprocess.Popen[bytes]:
