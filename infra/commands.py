@@ -95,7 +95,7 @@ def doctor(as_json: bool) -> None:
     else:
         for finding in findings:
             mark = {"ok": "[green]ok  [/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}[finding.level]
-            out.print(f"{mark}  {finding.name:<12}", end="")
+            out.print(f"{mark}  {finding.name:<13}", end="")
             out.print(finding.text, markup=False)
             if finding.hint:
                 out.print(f"                  {finding.hint}", markup=False)

@@ -170,7 +170,9 @@ def monitor(ref: str, since: str, until: str | None, as_json: bool) -> None:
         return
     from rich.table import Table
 
-    table = Table("version", "requests", "errors", "p50 ms", "p95 ms", "p99 ms", "tok/s", "cost $", box=None)
+    from monitoring.console.figures import usd
+
+    table = Table("version", "requests", "errors", "p50 ms", "p95 ms", "p99 ms", "tok/s", "cost", box=None)
     for v in versions:
         table.add_row(
             _name(asked.model, v["version"], v["slot"]),
@@ -178,7 +180,7 @@ def monitor(ref: str, since: str, until: str | None, as_json: bool) -> None:
             f"{v['error_rate']:.1%}",
             *(_number(v["latency_ms"][p]) for p in ("p50", "p95", "p99")),
             f"{v['tokens_per_second']:.0f}",
-            f"{v['cost_usd']:.4f}",
+            usd(v["cost_usd"]),
         )
     out.print(table)
 
@@ -254,7 +256,9 @@ def cost(ref: str, since: str, until: str | None, as_json: bool) -> None:
         return
     from rich.table import Table
 
-    table = Table("version", "requests", "tokens", "engine s", "$", "$ per 1,000 requests", box=None)
+    from monitoring.console.figures import usd
+
+    table = Table("version", "requests", "tokens", "engine s", "cost", "per 1,000 requests", box=None)
     for v in (*result["versions"], {"version": None, **result}):
         name = _name(asked.model, v["version"], asked.slots.get(v["version"])) if v["version"] else "all"
         per = v["usd_per_1000_requests"]
@@ -263,8 +267,8 @@ def cost(ref: str, since: str, until: str | None, as_json: bool) -> None:
             str(v["requests"]),
             str(v["prompt_tokens"] + v["completion_tokens"]),
             f"{v['engine_seconds']:.1f}",
-            f"{v['usd']:.4f}",
-            "-" if per is None else f"{per:.4f}",
+            usd(v["usd"]),
+            usd(per),
         )
     out.print(table)
     price = ", ".join(f"{name} {value:g}" for name, value in result["price"].items())

@@ -207,7 +207,7 @@ def _show_schedules(found: list[dict[str, Any]], as_json: bool, *, one: bool = F
     for column in ("name", "cron", "time zone", "state", "next run", "last run", "file"):
         table.add_column(column)
     for s in found:
-        last = f"{s['last_run']['at']} {s['last_run']['state']}" if s["last_run"] else ""
+        last = " ".join(str(part) for part in (s["last_run"] or {}).values() if part)
         state = "paused" if s["paused"] else "active"
         cells = (s["name"], s["cron"], s["timezone"], state, s["next_run"], last, s["config"])
         table.add_row(*(Text(safe(str(cell or ""))) for cell in cells))
@@ -254,7 +254,8 @@ def study_list(as_json: bool) -> None:
     for s in found:
         best = f"{s['best']['value']:.4f}" if s["best"] else ""
         counts = (str(s["trials"]), str(s["rungs_done"]), str(s["rungs_open"]))
-        table.add_row(s["name"], s["stopped_by"] or s["state"], *counts, best, f"{s['created_at']:%Y-%m-%d %H:%M:%SZ}")
+        ended = f"{s['state']} ({s['stopped_by']})" if s["state"] == "stopped" else s["state"]
+        table.add_row(s["name"], ended, *counts, best, f"{s['created_at']:%Y-%m-%d %H:%M:%SZ}")
     out.print(table)
 
 

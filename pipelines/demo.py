@@ -371,7 +371,9 @@ def _show(report: dict[str, Any], *, seconds: float) -> None:
 def _gain(difference: dict[str, Any]) -> str:
     """A difference of losses as a gain: what is lower is better."""
     low, high = sorted((-difference["low"], -difference["high"]))
-    return f"held-out loss lower by {-difference['estimate']:.3f} [{low:+.3f}, {high:+.3f}], {difference['n']} rows"
+    which = "lower" if difference["estimate"] <= 0 else "higher (the gate allows 0.15)"
+    size = abs(difference["estimate"])
+    return f"held-out loss {which} by {size:.3f}, gain [{low:+.3f}, {high:+.3f}], {difference['n']} rows"
 
 
 def _step(text: str) -> None:

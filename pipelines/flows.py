@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from infra.errors import UsageError
+from infra.errors import TunesmithError, UsageError
 from infra.settings import get_settings
 
 os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -23,14 +25,17 @@ from prefect import flow, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+from prefect.runtime import deployment
 from prefect.runtime import flow_run as current
 from prefect.schedules import Cron
-from prefect.states import Cancelled
+from prefect.states import Cancelled, Failed
 
-from pipelines import schedules, stages
+from pipelines import runs, schedules, stages
+from pipelines.progress import report
 from pipelines.runs import Run
 from registry.statistics import in_words
 
+_WAIT = 5.0  # seconds between looks whether the model's other run has ended
 _ROOT = Path(__file__).resolve().parent.parent
 _stage = task(cache_policy=NO_CACHE, persist_result=False)
 
@@ -48,10 +53,7 @@ def train(config: str, overrides: list[str] | None = None) -> Any:
         config: path of the pipeline file, read anew at each run
         overrides: settings such as `tuning.trials=4` that win over the file's
     """
-    if (flow_run_id := current.get_id()) and schedules.superseded(flow_run_id):
-        return Cancelled(message="A later slot of this schedule is due: only the newest missed slot runs.")
-    plan = stages.plan_train(Path(config), overrides or [])
-    return _carry_out(plan)
+    return _told(lambda: _in_turn(stages.plan_train(Path(config), overrides or [])))
 
 
 @flow(name="retrain", flow_run_name="retrain {model}", persist_result=False, validate_parameters=True)
@@ -62,7 +64,32 @@ def retrain(model: str, request: str | None = None) -> Any:
         model: the model's name
         request: id of the retrain request that a drift verdict wrote, for who reads the run; none when started by hand
     """
-    return _carry_out(stages.plan_retrain(model))
+    return _told(lambda: _in_turn(stages.plan_retrain(model)))
+
+
+def _told(work: Callable[[], Any]) -> Any:
+    """A person's command gets the error; of a run that Prefect started, its page gets the sentence."""
+    try:
+        return work()
+    except TunesmithError as error:
+        if deployment.get_id() is None:
+            raise
+        return Failed(message=f"{error.message} {error.hint}".strip())
+
+
+def _in_turn(plan: stages.Plan) -> Any:
+    """What Prefect started waits for another run of the model to end; a person's command is refused by `begin`."""
+    said = None
+    while deployment.get_id() is not None:
+        if reason := schedules.why_not(current.get_id()):
+            return Cancelled(message=reason)
+        if (holder := runs.in_progress(plan.config.model)) is None:
+            break
+        if holder != said:
+            report("run", f"waits for another run of {plan.config.model} to end ({holder})")
+            said = holder
+        time.sleep(_WAIT)
+    return _carry_out(plan)
 
 
 def _carry_out(plan: stages.Plan) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from psycopg.types.json import Jsonb
 
 from infra import processes
 from infra.db import Connection, load_queries, transaction
+from infra.errors import Conflict
 from registry import leases
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
@@ -99,7 +100,15 @@ def begin(
     with transaction() as conn:
         conn.execute(SQL["ensure_model"], {"model": model})
         _bury(conn, f"run:{model}")
-    with leases.Keeper(f"run:{model}", leases.this_process(kind), seconds=LEASE_SECONDS) as keeper:
+    with ExitStack() as held:
+        try:
+            keeper = held.enter_context(leases.Keeper(f"run:{model}", leases.this_process(kind), seconds=LEASE_SECONDS))
+        except Conflict as error:
+            since = f", since {error.details['since']:%Y-%m-%d %H:%M:%S %Z}" if "since" in error.details else ""
+            raise Conflict(
+                f"Another run of {model} is in progress ({error.details.get('holder', 'just begun')}{since}).",
+                hint="Wait for its end, or stop it where it runs: never two runs of one model at a time.",
+            ) from error
         run = _open(model, kind, fingerprint, config, config_path, flow_run_id, keeper)
         try:
             yield run
@@ -109,6 +118,14 @@ def begin(
         except BaseException:  # Ctrl-C, SIGTERM, cancelled in Prefect's page
             run._end("cancelled", error="interrupted")
             raise
+
+
+def in_progress(model: str) -> str | None:
+    """Who runs a pipeline of this model now, in words; None when nobody does."""
+    with transaction() as conn:
+        _bury(conn, f"run:{model}")
+        held = conn.execute(SQL["holder"], {"name": f"run:{model}"}).fetchone()
+    return None if held is None else str(held["holder"])
 
 
 def _bury(conn: Connection, name: str) -> None:

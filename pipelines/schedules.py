@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote
+from zoneinfo import ZoneInfo
 
 from infra.errors import Conflict, NotFound, UsageError
 from infra.prefect import call
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_PAUSED = "The schedule is paused."
 
 
 def check_reachable() -> None:
@@ -54,7 +57,12 @@ def get(name: str) -> dict[str, Any]:
 
 
 def pause(name: str) -> dict[str, Any]:
-    call("POST", f"/deployments/{_deployment(name)['id']}/pause_deployment")
+    """No run of it begins any more until it is resumed, the ones that are queued included; one that runs goes on."""
+    deployment = _deployment(name)
+    call("POST", f"/deployments/{deployment['id']}/pause_deployment")
+    for run in _runs(deployment, ["SCHEDULED", "PENDING"]):
+        if run["auto_scheduled"]:
+            _end(run["id"], "CANCELLED", _PAUSED)
     return get(name)
 
 
@@ -64,8 +72,17 @@ def resume(name: str) -> dict[str, Any]:
 
 
 def remove(name: str) -> dict[str, Any]:
+    """Take a schedule away. Raises Conflict while a run of it is going on, whose record in Prefect would break; it is
+    paused then."""
     gone = get(name)
-    call("DELETE", f"/deployments/{_deployment(name)['id']}")
+    pause(name)
+    deployment = _deployment(name)
+    if busy := _runs(deployment, ["RUNNING", "PENDING", "CANCELLING"]):
+        raise Conflict(
+            f"A run of {name} is going on ({busy[0]['name']}); the schedule is paused, but still there.",
+            hint="Remove it when the run has ended, or cancel that run in Prefect's page.",
+        )
+    call("DELETE", f"/deployments/{deployment['id']}")
     return gone
 
 
@@ -75,24 +92,29 @@ def trigger(name: str) -> dict[str, Any]:
     return {"flow_run_id": run["id"], "name": run["name"], "state": run["state"]["type"].lower()}
 
 
-def superseded(flow_run_id: str) -> bool:
-    """Whether a later slot of the same schedule is due as well: of missed slots only the newest runs."""
+def why_not(flow_run_id: str) -> str | None:
+    """What stands against a slot of a schedule that is about to run: of missed slots only the newest runs, and none
+    of a schedule that was paused meanwhile. None for the go-ahead, and for all that no schedule started."""
     run = call("GET", f"/flow_runs/{flow_run_id}")
     if not run["auto_scheduled"] or run["deployment_id"] is None or run["expected_start_time"] is None:
-        return False
+        return None
+    if call("GET", f"/deployments/{run['deployment_id']}")["paused"]:
+        return _PAUSED
     later = call(
         "POST",
         "/flow_runs/filter",
         {
             "deployments": {"id": {"any_": [run["deployment_id"]]}},
             "flow_runs": {
-                "expected_start_time": {"after_": run["expected_start_time"], "before_": _now()},
+                "expected_start_time": {"after_": run["expected_start_time"], "before_": datetime.now(UTC).isoformat()},
                 "id": {"not_any_": [run["id"]]},
             },
             "limit": 50,
         },
     )
-    return any(r["auto_scheduled"] and r["expected_start_time"] > run["expected_start_time"] for r in later)
+    if any(r["auto_scheduled"] and r["expected_start_time"] > run["expected_start_time"] for r in later):
+        return "A later slot of this schedule is due: only the newest missed slot runs."
+    return None
 
 
 def crash(flow_run_id: str, message: str) -> None:
@@ -100,8 +122,7 @@ def crash(flow_run_id: str, message: str) -> None:
     try:
         run = call("GET", f"/flow_runs/{flow_run_id}")
         if run["state"] and run["state"]["type"] in ("RUNNING", "PENDING", "CANCELLING"):
-            body = {"state": {"type": "CRASHED", "message": message}, "force": True}
-            call("POST", f"/flow_runs/{flow_run_id}/set_state", body)
+            _end(flow_run_id, "CRASHED", message)
     except NotFound:
         pass  # deleted in Prefect's page
 
@@ -122,25 +143,30 @@ def _exists(path: str) -> bool:
     return True
 
 
+def _end(flow_run_id: str, kind: str, message: str) -> None:
+    body = {"state": {"type": kind, "message": message}, "force": True}
+    call("POST", f"/flow_runs/{flow_run_id}/set_state", body)
+
+
+def _runs(deployment: Mapping[str, Any], states: list[str]) -> list[dict[str, Any]]:
+    body = {
+        "deployments": {"id": {"any_": [deployment["id"]]}},
+        "flow_runs": {"state": {"type": {"any_": states}}},
+        "limit": 200,
+    }
+    found: list[dict[str, Any]] = call("POST", "/flow_runs/filter", body)
+    return found
+
+
 def _describe(deployment: Mapping[str, Any]) -> dict[str, Any]:
-    schedule = next(iter(deployment["schedules"]), None)
+    schedule: dict[str, Any] = next((s["schedule"] for s in deployment["schedules"]), {})
     runs = call(
         "POST",
         "/flow_runs/filter",
         {
             "deployments": {"id": {"any_": [deployment["id"]]}},
             "flow_runs": {"start_time": {"is_null_": False}},
-            "sort": "EXPECTED_START_TIME_DESC",
-            "limit": 1,
-        },
-    )
-    coming = call(
-        "POST",
-        "/flow_runs/filter",
-        {
-            "deployments": {"id": {"any_": [deployment["id"]]}},
-            "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
-            "sort": "EXPECTED_START_TIME_ASC",
+            "sort": "START_TIME_DESC",
             "limit": 1,
         },
     )
@@ -149,15 +175,29 @@ def _describe(deployment: Mapping[str, Any]) -> dict[str, Any]:
         "name": deployment["name"],
         "config": parameters.get("config"),
         "overrides": parameters.get("overrides", []),
-        "cron": schedule["schedule"].get("cron") if schedule else None,
-        "timezone": schedule["schedule"].get("timezone") if schedule else None,
+        "cron": schedule.get("cron"),
+        "timezone": schedule.get("timezone"),
         "paused": deployment["paused"],
-        "last_run": {"at": runs[0]["start_time"], "state": runs[0]["state_type"].lower()} if runs else None,
-        "next_run": coming[0]["expected_start_time"] if coming else None,
+        "last_run": _last(runs[0]) if runs else None,
+        "next_run": None if deployment["paused"] else _next(schedule),
     }
 
 
-def _now() -> str:
-    from datetime import UTC, datetime
+def _last(run: Mapping[str, Any]) -> dict[str, Any]:
+    """With Prefect's message when it did not go well."""
+    state = run["state_type"].lower()
+    message = None if state in ("completed", "running", "pending") else (run["state"] or {}).get("message")
+    return {"at": _second(datetime.fromisoformat(run["start_time"])), "state": state, "message": message}
 
-    return datetime.now(UTC).isoformat()
+
+def _next(schedule: Mapping[str, Any]) -> str | None:
+    """The slot that comes next. Of Prefect's own runs the first may be a slot that waits already."""
+    from cronsim import CronSim
+
+    if not schedule.get("cron"):
+        return None
+    return _second(next(CronSim(schedule["cron"], datetime.now(ZoneInfo(schedule.get("timezone") or "UTC")))))
+
+
+def _second(at: datetime) -> str:
+    return at.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

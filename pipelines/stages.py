@@ -180,7 +180,7 @@ def prepare(plan: Plan, run: runs.Run) -> dict[str, Any]:
             base = bases.resolve(plan.config.base.path, plan.config.base.revision)
         dataset = prepare_rows(plan.config, extra=plan.corrections, old=old, progress=say)
         counts = dict(dataset.counts) | {"too_long": _too_long(plan.config, dataset, base)}
-        say(f"{counts}", 1, 1)
+        say(", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count), 1, 1)
         return {"dataset": dataset.digest, "base": base.digest, "counts": counts}
 
     return run.stage("prepare", work)

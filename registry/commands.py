@@ -126,6 +126,9 @@ def show(version: str, as_json: bool) -> None:
         out.print(safe(f"gate: {reason}"), markup=False)
 
 
+_TIMED = ("p95_latency_ms", "tokens_per_second")
+
+
 @click.command()
 @click.argument("first")
 @click.argument("second")
@@ -141,7 +144,9 @@ def compare(first: str, second: str, as_json: bool) -> None:
     metrics = {}
     for name in sorted(left.keys() | right.keys()):
         pair = [side.get(name, {}).get("candidate") for side in (left, right)]
-        metrics[name] = {"a": pair[0], "b": pair[1], "better": _better(pair[0], pair[1])}
+        # Speed was measured at other times, beside other work: it is compared within one evaluation only
+        better = None if name in _TIMED else _better(pair[0], pair[1])
+        metrics[name] = {"a": pair[0], "b": pair[1], "better": better}
     differences = {
         key: {"a": a.manifest[key], "b": b.manifest[key]}
         for key in ("base", "prompt", "generation", "dataset", "method", "study", "params", "code_version")

@@ -66,6 +66,17 @@ def asked(stack: Stack, query: str, *values: object) -> list[tuple[Any, ...]]:
         return conn.execute(query, values).fetchall()  # type: ignore[arg-type]
 
 
+def hold(stack: Stack, model: str) -> None:
+    """As a run of the model on another machine does."""
+    query = """insert into lease (name, holder, token, expires_at)
+        values (%s, 'elsewhere:1 train', 1, now() + interval '10 minutes') returning name"""
+    assert asked(stack, query, f"run:{model}")
+
+
+def let_go(stack: Stack, model: str) -> None:
+    assert asked(stack, "update lease set expires_at = now() where name = %s returning name", f"run:{model}")
+
+
 def until(true: Callable[[], Any], what: str, seconds: float = 600) -> Any:
     end = time.monotonic() + seconds
     while not (found := true()):
@@ -171,7 +182,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(stack: Stack, data: Path) -
         until(rung_is_begun(1), "the second rung")
         other = stack.tunesmith("run", "-c", config)
         assert other.returncode == 4, other.stderr
-        assert "run:broken-off is held by" in said(other)
+        assert "Another run of broken-off is in progress (" in said(other)
         first.send_signal(signal.SIGKILL)
         first.wait()
         finished = {row[:2] for row in asked(stack, jobs) if row[3] == "done"}
@@ -254,12 +265,23 @@ def test_a_schedule_can_be_added_triggered_paused_and_removed(stack: Stack, data
     assert schedule("pause", "weekly")["paused"] is True
     assert [s["paused"] for s in schedule("list")["schedules"] if s["name"] == "weekly"] == [True]
     assert schedule("resume", "weekly")["paused"] is False
+    # Another run of the model: this one waits for its end, and the schedule cannot go before it
+    hold(stack, "weekly")
     run = schedule("trigger", "weekly")
 
-    def ended() -> str | None:
+    def kind() -> str:
         answer = httpx.get(f"{stack.prefect_url}/flow_runs/{run['flow_run_id']}", trust_env=False, timeout=60).json()
-        kind: str = answer["state"]["type"]
-        return kind if kind in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") else None
+        return str(answer["state"]["type"])
+
+    until(lambda: kind() == "RUNNING", "the begin of the run")
+    early = stack.tunesmith("schedule", "remove", "weekly")
+    assert early.returncode == 4
+    assert "A run of weekly is going on" in said(early)
+    assert asked(stack, "select number from version where model = 'weekly'") == []
+    let_go(stack, "weekly")
+
+    def ended() -> str | None:
+        return state if (state := kind()) in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") else None
 
     assert until(ended, "the end of the run") == "COMPLETED"
     assert asked(stack, "select number from version where model = 'weekly'") == [(1,)]
@@ -271,7 +293,27 @@ def test_a_schedule_can_be_added_triggered_paused_and_removed(stack: Stack, data
 @pytest.mark.slow
 def test_a_schedule_fires_by_itself(stack: Stack, data: Path) -> None:
     config = pipeline(data, "each-minute", steps=1, trials=1, rungs=1)
+    hold(stack, "each-minute")
+
+    def slots(*kinds: str) -> list[str]:
+        body = {"deployments": {"name": {"any_": ["each-minute"]}}, "flow_runs": {"state": {"type": {"any_": kinds}}}}
+        url = f"{stack.prefect_url}/flow_runs/filter"
+        return [run["name"] for run in httpx.post(url, json=body, trust_env=False, timeout=60).json()]
+
     added = stack.tunesmith("schedule", "add", "each-minute", "-c", config, "--cron", "* * * * *")
     assert added.returncode == 0, added.stderr
+    # A slot that waits for its turn when the schedule is paused does not come after
+    until(lambda: slots("RUNNING"), "the first slot", 200)
+    assert stack.tunesmith("schedule", "pause", "each-minute").returncode == 0
+    let_go(stack, "each-minute")
+    until(lambda: not slots("RUNNING"), "the end of the waiting slot", 60)
+    assert slots("CANCELLED")
+    assert not slots("SCHEDULED", "PENDING")
+    time.sleep(70)
+    assert not slots("SCHEDULED", "PENDING", "RUNNING", "COMPLETED")
+    assert asked(stack, "select number from version where model = 'each-minute'") == []
+    assert stack.tunesmith("schedule", "resume", "each-minute").returncode == 0
     until(lambda: asked(stack, "select number from version where model = 'each-minute'"), "a version", 400)
-    stack.tunesmith("schedule", "remove", "each-minute")
+    assert stack.tunesmith("schedule", "pause", "each-minute").returncode == 0
+    until(lambda: not slots("RUNNING"), "the end of the last run", 200)
+    assert stack.tunesmith("schedule", "remove", "each-minute").returncode == 0
