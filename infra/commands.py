@@ -204,7 +204,8 @@ def _detached(own: Settings, port: int | None, as_json: bool) -> None:
     else:
         daemon.wait()
         error = {"usage": UsageError, "unreachable": Unreachable}.get(last.get("code", ""), TunesmithError)
-        raise error(last["message"], hint=last.get("hint") or f"Its log: {own.home / 'logs' / 'stack.log'}")
+        message = last.get("message") or "The supervisor ended without a word."
+        raise error(message, hint=last.get("hint") or f"Its log: {own.home / 'logs' / 'stack.log'}")
 
 
 def _as_daemon(own: Settings, report_to: int) -> None:
@@ -237,6 +238,9 @@ def _as_daemon(own: Settings, report_to: int) -> None:
             Supervisor(own=own, report=report).run()
         except TunesmithError as error:
             report({"kind": "failed", "code": error.code, "message": error.message, "hint": error.hint})
+            raise
+        except Exception as error:
+            report({"kind": "failed", "message": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"})
             raise
 
 

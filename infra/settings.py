@@ -62,6 +62,9 @@ class _RunningStack(PydanticBaseSettingsSource):
             ) from error
 
 
+_HTTP = r"^https?://[^/\s]+"
+
+
 class Settings(BaseSettings):
     """All that can be set, each as ``TUNESMITH_<NAME>``. Money is in US dollars, times in seconds or days."""
 
@@ -71,17 +74,19 @@ class Settings(BaseSettings):
 
     home: Path = Field(default_factory=default_home)
     host: str = "127.0.0.1"
-    port: int = 8080
+    port: int = Field(default=8080, ge=1, le=65535)
     database_url: SecretStr | None = Field(default=None, description="PostgreSQL 15-18; unset: the embedded one")
     database_prefix: str = Field(
         default="", pattern=r"^[a-z0-9_]*$", description="put before the four databases' names"
     )
     mlflow_url: str | None = Field(
         default=None,
+        pattern=_HTTP,
         validation_alias=AliasChoices("MLFLOW_TRACKING_URI", "TUNESMITH_MLFLOW_URL", "mlflow_url"),
     )
     prefect_url: str | None = Field(
         default=None,
+        pattern=_HTTP,
         validation_alias=AliasChoices("PREFECT_API_URL", "TUNESMITH_PREFECT_URL", "prefect_url"),
         description="ends in /api",
     )
@@ -163,9 +168,9 @@ def _read(kind: type[Settings], given: dict[str, Any]) -> Settings:
     try:
         return kind(**given)
     except ValidationError as error:
-        problems = "; ".join(
-            f"TUNESMITH_{str(problem['loc'][-1]).upper()}: {problem['msg']}" for problem in error.errors()
-        )
+        names = [str(problem["loc"][-1]).upper() for problem in error.errors()]
+        names = [name if name.startswith(("MLFLOW_", "PREFECT_")) else f"TUNESMITH_{name}" for name in names]
+        problems = "; ".join(f"{name}: {problem['msg']}" for name, problem in zip(names, error.errors(), strict=True))
         raise UsageError(
             f"Wrong settings: {problems}.", hint="Settings come from the environment and `.env`."
         ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import signal
@@ -10,7 +11,7 @@ from typing import NoReturn
 
 import click
 
-from infra.errors import TunesmithError
+from infra.errors import TunesmithError, UsageError
 
 # name -> (module:command, one line of help). The order is the order of `tunesmith --help`.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -80,6 +81,7 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _interrupt)
     as_json = "--json" in sys.argv
     try:
+        _check_arguments()
         code = tunesmith.main(standalone_mode=False, prog_name="tunesmith")
         sys.exit(code if isinstance(code, int) else 0)  # click gives a command's Exit(6) back as 6
     except click.exceptions.Exit as done:
@@ -101,6 +103,29 @@ def main() -> NoReturn:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left, as with `| head`
         sys.exit(1)
+    except Exception as error:
+        if os.environ.get("TUNESMITH_DEBUG"):
+            raise
+        sys.exit(_unforeseen(as_json, error))
+
+
+def _check_arguments() -> None:
+    for argument in sys.argv[1:]:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"The argument {argument!a} is not UTF-8.", hint="Give it in UTF-8.") from None
+
+
+def _unforeseen(as_json: bool, error: Exception) -> int:
+    """An error that no code of ours expected, in a sentence all the same; returns the exit code."""
+    code, message, hint = "failed", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}", ""
+    if isinstance(error, PermissionError | NotADirectoryError | IsADirectoryError) and error.filename:
+        code, message, hint = "usage", f"{error.filename}: {error.strerror}.", "Let this user read and write there."
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        message, hint = f"{error.filename or 'the disk'}: {error.strerror}.", "Free some disk and try again."
+    _fail(as_json, code, message, hint or "Nobody foresaw this; TUNESMITH_DEBUG=1 shows where it is.")
+    return 2 if code == "usage" else 1
 
 
 def _interrupt(signum: int, frame: object) -> None:

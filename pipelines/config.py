@@ -117,7 +117,7 @@ class SplitShares(Section):
 
     validation: float = Field(default=0.1, gt=0, lt=0.5)
     test: float = Field(default=0.1, gt=0, lt=0.5)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**31)
 
 
 class Data(Section):
@@ -192,7 +192,7 @@ class Tuning(Section):
     num_train_epochs: float = Field(default=3.0, gt=0, le=1_000)
     pruning: Pruning = Pruning()
     sampler: Literal["tpe", "random"] = "tpe"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**31)
     warm_start: bool = True
     workers: int = Field(default=0, ge=0, le=1_024)
     adapters_per_pass: int = Field(default=0, ge=0, le=64)
@@ -235,7 +235,7 @@ class Evaluation(Section):
 
     suites: tuple[str, ...] = SUITES
     limit: int = Field(default=200, ge=1, le=1_000_000)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**31)
 
     @field_validator("suites")
     @classmethod
@@ -435,6 +435,8 @@ def _unreadable(path: Path) -> str | None:
         if size == 0:
             return f"{path} is empty; put one example on each line"
         path.open("rb").close()
+    except ValueError:  # a NUL
+        return f"{str(path)!r} cannot be the name of a file; mend it"
     except (FileNotFoundError, NotADirectoryError):
         return f"there is no file {path}; mend the path, or make the file"
     except OSError as error:  # closed to this user, or in a folder that is

@@ -15,6 +15,7 @@ from typing import Any
 from infra.errors import ConfigError
 
 Field = tuple[str | int, ...]
+_LONGEST = 1000  # digits of a number; a longer one stays a text, which no setting takes
 _MOST_BYTES = 1_000_000
 _MOST_VALUES = 100_000  # aliases of aliases make a small file a huge tree
 
@@ -170,10 +171,8 @@ def _scalar(node: Any) -> Any:
         return None
     if kind == "bool":
         return text.lower() == "true"
-    if kind == "int" and re.fullmatch(r"[-+]?\d+", text):
-        return int(text)
-    if kind == "int" and re.fullmatch(r"0o[0-7]+|0x[0-9a-fA-F]+", text):
-        return int(text, 0)
+    if kind == "int" and re.fullmatch(r"[-+]?\d+|0o[0-7]+|0x[0-9a-fA-F]+", text) and len(text) <= _LONGEST:
+        return int(text, 0 if text[:2] in ("0o", "0x") else 10)
     if kind == "float" and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text):
         return float(text)
     if kind == "float" and re.fullmatch(r"[-+]?\.(inf|nan)", text.lower()):
@@ -183,7 +182,7 @@ def _scalar(node: Any) -> Any:
 
 def _override(source: Source, override: str) -> None:
     name, equals, text = override.partition("=")
-    at: Field = tuple(int(part) if part.isdigit() else part for part in name.strip().split("."))
+    at: Field = tuple(int(part) if part.isascii() and part.isdigit() else part for part in name.strip().split("."))
     label = f"--set {name.strip()}"
     where = (label, 0)
 
@@ -197,8 +196,8 @@ def _override(source: Source, override: str) -> None:
         from ruamel.yaml.error import YAMLError
 
         node = _compose(text)
-    except YAMLError:
-        wrong(f"the value {text!r} is not YAML; quote it")
+    except (YAMLError, RecursionError):
+        wrong(f"the value {text[:200]!r} is not YAML; quote it")
         return
     for stale in [place for place in source.places if place[: len(at)] == at]:
         del source.places[stale]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote
-from zoneinfo import ZoneInfo
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from infra.errors import Conflict, NotFound, UsageError
 from infra.prefect import call
@@ -29,12 +29,31 @@ def add(name: str, config: str, overrides: list[str], cron: str, timezone: str) 
     """
     if not _NAME.fullmatch(name):
         raise UsageError(f"{name[:80]!r} cannot name a schedule.", hint=f"Names match {_NAME.pattern}.")
+    _check_times(cron, timezone)
     if _exists(f"/deployments/name/train/{name}"):
         raise Conflict(f"There is already a schedule {name}.", hint=f"`tunesmith schedule remove {name}` first.")
     from pipelines import flows  # Prefect's import costs a second
 
     flows.deploy_schedule(name, config=config, overrides=overrides, cron=cron, timezone=timezone)
     return get(name)
+
+
+def _check_times(cron: str, timezone: str) -> None:
+    from cronsim import CronSim, CronSimError
+
+    example = 'Such as --cron "0 2 * * 1" --timezone Europe/Berlin.'
+    try:
+        zone = ZoneInfo(timezone)
+    except (ZoneInfoNotFoundError, ValueError, OSError) as error:
+        raise UsageError(f"There is no time zone {timezone[:80]!r}.", hint=example) from error
+    try:
+        if len(cron.split()) != 5:
+            raise CronSimError("it must have five fields: minute, hour, day, month, weekday")
+        next(CronSim(cron, datetime.now(zone)))
+    except CronSimError as error:
+        raise UsageError(f"{cron[:80]!r} is not a cron expression: {error}.", hint=example) from error
+    except StopIteration:
+        raise UsageError(f"{cron!r} never comes.", hint=example) from None
 
 
 def ensure_retrain(model: str) -> None:

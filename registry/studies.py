@@ -102,7 +102,8 @@ def stop(conn: Connection, name: str) -> None:
 
 
 def resume(conn: Connection, name: str) -> None:
-    """Let a stopped or failed study go on, and forget how it ended; the run that owns it does the rest.
+    """Let a stopped or failed study go on, and forget how it ended; the run that owns it does the rest. Trials of a
+    failed one, in which none succeeded, are tried anew.
 
     Raises NotFound, Conflict when it is neither, or when its run has completed without it.
     """
@@ -110,6 +111,8 @@ def resume(conn: Connection, name: str) -> None:
     values = {"name": name, "state": "running", "from": ["stopped", "failed"]}
     if conn.execute(SQL["set_state"], values).fetchone() is None:
         raise Conflict(f"The study {name} is {row['state']}, and no run is left to go on with it.")
+    if row["state"] == "failed":
+        conn.execute(SQL["reopen"], {"name": name})
 
 
 def jobs(conn: Connection, study: str) -> list[Job]:

@@ -66,6 +66,11 @@ update rung_job set state = 'done', value = %(value)s, curve = %(curve)s, checkp
 where study = %(study)s and trial = %(trial)s and rung = %(rung)s and token = %(token)s and state = 'running'
 returning token
 
+-- What hindered a search in which nothing succeeded, such as a full disk, may be gone.
+-- name: reopen
+update rung_job set state = 'waiting', attempts = 0, error = null, lease_until = null, updated_at = now()
+where study = %(name)s and state = 'failed'
+
 -- Of this study's alone: the same training twice has the same digest
 -- name: checkpoints
 select distinct checkpoint from rung_job mine

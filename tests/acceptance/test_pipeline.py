@@ -241,7 +241,12 @@ def test_errors_are_one_sentence(stack: Stack, data: Path, tmp_path: Path) -> No
     assert "No pipeline ever ran for a model nobody" in fails(5, "retrain", "nobody")
     assert "There are 0 new corrections for whole" in fails(2, "retrain", "whole")
     assert "There is no schedule nobody" in fails(5, "schedule", "pause", "nobody")
-    assert "not a schedule" in fails(2, "schedule", "add", "never", "-c", config, "--cron", "61 * * * *")
+    never = ("schedule", "add", "never", "-c", config, "--cron")
+    assert "not a cron expression" in fails(2, *never, "61 * * * *")
+    assert "five fields" in fails(2, *never, "* * * * * *")
+    assert "never comes" in fails(2, *never, "0 0 30 2 *")
+    assert "no time zone" in fails(2, *never, "0 2 * * 1", "--timezone", "Mars/Base")
+    assert "not UTF-8" in fails(2, "schedule", "pause", "s\udcff")
     assert "cannot name a schedule" in fails(2, "schedule", "add", "../x", "-c", config, "--cron", "0 2 * * 1")
     other = tunesmith(tmp_path, "run", "-c", config)  # a home without a stack
     assert other.returncode == 6, other.stderr

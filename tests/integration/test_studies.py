@@ -176,6 +176,17 @@ def test_a_job_whose_worker_died_is_tried_again_and_then_fails_with_its_cause(st
     assert taken("w").trial == 1
 
 
+def test_a_study_in_which_nothing_succeeded_is_tried_anew(study: str) -> None:
+    for _ in range(3):
+        with transaction() as conn:
+            studies.fail(conn, taken("w"), "no space left")
+    with transaction() as conn:
+        studies.end(conn, "s", state="failed", stopped_by="trials", best=None)
+        studies.resume(conn, "s")
+        assert [(j.state, j.attempts, j.error) for j in studies.jobs(conn, "s")] == [("waiting", 0, None)] * 3
+    assert taken("w").attempts == 1
+
+
 def test_members_of_a_pack_whose_workers_died_twice_are_tried_alone(study: str) -> None:
     with transaction() as conn:
         for trial in (3, 4):
