@@ -50,7 +50,7 @@ class Size:
 
 FULL = Size(
     base="builtin:smollm2-135m", train=800, test=80, requests=200, limit=120, batch=4,
-    tuning="trials: 8\n  max_steps: 45\n  pruning: {reduction: 3, rungs: 3}",
+    tuning="trials: 8\n  max_steps: 45\n  pruning: {reduction: 3, rungs: 3}\n  validation_rows: 48",
     retrain="trials: 4",
 )  # fmt: skip
 QUICK = Size(
