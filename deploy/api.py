@@ -6,7 +6,7 @@ Endpoints are plain functions, so that the framework runs them in threads beside
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypedDict
 
 from fastapi import Depends, FastAPI, Header, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, Response
@@ -104,6 +105,20 @@ Operator = Annotated[Identity, _as("operator")]
 Admin = Annotated[Identity, _as("admin")]
 
 
+class _Route(APIRoute):
+    """FastAPI reads a body before it asks who sends it; here, whoever may change nothing is turned away first."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def authorised(request: Request) -> Response:
+            if request.method not in ("GET", "HEAD"):
+                require(request, "operator")
+            return await handle(request)
+
+        return authorised
+
+
 def control_api() -> Mount:
     """The mounted application."""
     app = FastAPI(
@@ -118,6 +133,7 @@ def control_api() -> Mount:
     app.add_exception_handler(HTTPException, explain)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(Exception, crashed)
+    app.router.route_class = _Route
     _models(app)
     _changes(app)
     _keys(app)

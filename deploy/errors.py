@@ -31,6 +31,8 @@ def json_response(value: object, status: int = 200, headers: Mapping[str, str] |
 async def explain(request: Request, error: Exception) -> Response:
     """Exception handler for TunesmithError and HTTPException."""
     headers: dict[str, str] = {}
+    if isinstance(error.__cause__, TunesmithError):  # FastAPI puts its own over what reading a body raises
+        error = error.__cause__
     if isinstance(error, HTTPException):
         status, headers = error.status_code, dict(error.headers or {})
         said: TunesmithError = (

@@ -22,6 +22,7 @@ from starlette.routing import BaseRoute, Route
 
 from deploy.api import control_api
 from deploy.auth import Auth, Guard, identify, needs
+from deploy.bounds import Bounds
 from deploy.errors import crashed, explain, json_response
 from deploy.follower import Follower
 from deploy.inference import Inference, Limits
@@ -72,7 +73,7 @@ def create_app(settings: Settings, *, routes: Sequence[BaseRoute] = (), limits: 
             *routes,
             control_api(),
         ],
-        middleware=[Middleware(Guard, auth=auth, on_refused=metrics.unauthenticated.inc)],
+        middleware=[Middleware(Guard, auth=auth, on_refused=metrics.unauthenticated.inc), Middleware(Bounds)],
         exception_handlers={TunesmithError: explain, HTTPException: explain, Exception: crashed},
         lifespan=lifespan,
     )

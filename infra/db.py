@@ -7,6 +7,7 @@ loop's turn) with ``with transaction() as conn:``.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,6 +24,8 @@ from infra.errors import Unreachable
 from infra.settings import get_settings
 
 Connection = psycopg.Connection[DictRow]
+# Where a process logs nothing, as most commands, the pool's lines would go to the terminal, beside the error
+logging.getLogger("psycopg").addHandler(logging.NullHandler())
 _checked: set[str] = set()  # databases whose schema this process found to be its own
 
 
@@ -50,14 +53,12 @@ def transaction() -> Iterator[Connection]:
     Raises Unreachable when the database does not answer, TunesmithError when its schema is another program's.
     """
     try:
+        if get_settings().database() not in _checked:
+            connect().close()  # fails at once and knows why; the pool would try for ten seconds and not say
         with pool().connection() as conn:
-            _check_schema(conn)
             yield conn
     except (PoolTimeout, psycopg.OperationalError) as error:
-        raise Unreachable(
-            f"PostgreSQL does not answer: {str(error).strip().splitlines()[0]}",
-            hint="See `tunesmith status`.",
-        ) from error
+        raise migrate.unreachable(error) from error
 
 
 def connect(*, autocommit: bool = False) -> Connection:
@@ -80,10 +81,7 @@ def connect(*, autocommit: bool = False) -> Connection:
             raise
         return conn
     except psycopg.OperationalError as error:
-        raise Unreachable(
-            f"PostgreSQL does not answer: {str(error).strip().splitlines()[0]}",
-            hint="See `tunesmith status`.",
-        ) from error
+        raise migrate.unreachable(error) from error
 
 
 def refuse_other_schema() -> None:

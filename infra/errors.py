@@ -13,8 +13,18 @@ The message is one sentence that says what is wrong and where; the hint says wha
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
+
+_WORD, _LINE, _PROBLEMS = 200, 2000, 50
+
+
+def shorten(text: str) -> str:
+    """A message that quotes what people wrote without pouring it out: words are cut after _WORD characters, lines
+    after _LINE."""
+    text = re.sub(rf"(\S{{{_WORD}}})\S+", r"\1...", text)
+    return "\n".join(line if len(line) <= _LINE else line[:_LINE] + "..." for line in text.split("\n"))
 
 
 class TunesmithError(Exception):
@@ -25,8 +35,8 @@ class TunesmithError(Exception):
     code: ClassVar[str] = "failed"
 
     def __init__(self, message: str, *, hint: str = "", details: Mapping[str, Any] | None = None) -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = shorten(message)
+        super().__init__(self.message)
         self.hint = hint
         self.details = dict(details or {})
 
@@ -44,11 +54,23 @@ class UsageError(TunesmithError):
 
 
 class ConfigError(TunesmithError):
-    """A file of the user's is wrong; the message lists every problem with file, line and field."""
+    """A file of the user's is wrong; the message lists every problem with file, line and field, the first fifty of
+    many."""
 
     exit_code = 2
     http_status = 400
     code = "config"
+
+    def __init__(self, message: str, *, hint: str = "", details: Mapping[str, Any] | None = None) -> None:
+        title, *problems = message.split("\n")
+        if (more := len(problems) - _PROBLEMS) > 0:
+            problems[_PROBLEMS:] = [f"  and {more} more"]
+        super().__init__("\n".join([title, *problems]), hint=hint, details=details)
+        if "problems" in self.details:
+            self.details["problems"] = [
+                {key: shorten(value) if isinstance(value, str) else value for key, value in problem.items()}
+                for problem in self.details["problems"][:_PROBLEMS]
+            ]
 
 
 class Refused(TunesmithError):

@@ -69,10 +69,7 @@ def create_databases(settings: Settings) -> None:
                             hint=f"Create it by hand, or grant CREATEDB. Needed: {', '.join(DATABASES)}.",
                         ) from error
     except psycopg.OperationalError as error:
-        raise Unreachable(
-            f"PostgreSQL does not answer: {str(error).strip().splitlines()[0]}",
-            hint="Check TUNESMITH_DATABASE_URL.",
-        ) from error
+        raise unreachable(error) from error
 
 
 def migrate(url: str, folder: Path = _FOLDER) -> int:
@@ -112,10 +109,20 @@ def migrate(url: str, folder: Path = _FOLDER) -> int:
                     )
             return len(ours) - len(applied)
     except psycopg.OperationalError as error:
-        raise Unreachable(
-            f"PostgreSQL does not answer: {str(error).strip().splitlines()[0]}",
-            hint="Check TUNESMITH_DATABASE_URL.",
-        ) from error
+        raise unreachable(error) from error
+
+
+def unreachable(error: Exception) -> Unreachable:
+    """What a failed connection or statement says, as one sentence."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+    # A name with several addresses: the last try says as much as each
+    tried = [line for line in lines if line.startswith("- host: ")]
+    cause = (tried or lines[:1])[-1].removeprefix("- ")
+    _, refused, why = cause.partition("FATAL: ")
+    told = f"PostgreSQL refused the connection: {why.strip()}" if refused else f"PostgreSQL does not answer: {cause}"
+    return Unreachable(
+        told.rstrip(".") + ".", hint="Check TUNESMITH_DATABASE_URL where you set it; else see `tunesmith status`."
+    )
 
 
 def check(conn: psycopg.Connection[Any]) -> None:

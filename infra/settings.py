@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from infra.errors import Unreachable, UsageError
@@ -98,6 +99,25 @@ class Settings(BaseSettings):
     max_engines: int = Field(default=2, ge=1)
     machine_usd_per_hour: float = Field(default=0.10, ge=0, description="price of one machine for cost per second")
     event_retention_days: int = Field(default=30, ge=1)
+
+    @field_validator("database_url")
+    @classmethod
+    def _is_url(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            import psycopg
+            from psycopg.conninfo import conninfo_to_dict
+
+            url = value.get_secret_value()
+            try:
+                ports = str(conninfo_to_dict(url).get("port", "")).split(",")
+                known = urlsplit(url).scheme in ("postgresql", "postgres")
+                known = known and all(port.isdigit() or not port for port in ports)
+            except (psycopg.ProgrammingError, ValueError):
+                known = False
+            if not known:
+                # Never what was given: it holds a password
+                raise PydanticCustomError("url", "is no URL such as postgresql://user:password@host:5432")
+        return value
 
     @classmethod
     def settings_customise_sources(

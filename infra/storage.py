@@ -66,7 +66,7 @@ def scratch(kind: Kind) -> Iterator[Path]:
     """An empty folder on the store's own disk, to be filled and then given to `keep`; removed at the end."""
     parent = get_settings().home / "artifacts" / kind
     parent.mkdir(parents=True, exist_ok=True)
-    _sweep(parent)
+    sweep()
     folder = Path(tempfile.mkdtemp(prefix=".new-", dir=parent))
     folder.chmod(0o755)
     in_use = os.open(folder, os.O_RDONLY)
@@ -82,9 +82,9 @@ def scratch(kind: Kind) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _sweep(parent: Path) -> None:
-    """Remove the scratch folders of processes that died: a living one holds a lock on its own."""
-    for folder in parent.glob(".new-*"):
+def sweep() -> None:
+    """Remove the scratch folders, of all kinds, of processes that died: a living one holds a lock on its own."""
+    for folder in (get_settings().home / "artifacts").glob("*/.new-*"):
         try:
             if time.time() - folder.stat().st_mtime < 60:  # perhaps made, but not locked yet
                 continue

@@ -93,12 +93,14 @@ class _Asked:
 
 def _asked(conn: Connection, ref: str, since: str, until: str | None) -> _Asked:
     from infra.errors import NotFound
-    from registry import deployments
+    from registry import deployments, versions
     from registry.names import parse_ref
 
     wanted = parse_ref(ref)
     begin, end = _span(since, until)
     deployment = deployments.read(conn, wanted.model)
+    if wanted.number is not None:
+        versions.get(conn, wanted.model, wanted.number)
     slots = {number: slot for slot in ("shadow", "challenger", "champion") if (number := getattr(deployment, slot))}
     number = wanted.number or getattr(deployment, wanted.slot)
     if number is None:
@@ -332,12 +334,21 @@ def feedback(model: str, file: Path, as_json: bool) -> None:
             hint='A line is such as {"request_id": "...", "score": -1, "correction": "..."}.',
             details={"rejected": [vars(b) for b in bad[:1000]]},
         )
+    if not lines:
+        raise UsageError(f"{file.name} is empty, so nothing was taken.", hint="Write one JSON object a line.")
     accepted = 0
     for chunk in _chunks(kept.read_lines(file)):
         taken, refused = _record(model, chunk)
         accepted += taken
         bad += refused
     rejected_lines = [vars(b) for b in sorted(bad, key=lambda b: b.line)]
+    if not accepted:
+        raise UsageError(
+            f"{file.name}: none of its {lines} lines was taken: "
+            + "; ".join(f"line {b['line']}: {b['reason']}" for b in rejected_lines[:10]),
+            hint="Give ids of requests that this model answered.",
+            details={"rejected": rejected_lines[:1000]},
+        )
     result = {"model": model, "accepted": accepted, "rejected": rejected_lines}
     for rejected in rejected_lines:
         err.print(f"{safe(file.name)}:{rejected['line']}: {safe(rejected['reason'])}", markup=False)

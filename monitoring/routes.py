@@ -16,8 +16,6 @@ from infra.db import transaction
 from infra.errors import UsageError
 from monitoring import events, feedback
 
-_MAX_FEEDBACK_BYTES = 1_000_000
-_MAX_EVENT_BYTES = 16_000_000
 _REPLICA = uuid.UUID(int=0)  # events of other gateways belong to none of our replicas
 
 
@@ -33,7 +31,7 @@ def routes() -> list[BaseRoute]:
 async def post_feedback(request: Request) -> Response:
     """One piece of feedback (monitoring.feedback.Item); answers with our id of the request."""
     identity = require(request, "service")
-    item = feedback.parse(_json(await _body(request, _MAX_FEEDBACK_BYTES)))
+    item = feedback.parse(_json(await request.body()))
     identifier = await asyncio.to_thread(_record, item, identity)
     return Response(orjson.dumps({"request_id": identifier}), media_type="application/json")
 
@@ -49,7 +47,7 @@ async def post_events(request: Request) -> Response:
     """Events of another gateway, one JSON object a line; the same event again changes nothing. All or none of a
     body is taken: 400 names each wrong line."""
     # Megabytes of JSON take a while, and this loop also answers requests
-    found = await asyncio.to_thread(events.parse, await _body(request, _MAX_EVENT_BYTES))
+    found = await asyncio.to_thread(events.parse, await request.body())
     new = await asyncio.to_thread(_store, found)
     return Response(orjson.dumps({"events": len(found), "new": new}), media_type="application/json")
 
@@ -57,16 +55,6 @@ async def post_events(request: Request) -> Response:
 def _store(found: list[events.Foreign]) -> int:
     with transaction() as conn:
         return events.store(conn, _REPLICA, found)
-
-
-async def _body(request: Request, limit: int) -> bytes:
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise UsageError(f"The body is larger than {limit} bytes.", hint="Send it in parts.")
-        parts.append(part)
-    return b"".join(parts)
 
 
 def _json(body: bytes) -> Any:

@@ -20,6 +20,7 @@ from typing import Any
 from psycopg import sql
 
 from deploy.recorder import ensure_partitions
+from infra import storage
 from infra.db import Connection, load_queries, one, transaction
 from infra.durations import parse_duration
 from infra.errors import Conflict, TunesmithError, Unreachable
@@ -202,7 +203,8 @@ class Watcher:
 
     def keep_house(self) -> None:
         """Partitions for the days to come; nothing that is older than the settings allow; aliases that a hand moved
-        in MLflow's page set right."""
+        in MLflow's page set right; on this machine, no half-made artifacts of processes that died."""
+        storage.sweep()
         days = get_settings().event_retention_days
         with transaction() as conn:
             self._check(conn)

@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,25 @@ def export_version(version: Version, target: Path) -> None:
     """
     if target.exists() or target.is_symlink():
         raise UsageError(f"{target} exists already.", hint="Name a folder that does not.")
-    bundle.verify(version.folder(), version.bundle_digest)
+    manifest = bundle.verify(version.folder(), version.bundle_digest)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as scratch:
             copy = Path(scratch, "bundle")
-            shutil.copytree(version.folder(), copy)
+            _copy(version.folder(), copy, [*manifest.files, bundle.MANIFEST])
             bundle.verify(copy, version.bundle_digest)
             copy.rename(target)
     except OSError as error:
-        raise TunesmithError(f"Writing {target} failed: {error.strerror or error}.") from error
+        raise TunesmithError(
+            f"Writing {target} failed: {error.strerror or error}.", hint="Make room there, or name another folder."
+        ) from error
+
+
+def _copy(source: Path, target: Path, names: Iterable[str]) -> None:
+    # Not copytree, which puts off what fails and then tells all of it as a list
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
 
 
 def import_version(path: Path, model: str, *, base: str | None = None) -> Version:
@@ -81,9 +91,7 @@ def _keep_bundle(path: Path, model: str) -> str:
                 hint="Bring the same base here, for example by importing where it can be resolved.",
             )
     with storage.scratch("bundle") as folder:
-        for name in manifest.files:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path / name, folder / name)
+        _copy(path, folder, manifest.files)
         digest = bundle.write(folder, manifest.model_copy(update={"model": model}))
         bundle.verify(folder, digest)
         _check_profile(folder / "profile.json", path)

@@ -248,7 +248,8 @@ def list_versions(conn: Connection, model: str) -> list[Listed]:
 
 
 def list_models(conn: Connection) -> list[dict[str, Any]]:
-    """All models, by name: model, created_at, generation, champion, challenger, challenger_share, shadow, versions."""
+    """Models with a version, by name: model, created_at, generation, champion, challenger, challenger_share, shadow,
+    versions. A run that was refused leaves a model without one."""
     return list(conn.execute(SQL["models"]))
 
 

@@ -34,9 +34,9 @@ select body from evidence where digest = %(digest)s
 -- name: models
 select m.name as model, m.created_at, coalesce(d.generation, 0) as generation, d.champion, d.challenger,
        coalesce(d.challenger_share, 0) as challenger_share, d.shadow,
-       coalesce(v.versions, 0) as versions
+       v.versions
 from model m left join deployment d on d.model = m.name
-    left join (select model, count(*) as versions from version group by model) v on v.model = m.name
+    join (select model, count(*) as versions from version group by model) v on v.model = m.name
 order by m.name
 
 -- name: model_exists

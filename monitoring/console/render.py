@@ -12,12 +12,13 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from deploy.auth import Identity, NotAuthenticated, Role, require
 from infra.db import load_queries, transaction
-from infra.errors import NotFound, TunesmithError
+from infra.errors import NotFound, TunesmithError, UsageError
 from monitoring.console import figures
 
 SQL = load_queries(Path(__file__).with_name("queries.sql"))
@@ -72,6 +73,7 @@ _HEADINGS = {
     404: "Not found",
     409: "Refused",
     412: "Someone was faster",
+    413: "Too long",
     503: "A service does not answer",
 }
 
@@ -145,8 +147,14 @@ def page(handler: Handler, role: Role = "viewer") -> Callable[[Request], Awaitab
 
 async def read_form(request: Request) -> dict[str, str]:
     """The posted fields; that they come from a page of ours is what `deploy.auth.Guard` sees to."""
-    async with request.form(max_files=0, max_fields=30) as form:
-        return {name: value for name, value in form.items() if isinstance(value, str)}
+    try:
+        async with request.form(max_files=0, max_fields=30) as form:
+            found = {name: value for name, value in form.items() if isinstance(value, str)}
+    except HTTPException as error:
+        raise UsageError(f"The form cannot be read: {error.detail}") from error
+    if any("\0" in value for value in found.values()):
+        raise UsageError("The form holds a NUL character.")
+    return found
 
 
 def problem(visit: Visit, error: TunesmithError) -> Response:

@@ -7,12 +7,16 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from version_rows import add_versions
 
+from infra import ports
+from infra.db import transaction
 from infra.settings import Settings
 from pipelines.cli import main
 
@@ -114,6 +118,35 @@ def test_without_a_database_the_exit_code_says_so(home: Path) -> None:
     assert "PostgreSQL does not answer" in err
 
 
+def test_why_the_database_cannot_be_used_is_said_at_once_and_once(database: Settings) -> None:
+    right = database.server()
+    wrong = right.replace(f":{urlsplit(right).password}@", ":s3cret@")
+    assert wrong != right
+    closed = f"postgresql://me:s3cret@127.0.0.1:{ports.free()}/postgres"
+    for url, code, words in (
+        (wrong, 6, "password authentication failed"),
+        (closed, 6, "Connection refused"),
+        (closed.replace("127.0.0.1", "localhost"), 6, "Connection refused"),
+        ("postgresql://me:s3cret@nowhere.invalid/postgres", 6, "nowhere.invalid"),
+        ("me:s3cret@nowhere", 2, "TUNESMITH_DATABASE_URL: is no URL such as"),
+        ("postgresql://me:s3cret@here:port", 2, "TUNESMITH_DATABASE_URL: is no URL such as"),
+        ("mysql://me:s3cret@here", 2, "TUNESMITH_DATABASE_URL: is no URL such as"),
+    ):
+        begun = time.monotonic()
+        found, out, err = _run("models", TUNESMITH_DATABASE_URL=url)
+        assert (found, out) == (code, ""), (url, err)
+        assert words in err, url
+        assert "s3cret" not in err
+        assert [line[:7] for line in err.splitlines()] == ["error: ", " " * 7], err
+        assert time.monotonic() - begun < 9, url
+
+
+def test_long_values_are_not_poured_out(database: Settings) -> None:
+    code, out, err = _run("keys", "revoke", "x" * 100_000)
+    assert (code, out) == (5, "")
+    assert len(err) < 1000
+
+
 def test_text_is_plain_and_escapes_what_would_act_on_a_terminal(database: Settings) -> None:
     add_versions("m", "pass")
     assert _run("promote", "m:1", "--reason", "\x1b[31mred\u202e [bold]x[/bold]")[0] == 0
@@ -126,9 +159,12 @@ def test_text_is_plain_and_escapes_what_would_act_on_a_terminal(database: Settin
 
 
 def test_an_empty_registry_says_what_to_do(database: Settings) -> None:
+    with transaction() as conn:
+        conn.execute("insert into model (name) values ('refused')")  # as a run leaves it that registered no version
     code, out, _ = _run("models")
     assert code == 0
     assert "tunesmith run" in out
+    assert _json("models") == (0, {"models": []})
 
 
 def test_registry_commands_import_nothing_heavy(database: Settings) -> None:

@@ -102,6 +102,8 @@ def test_a_killed_conversion_leaves_nothing_and_the_next_one_cleans_up(database:
     assert rows() == 0
     assert [p for p in parent.iterdir() if not p.name.startswith(".")] == []
     os.utime(left[0], (0, 0))
+    with storage.scratch("dataset"):  # whatever a run keeps first
+        assert not left[0].exists()
     with storage.scratch("base") as mine:
         assert list(parent.glob(".new-*")) == [mine]
         os.utime(mine, (0, 0))

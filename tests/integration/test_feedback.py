@@ -156,3 +156,14 @@ def test_a_file_that_is_mostly_wrong_is_not_taken(model: str, tmp_path: Path) ->
         assert one(conn, "select count(*) as n from feedback")["n"] == 0
     with pytest.raises(NotFound):
         CliRunner().invoke(commands.feedback, ["m", str(tmp_path / "none")], catch_exceptions=False)
+
+
+def test_a_file_of_which_nothing_is_taken_fails(model: str, tmp_path: Path) -> None:
+    path = tmp_path / "f.jsonl"
+    path.write_text("\n \n")
+    with pytest.raises(UsageError, match=r"f\.jsonl is empty"):
+        CliRunner().invoke(commands.feedback, ["m", str(path)], catch_exceptions=False)
+    path.write_text('{"request_id": "nobody", "score": 1}\n\n{"request_id": "no-one", "score": 1}\n')
+    with pytest.raises(UsageError, match="none of its 2 lines was taken: line 1: No request 'nobody'") as caught:
+        CliRunner().invoke(commands.feedback, ["m", str(path)], catch_exceptions=False)
+    assert [r["line"] for r in caught.value.details["rejected"]] == [1, 3]

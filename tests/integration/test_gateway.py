@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,77 @@ def test_nobody_gets_in_without_the_right_key(stand: Stand) -> None:
     gone = stand.http.delete(f"{stand.url}/api/v1/keys/{made['id']}", headers=stand.header("admin"))
     assert gone.status_code == 200
     wait_for(lambda: stand.http.get(f"{stand.url}/v1/models", headers=header).status_code == 401)
+
+
+MIB = 2**20
+
+
+def pieces(size: int, counted: list[int]) -> Iterator[bytes]:
+    """A body that says nothing of its size beforehand."""
+    for _ in range(size // 65_536):
+        counted.append(65_536)
+        yield b" " * 65_536
+
+
+@pytest.mark.parametrize("path", ["/api/v1/models/demo/promote", "/v1/feedback", "/models/demo/rollback", "/login"])
+def test_no_route_reads_more_than_its_limit(stand: Stand, path: str) -> None:
+    header = stand.header("operator") | {"origin": stand.url}
+    if path.startswith(("/models", "/login")):
+        header |= {"accept": "text/html", "content-type": "application/x-www-form-urlencoded"}
+    else:
+        header |= {"content-type": "application/json"}
+    with httpx.Client(trust_env=False, timeout=60) as http:
+        told = http.post(stand.url + path, content=b"reason=" + b"x" * MIB, headers=header)
+        sent: list[int] = []
+        with suppress(httpx.WriteError, httpx.ReadError):  # the connection closes under what is sent on
+            found = http.post(stand.url + path, content=pieces(256 * MIB, sent), headers=header)
+            assert found.status_code == 413
+    assert told.status_code == 413
+    assert told.headers["connection"] == "close"
+    assert "1,048,576 bytes" in told.text
+    assert ("<h1>413</h1>" in told.text) == ("accept" in header)
+    assert sum(sent) < 64 * MIB, "more was taken than the buffers of a connection hold"
+    assert stand.ask().status_code == 200
+
+
+def test_bodies_up_to_the_limit_are_read_and_roles_are_asked_first(stand: Stand) -> None:
+    feedback = {"request_id": "x" * 100, "correction": "y"}
+    padded = json.dumps(feedback).encode().ljust(MIB)
+    answer = stand.http.post(f"{stand.url}/v1/feedback", content=padded, headers=stand.header())
+    assert answer.status_code == 404, "read, but no such request"
+    many = b"\n" * (2 * MIB)
+    assert stand.http.post(f"{stand.url}/v1/events", content=many, headers=stand.header("admin")).status_code == 200
+    sent: list[int] = []
+    with suppress(httpx.WriteError, httpx.ReadError):
+        found = stand.http.post(
+            f"{stand.url}/api/v1/models/demo/promote", content=pieces(MIB, sent), headers=stand.header("service")
+        )
+        assert found.status_code == 403
+    form = stand.http.post(
+        f"{stand.url}/models/demo/rollback",
+        content="&".join(f"a{i}=" for i in range(40)),
+        headers=stand.header("operator") | {"content-type": "application/x-www-form-urlencoded"},
+    )
+    assert (form.status_code, form.headers["content-type"]) == (400, "text/html; charset=utf-8")
+    assert "Too many fields" in form.text
+
+
+def test_nul_in_an_address_is_refused_everywhere(stand: Stand) -> None:
+    for path in (
+        "/requests?model=%00",
+        "/studies/%00",
+        "/models/a%00b",
+        "/api/v1/models/%00/history",
+        "/v1/models/%00",
+    ):
+        answer = stand.http.get(stand.url + path, headers=stand.header("admin"))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "usage"), path
+        page = stand.http.get(stand.url + path, headers=stand.header("admin") | {"accept": "text/html"})
+        assert (page.status_code, "NUL character" in page.text, "<h1>400</h1>" in page.text) == (400, True, True), path
+    assert stand.http.get(f"{stand.url}/login?next=%00").status_code == 400
+    form = {"reason": "a\0b", "to": "1"}
+    refused = stand.http.post(f"{stand.url}/models/demo/rollback", data=form, headers=stand.header("admin"))
+    assert refused.status_code == 400
 
 
 def test_promotions_under_load(stand: Stand) -> None:

@@ -101,3 +101,9 @@ def test_times(model: str) -> None:
             run(commands.drift, ref)
     with pytest.raises(UsageError):
         run(commands.cost, "../x")
+
+
+@pytest.mark.parametrize("command", [commands.monitor, commands.drift, commands.cost])
+def test_a_version_that_does_not_exist(model: str, command: Any) -> None:
+    with pytest.raises(NotFound, match="no version m:99"):
+        run(command, "m:99")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from infra import storage
 from infra.db import one, transaction
-from infra.errors import Conflict, NotFound, Refused, Unreachable, UsageError
+from infra.errors import Conflict, NotFound, Refused, TunesmithError, Unreachable, UsageError
 from infra.settings import Settings, get_settings
 from monitoring import watch
 from registry import bases, deployments, mlflow, versions
@@ -279,6 +280,15 @@ def test_a_version_travels_by_export_and_import_with_its_evidence(
 ) -> None:
     version = _register(_draft(model, base, adapter))
     target = tmp_path / "deep" / "out"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))  # a disk that takes no more
+    try:
+        with pytest.raises(TunesmithError) as full:
+            export_version(version, target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert full.value.message == f"Writing {target} failed: File too large."
+    assert list(target.parent.iterdir()) == []
     export_version(version, target)
     with pytest.raises(UsageError, match="exists already"):
         export_version(version, target)
