@@ -16,7 +16,7 @@ _set = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="
 
 
 @click.command()
-@click.option("--quick", is_flag=True, help="A tiny model made on the spot, in about three minutes.")
+@click.option("--quick", is_flag=True, help="A tiny model made on the spot, in a few minutes.")
 @click.option("--detach", is_flag=True, help="Leave the stack running.")
 def demo(quick: bool, detach: bool) -> None:
     """Everything once, on the interpreter's own documentation."""
