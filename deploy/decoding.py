@@ -1,9 +1,10 @@
 """Continuous batching over one base and many adapters, in one thread.
 
 Rows of different requests, and of different adapters, take one step together; a request joins between steps and
-leaves when it is done. To join, its prompt runs alone and its keys and values are put beside those of the others,
-padded on the left; to leave, the other rows are kept and columns that nobody uses any more are cut off. Answers are
-those of the request alone: in fp32 exactly, in bf16 up to the rounding that padding itself causes.
+leaves when it is done. To join, its prompt runs alone, but for what prompts of its adapter begin with
+(`deploy/prefixes.py`), and its keys and values are put beside those of the others, padded on the left; to leave, the
+other rows are kept and columns that nobody uses any more are cut off. Answers are those of the request alone: in fp32
+exactly, in bf16 up to the rounding that padding itself causes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from deploy.adapters import Adapter, Adapters
+from deploy.prefixes import Prefixes
 from deploy.sampling import Sampling, Text, draw
 from infra.errors import NotFound, TunesmithError, UsageError
 
@@ -133,6 +135,7 @@ class Batch:
         self.max_rows, self.max_cells = max_rows, max_cells
         self.rows: list[Row] = []
         self._ends = end_tokens(model, tokenizer)
+        self._prefixes = Prefixes(max_cells // 16)
         self._cache: Any = None
         self._mask: torch.Tensor | None = None  # [rows, width], 1 where a column is the row's own
 
@@ -154,15 +157,17 @@ class Batch:
         return len(self.rows) < self.max_rows and width * (len(self.rows) + 1) <= self.max_cells
 
     def join(self, row: Row) -> None:
-        """Run the row's prompt alone and take its first token; unless that ends it, it is in the next steps."""
+        """Run the row's prompt alone, but for what prompts of its adapter begin with, and take its first token; unless
+        that ends it, it is in the next steps."""
         import torch
-        from transformers import DynamicCache
 
         row.joined_at = started = time.perf_counter()
-        prompt = torch.tensor([list(row.request.prompt)], device=self.model.device)
-        cache = DynamicCache()
-        mask = torch.ones_like(prompt)
-        self._forward([row], prompt, mask, torch.arange(prompt.shape[1], device=prompt.device)[None], cache)
+        adapter, prompt = row.adapter.digest if row.adapter else "", row.request.prompt
+        known, cache = self._prefixes.start(adapter, prompt)
+        rest = torch.tensor([list(prompt[known:])], device=self.model.device)
+        mask = torch.ones((1, len(prompt)), dtype=torch.long, device=rest.device)
+        self._forward([row], rest, mask, torch.arange(known, len(prompt), device=rest.device)[None], cache)
+        self._prefixes.learn(adapter, prompt, cache)
         row.engine_seconds += time.perf_counter() - started
         if row.finish is None:
             self._append(row, cache, mask)

@@ -12,6 +12,7 @@ from lora import save_adapter, save_base
 
 from deploy.adapters import Adapters, BadAdapter, NameTaken
 from deploy.decoding import Batch, Request, generate, open_model
+from deploy.prefixes import Prefixes
 from deploy.sampling import Sampling, Text
 
 # PEFT 0.21 asks transformers 5.23 by an old name.
@@ -70,6 +71,63 @@ def test_a_mixed_batch_answers_as_each_request_alone(opened: tuple[Any, Any, Ada
     assert len({result.tokens[:4] for result in alone}) > 6, "the adapters must not all say the same"
     for one, other in zip(alone, together, strict=True):
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+def test_prompts_that_begin_alike_are_answered_as_alone(opened: tuple[Any, Any, Adapters]) -> None:
+    """One system prompt, two adapters and the base by turns, and some prompts of another kind in between."""
+    model, tokenizer, adapters = opened
+    system = tokenizer("on the mat the cat ran and a rat ran on and on over the mat " * 2).input_ids
+    requests = [
+        Request(
+            prompt=([] if n % 7 == 6 else system) + tokenizer(text).input_ids,
+            adapter=[None, "cats-v1", "dogs-v2"][n % 3],
+            sampling=Sampling(max_tokens=6, temperature=0.0, ignore_eos=True),
+        )
+        for n, text in enumerate(
+            ["a cat", "the rat", "a rat on the mat", "the", "a dog ran", "on and on", "émigré"] * 3
+        )
+    ]
+    alone = [generate(model, tokenizer, adapters, [request])[0] for request in requests]
+    batch = Batch(model, tokenizer, adapters, max_rows=1)
+    computed, found = [], []
+    forward = batch._forward
+
+    def counting(rows: Any, tokens: Any, *rest: Any) -> None:
+        computed.append(tokens.shape[1])
+        forward(rows, tokens, *rest)
+
+    batch._forward = counting  # type: ignore[method-assign]
+    for request in requests:
+        row = batch.row(request)
+        computed.clear()
+        batch.join(row)
+        found.append((len(request.prompt) - computed[0], len(request.prompt)))
+        while row.finish is None:
+            batch.step()
+        expected = alone[requests.index(request)]
+        assert tuple(row.tokens) == expected.tokens
+        assert row.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+    assert all(spared == 0 for spared, _ in found[:6]), "an adapter's first two prompts are computed whole"
+    assert all(spared >= len(system) for spared, length in found[9:] if length > len(system))
+    assert all(spared < length for spared, length in found)
+
+
+def test_kept_beginnings_stay_within_their_tokens() -> None:
+    import torch
+    from transformers import DynamicCache
+
+    prefixes = Prefixes(most_tokens=40)
+    for name in ("a", "b", "c"):
+        for last in (1, 2):
+            prompt = [*range(18), last + 100]
+            known, cache = prefixes.start(name, prompt)
+            assert known == 0
+            cache.update(torch.zeros(1, 1, 19, 2), torch.zeros(1, 1, 19, 2), 0)
+            prefixes.learn(name, prompt, cache)
+    assert [prefixes.start(name, [*range(18), 5])[0] for name in ("a", "b", "c")] == [0, 18, 18]
+    assert prefixes.start("b", list(range(18)))[0] == 17, "the last token predicts"
+    assert prefixes.start("b", [7, *range(18)])[0] == 0
+    assert isinstance(prefixes.start("new", [1, 2])[1], DynamicCache)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
