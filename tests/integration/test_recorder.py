@@ -165,7 +165,7 @@ def test_what_another_release_left_in_the_spool_does_not_hold_up_the_others(data
     recorder = Recorder(spool, uuid.uuid4())
     recorder.start()
     recorder.put(event())
-    assert recorder.flush()
+    all_arrived(recorder)
     recorder.close()
     assert count() == (3, 3)
     assert recorder.rejected == 3
