@@ -49,7 +49,7 @@ class Size:
 
 
 FULL = Size(
-    base="builtin:smollm2-135m", train=800, test=80, requests=200, limit=120, batch=4,
+    base="builtin:smollm2-135m", train=800, test=80, requests=200, limit=90, batch=4,
     tuning="trials: 8\n  max_steps: 45\n  pruning: {reduction: 3, rungs: 3}\n  validation_rows: 48",
     retrain="trials: 4",
 )  # fmt: skip
@@ -164,7 +164,7 @@ data:
   train: train.jsonl
   test: test.jsonl
   quality: {{dedup: near, max_tokens: 192}}
-generation: {{max_tokens: 32, temperature: 0}}
+generation: {{max_tokens: 24, temperature: 0}}
 tuning:
   method: lora
   {size.tuning}
@@ -175,7 +175,7 @@ tuning:
     lr_scheduler_type: [linear, cosine]
     target_modules: [attention, all-linear]
     per_device_train_batch_size: {size.batch}
-evaluation: {{suites: [quality, latency], limit: {size.limit}}}
+evaluation: {{suites: [quality], limit: {size.limit}}}
 gates:
   - {{metric: loss, against: base, must: better}}
   - {{metric: loss, against: champion, must: not_worse, margin: 0.15, slice: "source=train"}}
