@@ -1,6 +1,7 @@
 """Every error a person can cause, with its exit code and HTTP status.
 
 TunesmithError (1, 500)      failed
+├── StoreFull (1, 500)       the artifacts' disk takes no more
 ├── UsageError (2, 400)      wrong arguments, names or values
 ├── ConfigError (2, 400)     a file with problems, all reported at once
 ├── Refused (3, 409)         a gate or a guard said no
@@ -43,6 +44,10 @@ class TunesmithError(Exception):
     def as_json(self) -> dict[str, Any]:
         """The contract's error object: ``{"error": {"code", "message", "hint", ...details}}``."""
         return {"error": {"code": self.code, "message": self.message, "hint": self.hint, **self.details}}
+
+
+class StoreFull(TunesmithError):
+    """The artifacts' disk takes no more; nothing half-written is left."""
 
 
 class UsageError(TunesmithError):

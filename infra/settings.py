@@ -74,6 +74,7 @@ class Settings(BaseSettings):
     )
 
     home: Path = Field(default_factory=default_home)
+    artifacts: Path | None = Field(default=None, description="unset: artifacts in the home")
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=1, le=65535)
     database_url: SecretStr | None = Field(default=None, description="PostgreSQL 15-18; unset: the embedded one")

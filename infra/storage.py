@@ -1,4 +1,5 @@
-"""Bundles, bases, data sets and checkpoints, kept by digest in folders under ``<home>/artifacts``.
+"""Bundles, bases, data sets and checkpoints, kept by digest in folders under ``<home>/artifacts``, or the
+folder that ``TUNESMITH_ARTIFACTS`` names: several machines may share it, wherever each has it mounted.
 
 A kept folder never changes: the digest is its name, and writing it again is a no-op. A folder becomes visible
 by one rename, so a crash or a full disk leaves nothing half-made.
@@ -7,6 +8,7 @@ by one rename, so a crash or a full disk leaves nothing half-made.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -18,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from infra.errors import NotFound, TunesmithError
+from infra.errors import NotFound, StoreFull, TunesmithError
 from infra.settings import get_settings
 
 Kind = Literal["bundle", "base", "dataset", "checkpoint", "tokens"]
@@ -41,12 +43,18 @@ def folder_digest(folder: Path) -> str:
     return text_digest("\n".join(lines))
 
 
+def root() -> Path:
+    """The folder that holds all kinds."""
+    settings = get_settings()
+    return (settings.artifacts or settings.home / "artifacts").expanduser().absolute()
+
+
 def where(kind: Kind, digest: str) -> Path:
     """Where a digest's folder is, or would be. Raises ValueError for what is not a digest."""
     algorithm, _, value = digest.partition(":")
     if algorithm != "sha256" or len(value) != 64 or not set(value) <= set("0123456789abcdef"):
         raise ValueError(f"not a digest: {digest!r}")
-    return get_settings().home / "artifacts" / kind / value
+    return root() / kind / value
 
 
 def has(kind: Kind, digest: str) -> bool:
@@ -64,7 +72,7 @@ def get(kind: Kind, digest: str) -> Path:
 @contextmanager
 def scratch(kind: Kind) -> Iterator[Path]:
     """An empty folder on the store's own disk, to be filled and then given to `keep`; removed at the end."""
-    parent = get_settings().home / "artifacts" / kind
+    parent = root() / kind
     parent.mkdir(parents=True, exist_ok=True)
     sweep()
     folder = Path(tempfile.mkdtemp(prefix=".new-", dir=parent))
@@ -73,18 +81,29 @@ def scratch(kind: Kind) -> Iterator[Path]:
     fcntl.flock(in_use, fcntl.LOCK_EX)
     try:
         yield folder
-    except OSError as error:
-        raise TunesmithError(
-            f"Writing a {kind} to {parent} failed: {error.strerror or error}.", hint="Free some disk and try again."
-        ) from error
+    except Exception as error:
+        full, hint = _full(error), "Free some disk and try again."
+        if not full and not isinstance(error, OSError):
+            raise
+        words = f"Writing a {kind} to {parent} failed: {getattr(error, 'strerror', None) or error}."
+        raise (StoreFull if full else TunesmithError)(words, hint=hint) from error
     finally:
         os.close(in_use)
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _full(error: Exception) -> bool:
+    """Whether the disk, a quota or a limit of the process takes no more. safetensors writes in Rust, and raises an
+    error of its own with the number in its words."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError):
+        return error.errno in codes
+    return any(f"(os error {code})" in str(error) for code in codes)
+
+
 def sweep() -> None:
     """Remove the scratch folders, of all kinds, of processes that died: a living one holds a lock on its own."""
-    for folder in (get_settings().home / "artifacts").glob("*/.new-*"):
+    for folder in root().glob("*/.new-*"):
         try:
             if time.time() - folder.stat().st_mtime < 60:  # perhaps made, but not locked yet
                 continue

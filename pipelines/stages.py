@@ -216,7 +216,7 @@ def search(plan: Plan, run: runs.Run, data: dict[str, Any]) -> dict[str, Any]:
             dataset_digest=data["dataset"],
             rows=data["counts"]["train"],
             trials=plan.config.retrain.trials if plan.kind == "retrain" and plan.config.retrain else None,
-            init_adapter=_init_adapter(plan, data),
+            init_bundle=_init_bundle(plan, data),
             warm_start=_warm_start(plan, run),
         )
         best = run_search(spec, progress=_progress(run, "search"), mlflow_parent=run.mlflow_run_id)
@@ -237,7 +237,7 @@ def _draw(run: runs.Run) -> dict[str, float]:
         return {}
 
 
-def _init_adapter(plan: Plan, data: dict[str, Any]) -> Path | None:
+def _init_bundle(plan: Plan, data: dict[str, Any]) -> str | None:
     """A retrain goes on from the champion's adapter, unless told otherwise or the base is another one."""
     champion = plan.champion
     if plan.kind != "retrain" or champion is None or champion.base_digest != data["base"]:
@@ -245,10 +245,12 @@ def _init_adapter(plan: Plan, data: dict[str, Any]) -> Path | None:
     if plan.config.retrain is None or plan.config.retrain.start_from != "champion":
         return None
     adapter = champion.adapter()
-    if adapter is not None and json.loads((adapter / "adapter_config.json").read_text()).get("use_dora"):
+    if adapter is None:
+        return None
+    if json.loads((adapter / "adapter_config.json").read_text()).get("use_dora"):
         log.warning("%s is DoRA, which no training goes on from: the retrain begins with the base", champion.name)
         return None
-    return adapter
+    return champion.bundle_digest
 
 
 def _warm_start(plan: Plan, run: runs.Run) -> list[dict[str, Any]]:

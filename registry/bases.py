@@ -18,7 +18,6 @@ from typing import Any
 from infra import doctor, storage
 from infra.db import load_queries, transaction
 from infra.errors import NotFound, TunesmithError, Unreachable, UsageError
-from infra.settings import get_settings
 from registry.prompts import FALLBACK_TEMPLATE
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
@@ -112,7 +111,7 @@ def _base(row: dict[str, Any]) -> Base:
 
 @contextmanager
 def _one_at_a_time(id: str) -> Iterator[None]:
-    folder = get_settings().home / "artifacts" / "base"
+    folder = storage.root() / "base"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f".lock-{storage.text_digest(id)[7:19]}").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the process dies

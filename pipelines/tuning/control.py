@@ -6,7 +6,6 @@ Both only write to the database; the coordinator and the workers see it there.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from infra.db import transaction
@@ -49,7 +48,8 @@ def clone_trial(study: str, trial: int, settings: Sequence[str]) -> dict[str, An
         source = _of(jobs, study, trial)[0].params
         _running(row)
         spec = StudySpec.from_json(row["spec"])
-        if spec.init_adapter and (fixed := sorted(set(wanted) & set(fixed_by(Path(spec.init_adapter))))):
+        adapter = spec.init_adapter()
+        if adapter and (fixed := sorted(set(wanted) & set(fixed_by(adapter)))):
             raise UsageError(f"{fixed[0]} is that of the adapter which all trials of {study} start from.")
         params = _checked({**source, **wanted}, wanted)
         twin = next((job.trial for job in jobs if job.params == params), None)

@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra import storage
@@ -70,17 +69,16 @@ class Best:
 
 def make_spec(
     config: PipelineConfig, *, study: str, base_digest: str, dataset_digest: str, rows: int, trials: int | None = None,
-    init_adapter: Path | None = None, warm_start: Sequence[dict[str, Any]] = (),
+    init_bundle: str | None = None, warm_start: Sequence[dict[str, Any]] = (),
 ) -> StudySpec:  # fmt: skip
-    """The search that a pipeline file asks for, on `rows` training rows. With `init_adapter`, that adapter's rank,
-    alpha and target modules are fixed."""
+    """The search that a pipeline file asks for, on `rows` training rows. With `init_bundle`, its
+    adapter's rank, alpha and target modules are fixed."""
     tuning = config.tuning
     space = tuning.space.full(bases.load(base_digest).parameters)
-    if init_adapter is not None:
-        space |= fixed_by(init_adapter)
-    per_epoch = max(1, rows // 8)  # epochs are counted at the usual batch of eight
-    total = tuning.max_steps or max(1, round(tuning.num_train_epochs * per_epoch))
-    return StudySpec(
+    usual = spaces.typical(space)  # rungs are steps, the same ones for batches of any size
+    per_step = usual["per_device_train_batch_size"] * usual["gradient_accumulation_steps"]
+    total = tuning.max_steps or max(1, round(tuning.num_train_epochs * rows / per_step))
+    spec = StudySpec(
         study=study,
         model=config.model,
         base=base_digest,
@@ -99,12 +97,14 @@ def make_spec(
         max_minutes=tuning.budget.max_minutes,
         max_training_tokens=tuning.budget.max_tokens,
         max_usd=tuning.budget.max_usd,
-        init_adapter=str(init_adapter) if init_adapter else None,
+        init_bundle=init_bundle,
         warm_start=list(warm_start),
         objectives=list(tuning.objectives),
         pick=tuning.pick.model_dump() if tuning.pick else None,
         constraints={name: limit.at_most for name, limit in tuning.constraints.items()},
     )
+    adapter = spec.init_adapter()
+    return spec if adapter is None else replace(spec, space=space | fixed_by(adapter))
 
 
 def search(spec: StudySpec, *, progress: Progress, mlflow_parent: str | None = None) -> Best:

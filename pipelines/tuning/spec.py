@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from infra import storage
 from pipelines.tuning.methods import packable
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudySpec:
     """`rungs` are the optimizer steps at which trials are compared, the last being the whole of a trial; after each
-    rung but the last, the best 1/`reduction` go on. `space` is the YAML's section. With `init_adapter`, a folder
-    with a PEFT adapter, every trial starts from its weights. `max_tokens` bounds a row. `adapters_per_pass` 0 is
-    measured by the study's first worker. Trials are validated on at most `validation_rows`, a seeded sample.
-    `objectives`, `pick` and `constraints` are those of tuning/objectives.py."""
+    rung but the last, the best 1/`reduction` go on. `space` is the YAML's section. With `init_bundle`, the
+    digest of a version's bundle, every trial starts from its adapter's weights. `max_tokens` bounds a row.
+    `adapters_per_pass` 0 is measured by the study's first worker. Trials are validated on at most `validation_rows`,
+    a seeded sample. `objectives`, `pick` and `constraints` are those of tuning/objectives.py."""
 
     study: str
     model: str
@@ -36,11 +38,15 @@ class StudySpec:
     max_minutes: float | None = None
     max_training_tokens: int | None = None
     max_usd: float | None = None
-    init_adapter: str | None = None
+    init_bundle: str | None = None
     warm_start: list[dict[str, Any]] = field(default_factory=list)
     objectives: list[str] = field(default_factory=lambda: ["loss"])
     pick: dict[str, Any] | None = None
     constraints: dict[str, float] = field(default_factory=dict)
+
+    def init_adapter(self) -> Path | None:
+        """The folder of the adapter to start from. Raises NotFound when the store does not have it."""
+        return storage.get("bundle", self.init_bundle) / "adapter" if self.init_bundle else None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"rungs": list(self.rungs)}

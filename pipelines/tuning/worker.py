@@ -19,7 +19,7 @@ from typing import Any
 
 from infra import storage
 from infra.db import transaction
-from infra.errors import Conflict, NotFound, TunesmithError, Unreachable
+from infra.errors import Conflict, NotFound, StoreFull, TunesmithError, Unreachable
 from pipelines.tuning import memory
 from pipelines.tuning import space as spaces
 from pipelines.tuning.spec import StudySpec, alone, brackets, reaching
@@ -45,7 +45,8 @@ def name_of(pid: int) -> str:
 def work(study: str, *, max_idle: float | None = None, parent: int | None = None) -> None:
     """Work off a study's jobs until it ends, nothing came up for `max_idle` seconds, or the process `parent` is gone.
 
-    Raises NotFound for no such study, Unreachable when the database stays away.
+    Raises NotFound for no such study, Unreachable when the database stays away, StoreFull when the artifacts' disk
+    takes no more; what it was at then waits again.
     """
     with transaction() as conn:
         spec = StudySpec.from_json(studies.get(conn, study)["spec"])
@@ -140,6 +141,10 @@ def _carry_out(trainer: Any, spec: StudySpec, jobs: Sequence[studies.Job]) -> No
         log.warning("%s", lost)
     except Unreachable:
         raise
+    except StoreFull:  # no trial's fault, and what is in the way of all
+        with transaction() as conn:
+            studies.give_back(conn, spec.study, name_of(os.getpid()))
+        raise
     except TunesmithError as error:
         for job in jobs:
             _fail(job, error.message)
@@ -160,7 +165,7 @@ def _member(spec: StudySpec, job: studies.Job, folder: Path) -> Any:
         params=job.params,
         seed=spec.seed * 100_003 + job.trial,
         start=storage.get("checkpoint", job.checkpoint) if job.checkpoint else None,
-        init_adapter=Path(spec.init_adapter) if spec.init_adapter else None,
+        init_adapter=spec.init_adapter(),
         save_to=folder,
     )
 
@@ -251,7 +256,7 @@ if __name__ == "__main__":
     logs.setup()
     try:
         work(sys.argv[1], parent=int(sys.argv[2]) if len(sys.argv) > 2 else None)
-    except (NotFound, Unreachable) as problem:
+    except (NotFound, StoreFull, Unreachable) as problem:
         sys.exit(problem.message)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,11 +132,16 @@ def test_a_disturbed_search_ends_as_an_undisturbed_one(spec: StudySpec, server: 
 
 def coordinate(spec: StudySpec) -> subprocess.Popen[bytes]:
     """The search in a process of its own."""
+    return subprocess.Popen(coordinator_of(spec))
+
+
+def coordinator_of(spec: StudySpec) -> list[str]:
+    """Its command."""
     code = (
         "import json, sys; from pipelines.tuning.search import search; from pipelines.tuning.spec import StudySpec\n"
         "search(StudySpec.from_json(json.loads(sys.argv[1])), progress=lambda *_: None)"
     )
-    return subprocess.Popen([sys.executable, "-c", code, json.dumps(spec.to_json())])
+    return [sys.executable, "-c", code, json.dumps(spec.to_json())]
 
 
 def test_broken_and_repeated_trials_do_not_stop_the_others(spec: StudySpec) -> None:
@@ -193,6 +199,70 @@ def test_workers_that_cannot_start_end_the_search_with_their_words(spec: StudySp
     ) as raised:
         search(replace(spec, base="sha256:" + "0" * 64), progress=quiet)
     assert raised.value.hint == f"See {home / 'logs' / 'worker-1.log'}."
+
+
+@pytest.mark.slow
+def test_a_worker_with_a_home_of_its_own_outlives_the_coordinator(spec: StudySpec, home: Path, tmp_path: Path) -> None:
+    """It knows the database's address and where it has the artifacts mounted, and nothing else of ours."""
+    shared = tmp_path / "mounted"
+    shared.symlink_to(home / "artifacts")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TUNESMITH_")}
+    environment |= {
+        name: os.environ[name] for name in ("TUNESMITH_DATABASE_URL", "TUNESMITH_DATABASE_PREFIX")
+    } | {"TUNESMITH_HOME": str(tmp_path / "home"), "TUNESMITH_ARTIFACTS": str(shared)}  # fmt: skip
+    spec = replace(spec, rungs=(60, 180), trials=9, adapters_per_pass=1)
+    with transaction() as conn:  # so that the guest may come before it begins
+        studies.create(conn, spec.study, spec.model, spec.to_json())
+    command = [sys.executable, "-m", "pipelines.cli", "worker", "--study", "m-1"]
+    guest = subprocess.Popen(command, env=environment, cwd=tmp_path)
+    coordinator = coordinate(spec)
+
+    def by_guest(found: list[studies.Job]) -> list[studies.Job]:
+        return [j for j in found if str(j.worker).endswith(f":{guest.pid}") and j.state == "done"]
+
+    until(lambda: by_guest(jobs()))
+    own = psutil.Process(coordinator.pid).children()
+    coordinator.kill()
+    coordinator.wait()
+    psutil.wait_procs(own, timeout=120)
+    before = len(by_guest(jobs()))
+    best = search(spec, progress=quiet)
+    assert guest.wait(60) == 0  # the study is over
+    found = jobs()
+    assert len(by_guest(found)) > before
+    assert {j.trial for j in found} == set(range(9))
+    assert {j.state for j in found} == {"done"}
+    for j in found:  # each step once, whoever took it
+        begun = spec.rungs[j.rung - 1] if j.rung else 0
+        assert [step for step, _ in j.curve or []] == list(range(begun + 1, j.steps + 1))
+    assert best.value == min(j.value for j in found if j.value is not None)
+    assert not (tmp_path / "home" / "artifacts").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], check=False).returncode != 0,
+    reason="only where a test may have a small disk of its own",
+)
+def test_a_full_disk_costs_no_trial(spec: StudySpec, home: Path) -> None:
+    """Fault 10 in a search: a disk of 64 kB for checkpoints."""
+    folder = home / "artifacts" / "checkpoint"
+    folder.mkdir()
+    small = f'mount -t tmpfs -o size=64k none {folder} && "$@"; code=$?; ls -A {folder} >&2; exit $code'
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", small, "sh", *coordinator_of(spec)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]  # nothing half-written is listed after it
+    assert "Search workers died" in last
+    assert f"Writing a checkpoint to {folder} failed: " in last
+    assert "o space left on device" in last
+    assert {(j.state, j.attempts) for j in jobs()} == {("waiting", 0)}
+    with transaction() as conn:
+        assert studies.get(conn, "m-1")["state"] == "running"
+    best = search(spec, progress=quiet)
+    assert (best.trials, best.failed) == (4, 0)
+    assert all(j.state == "done" for j in jobs())
 
 
 def test_a_run_whose_model_another_took_stops_searching(

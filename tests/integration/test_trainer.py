@@ -245,6 +245,23 @@ def test_an_adapter_in_a_pack_becomes_what_it_becomes_alone(trainer: Trainer, tm
             assert float((mine[name] - its[name]).norm() / its[name].norm().clamp_min(1e-9)) < 1e-3, name
 
 
+def test_in_bf16_company_matters_less_than_the_seed(trainer: Trainer, tiny_base: Base, tmp_path: Path) -> None:
+    """Issue 3's bound for bf16: packed and alone differ by less than five seeds alone do among themselves."""
+    low = Trainer(bases.load_model(tiny_base.folder, "bfloat16"), trainer.train, trainer.validation, pad=0)
+    together = low.run(
+        [member(tmp_path / f"p{n}", seed=n, **params) for n, params in enumerate(OTHERS)], total_steps=20, until=20
+    )
+    for n, params in enumerate(OTHERS):
+        packed = together[n]
+        assert isinstance(packed, Outcome)
+        alone: list[float] = []
+        for seed in (n, *range(10, 14)):
+            outcome = low.run([member(tmp_path / f"a{n}-{seed}", seed=seed, **params)], total_steps=20, until=20)[0]
+            assert isinstance(outcome, Outcome)
+            alone.append(outcome.value)
+        assert abs(packed.value - alone[0]) < max(alone) - min(alone), (packed.value, alone)
+
+
 def test_an_adapter_alone_becomes_what_peft_makes_of_it(trainer: Trainer, tiny_base: Base, tmp_path: Path) -> None:
     """The same rows in the same order through PEFT, transformers' loss and torch's clipping and AdamW."""
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
