@@ -95,7 +95,7 @@ class Settings(BaseSettings):
     gateway_url: str | None = Field(default=None, description="where this home's gateway answers")
     engine_secret: SecretStr | None = Field(default=None, description="shared by gateway and engines")
     work_pool: str = "tunesmith"
-    search_workers: int = Field(default=0, ge=0, description="0: one a core")
+    search_workers: int = Field(default=0, ge=0, description="0: one a GPU, else one a core")
     worker_memory_gb: float | None = Field(default=None, gt=0, description="unset: an equal part of 80 %")
     max_engines: int = Field(default=2, ge=1)
     machine_usd_per_hour: float = Field(default=0.10, ge=0, description="price of one machine for cost per second")

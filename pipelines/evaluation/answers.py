@@ -16,7 +16,7 @@ from registry.bases import Base
 from registry.datasets import Row
 
 _BATCH_TOKENS = 4_096
-_BATCH_ROWS = 16
+_BATCH_ROWS = 32
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""A search's workers on this machine: one a core, their output in log files, replaced when they die."""
+"""A search's workers on this machine: one a core or a GPU, their output in log files, replaced when they die."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from infra.db import transaction
 from infra.errors import TunesmithError
 from infra.settings import get_settings
+from pipelines.tuning import devices
 from pipelines.tuning.worker import ALLOCATOR, name_of
 from registry import studies
 
@@ -77,6 +78,8 @@ class Crew:
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         }  # fmt: skip
+        if gpus := devices.gpus():
+            environment["CUDA_VISIBLE_DEVICES"] = gpus[(place - 1) % len(gpus)]
         command = [sys.executable, "-m", "pipelines.tuning.worker", self.study, str(os.getpid())]
         path = self._log(place)
         path.parent.mkdir(parents=True, exist_ok=True)

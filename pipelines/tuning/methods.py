@@ -196,7 +196,7 @@ class Alone:
         import torch
         from safetensors.torch import load_file
 
-        state = load_file(folder / "optimizer.safetensors")
+        state = load_file(folder / "optimizer.safetensors", device=str(self.model.device))
         for name, parameter in self.parameters.items():
             parameter.data.copy_(state[f"value.{name}"])
             self._optimizer.state[parameter] = {

@@ -132,7 +132,8 @@ class Pack:
         import torch
 
         if any(self._rates):
-            self._generators = [torch.Generator().manual_seed(mix(seed, step)) for seed in self.seeds]
+            device = self.values.device
+            self._generators = [torch.Generator(device).manual_seed(mix(seed, step)) for seed in self.seeds]
 
     def _forward(self, place: _Place, x: torch.Tensor) -> torch.Tensor:
         import torch
@@ -157,10 +158,10 @@ class Pack:
         size = x[0].numel()
         for k, rate in enumerate(self._rates):
             if rate and place.members[k]:
-                words = torch.empty(-(-size // 8), dtype=torch.int64)
+                words = torch.empty(-(-size // 8), dtype=torch.int64, device=x.device)
                 words.random_(-(2**63), None, generator=self._generators[k])
                 kept = words.view(torch.uint8)[:size].view(x.shape[1:]) >= rate
-                mask[k] = kept.to(x.device) * (_DROPPED / (_DROPPED - rate))
+                mask[k] = kept * (_DROPPED / (_DROPPED - rate))
         return mask
 
     # ------------------------------------------------------------ an adapter alone
@@ -215,7 +216,8 @@ class Pack:
 
         moments = {which: torch.zeros_like(self.values[k]) for which in ("exp_avg", "exp_avg_sq")}
         self._fill(k, folder / "optimizer.safetensors", {f"{w}.": line for w, line in moments.items()}, folder)
-        self.optimizers[k].state[self.lines[k]] = {"step": torch.tensor(float(step)), **moments}
+        at = torch.tensor(float(step), device=self.values.device)
+        self.optimizers[k].state[self.lines[k]] = {"step": at, **moments}
 
     def _parts(self, k: int, line: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """An adapter's matrices without padding, as PEFT names them; copies."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -19,7 +18,7 @@ from infra import storage
 from infra.db import transaction
 from infra.errors import Conflict, TunesmithError, Unreachable
 from infra.settings import get_settings
-from pipelines.tuning import halving
+from pipelines.tuning import devices, halving
 from pipelines.tuning import space as spaces
 from pipelines.tuning.crew import Crew
 from pipelines.tuning.memory import OUT_OF_MEMORY
@@ -114,7 +113,7 @@ def search(spec: StudySpec, *, progress: Progress, mlflow_parent: str | None = N
     as it is, to be gone on with.
     """
     # The number of workers is part of the plan, and so is kept
-    spec = replace(spec, workers=spec.workers or get_settings().search_workers or os.cpu_count() or 1)
+    spec = replace(spec, workers=spec.workers or get_settings().search_workers or devices.workers())
     with transaction() as conn:
         row = studies.create(conn, spec.study, spec.model, spec.to_json())
         if row["state"] == "failed":

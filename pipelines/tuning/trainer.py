@@ -79,7 +79,7 @@ class Trainer:
         self.lengths = [len(train.row(i)) for i in range(len(train))]
         self.forward = Forward(model, train, validation, pad=pad)
         self._cell: dict[bool, int] = {}  # bytes that autograd keeps for a token, by whether trials are packable
-        self._begun_with = memory.used()
+        self._begun_with = memory.used(model.device.type)
 
     def run(
         self, members: Sequence[Member], *, total_steps: int, until: int,

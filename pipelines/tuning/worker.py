@@ -20,7 +20,7 @@ from typing import Any
 from infra import storage
 from infra.db import transaction
 from infra.errors import Conflict, NotFound, StoreFull, TunesmithError, Unreachable
-from pipelines.tuning import memory
+from pipelines.tuning import devices, memory
 from pipelines.tuning import space as spaces
 from pipelines.tuning.spec import StudySpec, alone, brackets, reaching
 from registry import bases, datasets, studies
@@ -109,13 +109,14 @@ def _trainer(spec: StudySpec) -> Any:
     }
     if spec.validation_rows is not None:
         rows["validation"] = rows["validation"].sample(spec.validation_rows, spec.seed)
-    model = bases.load_model(base.folder, base.dtype)
-    if spec.max_tokens <= _EAGER_UP_TO:
+    device = devices.mine()
+    model = bases.load_model(base.folder, base.dtype).to(device)
+    if device == "cpu" and spec.max_tokens <= _EAGER_UP_TO:
         model.set_attn_implementation("eager")
     pad = model.config.pad_token_id if isinstance(model.config.pad_token_id, int) else 0
-    room = memory.share(spec.workers)
+    room = memory.share(-(-spec.workers // max(1, len(devices.gpus()))), device)
     trainer = Trainer(model, rows["train"], rows["validation"], pad=pad, seed=spec.seed, room=room)
-    memory.confine(room)
+    memory.confine(room, device)
     return trainer
 
 

@@ -59,7 +59,7 @@ SPACE: dict[str, Any] = {
     "max_grad_norm": 1.0,
     "target_modules": ["attention", "all-linear"],
     "lr_scheduler_type": ["cosine", "linear", "constant"],
-    "per_device_train_batch_size": 8,
+    "per_device_train_batch_size": 4,
 }
 ONE: dict[str, Any] = {
     "r": 16,
@@ -71,7 +71,7 @@ ONE: dict[str, Any] = {
     "max_grad_norm": 1.0,
     "target_modules": "all-linear",
     "lr_scheduler_type": "linear",
-    "per_device_train_batch_size": 8,
+    "per_device_train_batch_size": 4,
 }
 
 
@@ -94,7 +94,7 @@ class Size:
 
 
 LONG = Size(
-    seeds=5, trials=16, rungs=(6, 18, 54), train=900, validation=96, test=240, check=16, pace=30, probe=6, rounds=5,
+    seeds=5, trials=16, rungs=(2, 6, 18, 54), train=900, validation=64, test=240, check=16, pace=30, probe=3, rounds=5,
     logged_trials=16, logged_steps=1000,
 )  # fmt: skip
 SHORT = Size(
@@ -228,7 +228,10 @@ def compare_searches(bench: Bench, parts: Sequence[str]) -> None:
         for part in peers:
             table[part].append(row_of(bench, found[part], ours, judged[part]["test"], judged["ours"]["test"]))
             same = sum(a == b for a, b in zip(found[part].drawn, ours.drawn, strict=False))
-            say(f"  seed {seed} ({part}): {same} of {len(ours.drawn)} configurations are the same on both sides")
+            say(
+                f"  seed {seed} ({part}): {same} of {len(ours.drawn)} configurations are the same on both sides; "
+                + ", ".join(f"{name} {value:.1f}" for name, value in table[part][-1].items() if value and "_" in name)
+            )
     for part, (precision, threads) in peers.items():
         print_searches(size, part, precision, threads, table[part])
 
@@ -717,12 +720,12 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="minutes instead of hours: less of everything")
     parser.add_argument("--seeds", type=int, help="how many independent repetitions (5; short: 1)")
     parser.add_argument("--base", default="builtin:smollm2-135m", help="another base, to try parts c and d quickly")
-    parser.add_argument("--part", choices=["a", "b", "c", "d"], help="only this one")
+    parser.add_argument("--part", choices=["a", "b", "c", "d"], action="append", help="only this one; may be repeated")
     asked = parser.parse_args()
     size = SHORT if asked.short else LONG
     if asked.seeds:
         size = replace(size, seeds=asked.seeds, rounds=asked.seeds)
-    parts = [asked.part] if asked.part else ["a", "b", "c", "d"]
+    parts = asked.part or ["a", "b", "c", "d"]
     with prepared(size, asked.base) as bench:
         if {"a", "b"} & set(parts):
             compare_searches(bench, parts)

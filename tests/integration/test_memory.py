@@ -59,7 +59,7 @@ _NEEDS = "print(json.dumps([trainer.needs([params(batch)]) for batch in (3, 256)
 _LIMIT = """
 trainer.room = None
 run(2, 1)
-memory.confine(memory.used() + 60_000_000)
+memory.confine(memory.used("cpu") + 60_000_000, "cpu")
 try:
     run(256, 4)
     together = "trained"

@@ -157,6 +157,16 @@ def test_broken_and_repeated_trials_do_not_stop_the_others(spec: StudySpec) -> N
     assert (best.failed, best.pruned, best.params["learning_rate"]) == (2, 0, 1e-3)
 
 
+def test_an_error_of_one_of_a_pack_is_its_own(spec: StudySpec) -> None:
+    space = SPACE | {"r": 4, "learning_rate": 1e-3, "target_modules": [["q_proj"], ["no_such_proj"]]}
+    best = search(replace(spec, space=space, trials=2, rungs=(8,)), progress=quiet)
+    bad, good = sorted(jobs(), key=lambda j: j.state == "done")
+    assert (good.state, good.params["target_modules"]) == ("done", ["q_proj"])
+    assert (bad.state, bad.params["target_modules"]) == ("failed", ["no_such_proj"])
+    assert "no_such_proj" in str(bad.error)
+    assert (best.trial, best.failed) == (good.trial, 1)
+
+
 def test_a_search_without_a_success_says_why(spec: StudySpec) -> None:
     with pytest.raises(
         TunesmithError, match=r"^No trial of m-1 succeeded: the (loss|gradient) became nan at"
