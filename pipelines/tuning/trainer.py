@@ -211,8 +211,10 @@ class Trainer:
             batches = epoch_of(self.lengths, min(int(members[0]["per_device_train_batch_size"]), len(self.train)),
                                seed=self.seed, epoch=0)  # fmt: skip
             batch = sorted(batches, key=lambda rows: max(self.lengths[i] for i in rows))[len(batches) // 2]
+            self.model.train()
             while len(seconds) < 2 or (len(seconds) < 4 and sum(seconds) < 2):
                 begun = time.perf_counter()
+                adapters.begin_step(0, mix=_mix)
                 run.gradients(batch, 1, 0)
                 for k, params in enumerate(members):
                     adapters.step(k, rate=0.0, max_norm=float(params["max_grad_norm"]))

@@ -245,6 +245,14 @@ def test_an_adapter_in_a_pack_becomes_what_it_becomes_alone(trainer: Trainer, tm
             assert float((mine[name] - its[name]).norm() / its[name].norm().clamp_min(1e-9)) < 1e-3, name
 
 
+def test_the_best_pack_is_measured_with_dropout_and_within_the_memory_there_is(trainer: Trainer) -> None:
+    params = PARAMS | {"lora_dropout": 0.1, "target_modules": "all-linear"}
+    trainer.room = 10**12
+    assert trainer.best_pack(params, most=4, steps=10**6) in (1, 2, 4)
+    trainer.room = 1  # no company fits
+    assert trainer.best_pack(params, most=4, steps=10**6) == 1
+
+
 def test_in_bf16_company_matters_less_than_the_seed(trainer: Trainer, tiny_base: Base, tmp_path: Path) -> None:
     """Issue 3's bound for bf16: packed and alone differ by less than five seeds alone do among themselves."""
     low = Trainer(bases.load_model(tiny_base.folder, "bfloat16"), trainer.train, trainer.validation, pad=0)
