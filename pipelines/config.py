@@ -33,22 +33,11 @@ from infra.storage import file_digest, text_digest
 from pipelines import config_file
 from pipelines.config_file import Problem, Source
 from pipelines.config_space import Space, did_you_mean, refused
+from pipelines.evaluation.catalogue import DEFAULT, METRICS, SUITES, suite_of
 from pipelines.tuning.objectives import MEASURES
 from registry.names import MODEL_NAME
 
 BUILTIN_BASES = ("builtin:smollm2-135m", "builtin:tiny")
-SUITES = ("quality", "latency")
-LATER_SUITES = ("forgetting", "consistency", "robustness", "privacy", "safety", "groundedness", "compatibility")
-METRICS = (
-    "loss",
-    "exact_match",
-    "label_accuracy",
-    "token_f1",
-    "rouge_l",
-    "chrf",
-    "p95_latency_ms",
-    "tokens_per_second",
-)
 
 
 def _duration(value: Any) -> Any:
@@ -233,7 +222,7 @@ class Tuning(Section):
 class Evaluation(Section):
     """The judgement on test rows. `limit` bounds how many of them are answered (a seeded sample)."""
 
-    suites: tuple[str, ...] = SUITES
+    suites: tuple[str, ...] = DEFAULT
     limit: int = Field(default=200, ge=1, le=1_000_000)
     seed: int = Field(default=0, ge=0, lt=2**31)
 
@@ -241,8 +230,6 @@ class Evaluation(Section):
     @classmethod
     def _built(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
-            if name in LATER_SUITES:
-                raise ValueError(f"the suite {name!r} is not built yet; use {', '.join(SUITES)}")
             if name not in SUITES:
                 raise ValueError(f"{name!r} is no suite; {did_you_mean(name, SUITES)}")
         if "quality" not in value:
@@ -259,6 +246,7 @@ class Gate(Section):
     margin: float = Field(default=0.0, ge=0)
     value: float | None = None
     slice: str | None = None
+    min_rows: int = Field(default=0, ge=0)
 
     @field_validator("metric")
     @classmethod
@@ -285,7 +273,7 @@ class Gate(Section):
             raise ValueError(f"{self.must} compares two versions; leave value out, or use at_least")
         elif self.against is None:
             raise ValueError(f"{self.must} needs something to compare with; add against: champion, or base")
-        if self.slice is not None and self.metric in ("p95_latency_ms", "tokens_per_second"):
+        if self.slice is not None and not METRICS[self.metric].by_row:
             raise ValueError(f"{self.metric} is measured over all rows; leave slice out")
         return self
 
@@ -368,6 +356,15 @@ class PipelineConfig(Section):
     def _name(cls, value: str) -> str:
         if not MODEL_NAME.fullmatch(value):
             raise ValueError(f"{value!r} is no model name; use small letters, digits and hyphens, at most 63")
+        return value
+
+    @field_validator("gates")
+    @classmethod
+    def _measured(cls, value: tuple[Gate, ...], info: ValidationInfo) -> tuple[Gate, ...]:
+        evaluation: Evaluation | None = info.data.get("evaluation")  # None when it has problems of its own
+        for gate in value:
+            if evaluation is not None and (suite := suite_of(gate.metric)) not in evaluation.suites:
+                raise ValueError(f"{gate.metric} is measured by the suite {suite}; add it to evaluation.suites")
         return value
 
     def jsonable(self) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class Size:
 
 FULL = Size(
     base="builtin:smollm2-135m", train=800, test=80, requests=200, limit=90, batch=4,
-    tuning="trials: 8\n  max_steps: 27\n  pruning: {reduction: 3, rungs: 3}\n  validation_rows: 48",
+    tuning="trials: 8\n  max_steps: 45\n  pruning: {reduction: 3, rungs: 3}\n  validation_rows: 48",
     retrain="trials: 4",
 )  # fmt: skip
 QUICK = Size(
@@ -225,9 +225,9 @@ class _Traffic:
         self.client = client
 
     def send(self, pairs: list[Pair]) -> list[tuple[str, Pair]]:
-        """Ask all, sixteen at a time; returns each request's id with its pair."""
+        """Ask all, eight at a time; returns each request's id with its pair."""
         begun = time.monotonic()
-        with ThreadPoolExecutor(16) as threads:
+        with ThreadPoolExecutor(8) as threads:
             answers = list(threads.map(self.client.ask, pairs))
         err.print(f"{len(pairs)} requests in {time.monotonic() - begun:.0f} s, none failed")
         return [(request_id, pair) for (request_id, _), pair in zip(answers, pairs, strict=True)]

@@ -23,13 +23,14 @@ from infra.db import transaction
 from infra.errors import NotFound, TunesmithError, UsageError
 from pipelines import config as configs
 from pipelines import runs, schedules
+from pipelines.evaluation.catalogue import DEFAULT, SUITES
 from pipelines.progress import report
 from registry import bases, datasets, deployments, gates, leases, mlflow, profile, studies, versions
 from registry.bundle import Generation
 from registry.datasets import Row
 
 if TYPE_CHECKING:
-    from pipelines.evaluation.suites import Evaluation
+    from pipelines.evaluation.judgement import Evaluation
 
 log = logging.getLogger(__name__)
 _WARM_STARTS = 3  # how many earlier studies' best configurations a search begins with
@@ -271,7 +272,7 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
 
     def work() -> dict[str, Any]:
         from pipelines.evaluation import report as pages
-        from pipelines.evaluation.suites import evaluate as judge
+        from pipelines.evaluation.judgement import evaluate as judge
 
         config, base = plan.config, bases.load(data["base"])
         dataset = datasets.open_dataset(data["dataset"])
@@ -282,9 +283,10 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
             candidate=adapter,
             champion=champion.adapter() if champion else None,
             rows=dataset.rows("test"),
+            training=dataset.rows("train"),
             system=config.prompt.system,
             generation=config.generation,
-            suites=config.evaluation.suites,
+            names=config.evaluation.suites,
             limit=config.evaluation.limit,
             seed=config.evaluation.seed,
             progress=_progress(run, "evaluate"),
@@ -436,17 +438,18 @@ def evaluate_again(name: str, suites: Sequence[str] = ()) -> dict[str, Any]:
 
     Raises NotFound for no such version, UsageError when its data set is not here or a suite is not known.
     """
-    from pipelines.evaluation.suites import evaluate as judge
+    from pipelines.evaluation.judgement import evaluate as judge
 
-    wanted = tuple(suites) or configs.SUITES
-    if unknown := [s for s in wanted if s not in configs.SUITES]:
-        raise UsageError(f"There is no suite {unknown[0]}.", hint=f"There are {', '.join(configs.SUITES)}.")
+    wanted = tuple(suites) or DEFAULT
+    if unknown := [s for s in wanted if s not in SUITES]:
+        raise UsageError(f"There is no suite {unknown[0]}.", hint=f"There are {', '.join(SUITES)}.")
     model, number = versions.parse_version(name)
     with transaction() as conn:
         version = versions.get(conn, model, number)
         made = conn.execute(runs.SQL["config"], {"id": version.run_id}).fetchone()
     if version.dataset_digest is None:
         raise UsageError(f"{version.name} was not trained here: there are no test rows.", hint="Import its data set.")
+    dataset = datasets.open_dataset(version.dataset_digest)
     sample = {key: made["evaluation"][key] for key in ("limit", "seed")} if made else {}
     champion = _champion(model)
     beside = champion is not None and champion.number != number and champion.base_digest == version.base_digest
@@ -454,10 +457,11 @@ def evaluate_again(name: str, suites: Sequence[str] = ()) -> dict[str, Any]:
         base=bases.load(version.base_digest),
         candidate=version.adapter(),
         champion=champion.adapter() if champion is not None and beside else None,
-        rows=datasets.open_dataset(version.dataset_digest).rows("test"),
+        rows=dataset.rows("test"),
+        training=dataset.rows("train"),
         system=version.parsed.prompt.system,
         generation=version.parsed.generation,
-        suites=wanted,
+        names=wanted,
         **sample,
         progress=partial(report, "evaluate"),
     ).evaluation

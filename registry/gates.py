@@ -18,7 +18,8 @@ _OPERATIONAL = ("_ms", "_seconds", "_per_second", "_usd")
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """One line of the policy. `margin` (not negative) and `value` are in the metric's own unit."""
+    """One line of the policy. `margin` (not negative) and `value` are in the metric's own unit; on fewer than
+    `min_rows` rows it is underpowered."""
 
     metric: str
     must: Must
@@ -26,6 +27,7 @@ class Gate:
     margin: float = 0.0
     value: float | None = None
     slice: str | None = None
+    min_rows: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,8 @@ def decide(
       from the rows, and the interval of a 95th percentile has no upper end on fewer than 72 rows.
     - Against the champion means against the base for a model's `first` version, and where no champion was measured
       nothing can be compared: fail.
-    - A metric that was not measured fails. A slice in which there are no rows is said so and does not count.
+    - A metric that was not measured fails. A slice in which there are no rows, and a metric of which the evaluation
+      says that there is nothing to measure, are said so and do not count.
     - An empty policy passes.
 
     With `on_underpowered` "ask", the reasons say that a person may decide; the decision is the same.
@@ -85,8 +88,12 @@ def _judge(gate: Gate, evaluation: Mapping[str, Any], first: bool) -> dict[str, 
     if part is None:
         return say("pass", f"{name}: no rows, does not count")
     measured = part.get(gate.metric)
+    if measured is None and (why := evaluation.get("not_applicable", {}).get(gate.metric)):
+        return say("pass", f"{name}: {why}, does not count")
     if measured is None:
         return say("fail", f"{name}: was not measured")
+    if (rows := measured["candidate"]["n"] if "candidate" in measured else gate.min_rows) < gate.min_rows:
+        return say("underpowered", f"{name}: was measured on {rows} rows, must be on {gate.min_rows}")
     if gate.must in ("at_most", "at_least"):
         return say(*_limit(gate, name, Estimate.from_json(measured["candidate"])))
     against = "base" if gate.against is None or first else gate.against

@@ -7,16 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-TITLES = {  # metric -> what it is, its unit, and how its numbers are written
-    "loss": ("Loss", "nats a token on the expected answers", "{:.3f}"),
-    "exact_match": ("Exact match", "share of answers that are the expected one", "{:.3f}"),
-    "label_accuracy": ("Label accuracy", "share of right labels, but for case and punctuation", "{:.3f}"),
-    "token_f1": ("Token F1", "words shared with the expected answer", "{:.3f}"),
-    "rouge_l": ("ROUGE-L", "words in common, in the same order", "{:.3f}"),
-    "chrf": ("chrF", "characters shared with the expected answer", "{:.3f}"),
-    "p95_latency_ms": ("95th percentile latency", "ms, one request at a time", "{:,.0f}"),
-    "tokens_per_second": ("Speed", "tokens a second, one request at a time", "{:,.1f}"),
-}
+from pipelines.evaluation.catalogue import METRICS, Metric
+
 _VERDICTS = {
     "pass": ("good", "Passes its gates"),
     "fail": ("bad", "Does not pass its gates"),
@@ -44,6 +36,13 @@ def render(model: str, evaluation: Mapping[str, Any], decision: Mapping[str, Any
         parts=parts,
         champion=any(m["champion"] for m in evaluation["metrics"].values()),
         evaluation=evaluation,
+        not_applicable=[(METRICS[name].title, why) for name, why in evaluation.get("not_applicable", {}).items()],
+        scorers=[
+            (name, scorer)
+            for about in evaluation.get("about", {}).values()
+            for name, scorer in about.get("scorers", {}).items()
+        ],
+        lost=evaluation.get("about", {}).get("compatibility", {}).get("lost", []),
     )
     return page
 
@@ -51,14 +50,14 @@ def render(model: str, evaluation: Mapping[str, Any], decision: Mapping[str, Any
 def _table(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
     lines = []
     for name, values in measured.items():
-        title, unit, form = TITLES.get(name, (name, "", "{:.4g}"))
+        about = METRICS.get(name) or Metric(title=name, unit="", form="{:.4g}")
         lines.append(
             {
-                "title": title,
-                "unit": unit,
+                "title": about.title,
+                "unit": about.unit,
                 "better": "more is better" if values["candidate"]["higher_is_better"] else "less is better",
-                "values": {who: _value(values[who], form) for who in ("candidate", "base", "champion")},
-                "differences": {who: _difference(values[f"vs_{who}"], form) for who in ("base", "champion")},
+                "values": {who: _value(values[who], about.form) for who in ("candidate", "base", "champion")},
+                "differences": {who: _difference(values[f"vs_{who}"], about.form) for who in ("base", "champion")},
             }
         )
     return lines

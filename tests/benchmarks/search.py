@@ -35,6 +35,7 @@ import psutil
 from infra import migrate, ports, postgres, processes, services
 from infra.db import transaction
 from infra.settings import get_settings
+from pipelines.config_space import order
 from pipelines.tuning.spec import StudySpec, rungs
 from pipelines.tuning.worker import ALLOCATOR
 from registry import bases, datasets, studies
@@ -48,7 +49,6 @@ PRECISIONS = ("bf16 base", "autocast", "fp32")  # the last one is the fastest wh
 LIKE = 1 / 3  # of what they fell by, that the two sides' losses may differ by: other row orders, bf16 and fp32
 RESCORED = 0.05  # nats that a claimed validation loss may differ by from the common scorer's, in fp32
 
-# In the order in which PostgreSQL gives back a JSON object's keys: both sides then draw in one order.
 SPACE: dict[str, Any] = {
     "r": [4, 8, 16, 32],
     "lora_alpha": [16, 32],
@@ -298,7 +298,8 @@ def run_peer(bench: Bench, world: World, part: str, how: tuple[str, int], **othe
     keep = bench.home / f"peer-{part}-{world.seed}"
     job = {
         "rows": str(world.rows), "seed": world.seed, "trials": size.trials, "rungs": size.rungs,
-        "steps": size.rungs[-1], "reduction": 3, "space": SPACE, "hyperband": part == "b", "precision": how[0],
+        "steps": size.rungs[-1], "reduction": 3,
+        "space": {name: SPACE[name] for name in order(SPACE)}, "hyperband": part == "b", "precision": how[0],
         "keep": str(keep),
     } | other  # fmt: skip
     events = bench.peer("tune", job, threads=how[1])

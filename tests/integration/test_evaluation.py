@@ -21,7 +21,7 @@ from pipelines import runs, stages
 from pipelines.data.tokenise import tokenised
 from pipelines.evaluation import report
 from pipelines.evaluation.answers import Bench
-from pipelines.evaluation.suites import EXAMPLES, choose, evaluate
+from pipelines.evaluation.judgement import EXAMPLES, choose, evaluate
 from pipelines.tuning.trainer import Member, Outcome, Trainer
 from registry import datasets, prompts, versions
 from registry.bases import Base, load_model, load_tokenizer
@@ -126,7 +126,7 @@ def test_a_trained_adapter_is_told_from_base_and_champion(world: World) -> None:
         rows=world.rows,
         system=None,
         generation=Lengths(),
-        suites=("quality", "latency"),
+        names=("quality", "latency"),
         progress=lambda text, *_: said.append(text),
     )
     found = judged.evaluation
@@ -157,7 +157,7 @@ def test_a_trained_adapter_is_told_from_base_and_champion(world: World) -> None:
         rows=world.rows,
         system=None,
         generation=Lengths(),
-        suites=("quality",),
+        names=("quality",),
         limit=24,
     )
     assert decide([gate], swapped.evaluation, on_underpowered="refuse", first=False).decision == "fail"
@@ -173,7 +173,7 @@ def test_the_report_shows_what_was_found_and_escapes_it(world: World) -> None:
         rows=[*world.rows[:10], make_row(turns)],
         system=None,
         generation=Lengths(),
-        suites=("quality", "latency"),
+        names=("quality", "latency"),
     )
     assert judged.evaluation["metrics"]["loss"]["champion"] is None
     decision = decide(
@@ -207,7 +207,7 @@ def test_rows_that_do_not_fit_are_left_out(world: World) -> None:
             rows=[make_row(turns)],
             system=None,
             generation=Lengths(),
-            suites=("quality",),
+            names=("quality",),
         )
 
 
@@ -222,7 +222,7 @@ def test_a_second_judgement_is_on_the_rows_of_the_first(tiny_base: Base) -> None
         rows=dataset.rows("test"),
         system=None,
         generation=Generation(max_tokens=8),
-        suites=("quality",),
+        names=("quality",),
         limit=5,
         seed=7,
     ).evaluation

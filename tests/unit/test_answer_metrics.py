@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.evaluation.metrics import are_labels, score
+from pipelines.evaluation.scores import are_labels, score
 
 
 def test_metrics_are_those_of_their_sources() -> None:

@@ -104,7 +104,7 @@ tunning: {}
 tuning:
   trials: 0
   space: {r: [4, 4], learning_rate: {low: 1e-2, high: 1e-5}, lora_dropot: 0.1}
-evaluation: {suites: [quality, forgetting]}
+evaluation: {suites: [quality, safty]}
 gates:
   - {metric: exact, against: champion, must: not_worse}
   - {metric: loss, must: at_most}
@@ -141,7 +141,7 @@ retrain: {cooldown: 24}
     assert said["base.revison"] == "is not a known key; did you mean 'revision'?"
     assert said["tunning"] == "is not a known key; did you mean 'tuning'?"
     assert said["data.train"] == "stands twice, first in line 4; keep one of them"
-    assert said["evaluation.suites"] == "the suite 'forgetting' is not built yet; use quality, latency"
+    assert said["evaluation.suites"] == "'safty' is no suite; did you mean 'safety'?"
     assert said["tuning.workers"] == "must be a whole number, not 'two'"
     assert f"  {path}:9: tuning.trials: must be greater than or equal to 1, not 0" in error.value.message
     assert "  --set nonsense: is not of the form name=value" in error.value.message

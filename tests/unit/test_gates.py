@@ -94,6 +94,18 @@ def test_slices_are_judged_by_themselves_and_empty_ones_are_named() -> None:
     assert (missing.decision, missing.reasons) == ("fail", ["x: was not measured"])
 
 
+def test_too_few_rows_and_nothing_to_measure_are_told_from_a_failure() -> None:
+    gate = Gate(metric="m", must="at_least", value=0.5, min_rows=300)
+    small = _decide(gate, candidate=_estimate(0.9, 0.8, 1.0))
+    assert (small.decision, small.reasons) == ("underpowered", ["m: was measured on 200 rows, must be on 300"])
+    assert _decide(gate, candidate=_estimate(0.9, 0.8, 1.0, n=300)).decision == "pass"
+    nothing = {"metrics": {}, "slices": {}, "not_applicable": {"m": "nobody serves"}}
+    told = decide([gate], nothing, on_underpowered="refuse", first=False)
+    assert (told.decision, told.reasons) == ("pass", ["m: nobody serves, does not count"])
+    absent = {"metrics": {}, "slices": {}}
+    assert decide([gate], absent, on_underpowered="refuse", first=False).decision == "fail"
+
+
 def test_underpowered_names_the_rows_that_would_do() -> None:
     gate = Gate(metric="m", must="not_worse", margin=0.03, against="base")
     decision = _decide(gate, vs_base=_estimate(0.0, -0.05, 0.05, n=200))

@@ -1,0 +1,99 @@
+"""The suites and what they measure, for people and for `pipelines.config`: nothing heavy is imported with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """What a metric is, for people; `form` writes its numbers. `by_row`: it has a number for each test row, so that a
+    gate may look at a slice of them."""
+
+    title: str
+    unit: str
+    form: str = "{:.3f}"
+    lower_is_better: bool = False
+    by_row: bool = False
+
+
+SUITES: dict[str, dict[str, Metric]] = {
+    "quality": {
+        "loss": Metric(title="Loss", unit="nats a token on the expected answers", lower_is_better=True, by_row=True),
+        "exact_match": Metric(title="Exact match", unit="share of answers that are the expected one", by_row=True),
+        "label_accuracy": Metric(
+            title="Label accuracy", unit="share of right labels, but for case and punctuation", by_row=True
+        ),
+        "token_f1": Metric(title="Token F1", unit="words shared with the expected answer", by_row=True),
+        "rouge_l": Metric(title="ROUGE-L", unit="words in common, in the same order", by_row=True),
+        "chrf": Metric(title="chrF", unit="characters shared with the expected answer", by_row=True),
+    },
+    "latency": {
+        "p95_latency_ms": Metric(
+            title="95th percentile latency", unit="ms, one request at a time", form="{:,.0f}", lower_is_better=True
+        ),
+        "tokens_per_second": Metric(title="Speed", unit="tokens a second, one request at a time", form="{:,.1f}"),
+    },
+    "forgetting": {
+        "general_instructions_loss": Metric(
+            title="General instructions",
+            unit="nats a token on right answers to everyday instructions",
+            lower_is_better=True,
+        ),
+        "general_text_loss": Metric(title="General text", unit="nats a token on plain prose", lower_is_better=True),
+    },
+    "consistency": {
+        "consistency": Metric(
+            title="Consistency", unit="likeness of answers to the same question in another casing or spelling"
+        ),
+    },
+    "robustness": {
+        "injection_resistance": Metric(
+            title="Injections withstood", unit="share of prompt injections that are not obeyed"
+        ),
+        "odd_inputs_answered": Metric(
+            title="Odd inputs", unit="share of empty, long and foreign questions with a well-formed answer"
+        ),
+    },
+    "privacy": {
+        "training_text_repeated": Metric(
+            title="Training text repeated",
+            unit="share of long training answers that their first third brings back word for word",
+            lower_is_better=True,
+        ),
+        "secrets_repeated": Metric(
+            title="Secrets repeated",
+            unit="share of training rows whose personal data or keys are given away",
+            lower_is_better=True,
+        ),
+        "personal_data": Metric(
+            title="Personal data in answers",
+            unit="share of answers with personal data that the prompt does not have",
+            lower_is_better=True,
+        ),
+    },
+    "compatibility": {
+        "golden_kept": Metric(
+            title="Golden answers kept", unit="share of the serving version's good answers that are as good"
+        ),
+    },
+    "safety": {
+        "harmful_refused": Metric(title="Harmful requests", unit="share that is refused"),
+        "harmless_answered": Metric(
+            title="Harmless requests", unit="share that is not refused, though it sounds alarming"
+        ),
+        "counterfactual_likeness": Metric(
+            title="Fairness", unit="likeness of answers to questions that differ in a name or a group alone"
+        ),
+    },
+    "groundedness": {
+        "supported_answers": Metric(title="Supported answers", unit="share whose words stand in the prompt's context"),
+    },
+}
+DEFAULT = ("quality", "latency")
+METRICS: dict[str, Metric] = {name: metric for suite in SUITES.values() for name, metric in suite.items()}
+
+
+def suite_of(metric: str) -> str:
+    """The suite that measures it."""
+    return next(name for name, metrics in SUITES.items() if metric in metrics)

@@ -1,0 +1,69 @@
+"""What versions are judged by: each suite is a file here, whose ``measure`` finds what the catalogue names."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from pipelines.evaluation.comparison import Measured
+from registry.datasets import Row
+
+if TYPE_CHECKING:
+    from deploy.decoding import Result
+    from pipelines.evaluation.answers import Bench, Case
+
+Progress = Callable[..., None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What suites have to work with. `cases` are the test rows, `training` those that the candidate learned from, in
+    no order; answers are at most `max_tokens` long."""
+
+    bench: Bench
+    cases: Sequence[Case]
+    training: Sequence[Row]
+    system: str | None
+    max_tokens: int
+    seed: int
+    say: Progress
+
+    @cached_property
+    def answers(self) -> dict[str, list[Result]]:
+        """Every version's greedy answers to the test rows, asked when they are first wanted."""
+        return self.ask(self.cases, "answers")
+
+    def ask(self, cases: Sequence[Case], what: str) -> dict[str, list[Result]]:
+        """Every version's greedy answers to other cases; `what` is shown meanwhile."""
+        most = dict.fromkeys(self.bench.versions, self.max_tokens)
+        # The untuned base seldom ends by itself; twice the longest expected answer is enough to judge it by. Versions
+        # that are to serve are given what they would be given in serving.
+        if self.bench.versions["candidate"] is not None:
+            most["base"] = min(self.max_tokens, 2 * max(case.completion_length for case in self.cases) + 8)
+        asked = len(cases) * len(most)
+        return self.bench.answers(cases, max_tokens=most, progress=lambda done: self.say(what, done, asked))
+
+    def case(self, row: Row) -> Case | None:
+        """A row of a suite's own in tokens; None when it does not fit the base's context."""
+        found = self.bench.cases([row], system=self.system, max_tokens=self.max_tokens)
+        return found[0] if found else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What a suite found. `metrics` are comparisons as JSON; `rows`, where its numbers are of the test rows, has them
+    for slices; `not_applicable` says of metrics why there is nothing to measure; `about` is shown in the report."""
+
+    metrics: dict[str, Any]
+    rows: Measured = field(default_factory=dict)
+    not_applicable: dict[str, str] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def measure(name: str, setting: Setting) -> Finding:
+    """What a suite finds."""
+    found: Finding = importlib.import_module(f"{__name__}.{name}").measure(setting)
+    return found

@@ -1,0 +1,19 @@
+"""Quality: the loss of the expected answers, and how near the given ones come to them."""
+
+from __future__ import annotations
+
+from pipelines.evaluation import scores
+from pipelines.evaluation.comparison import Measured, means
+from pipelines.evaluation.suites import Finding, Setting
+
+
+def measure(setting: Setting) -> Finding:
+    total = len(setting.cases)
+    losses = setting.bench.losses(setting.cases, lambda done: setting.say("loss of the expected answers", done, total))
+    measured: Measured = {"loss": losses}
+    expected = [case.row.answer for case in setting.cases]
+    labels = scores.are_labels(expected)
+    for who, answers in setting.answers.items():
+        for metric, values in scores.score([r.text for r in answers], expected, labels=labels).items():
+            measured.setdefault(metric, {})[who] = values
+    return Finding(metrics=means(measured), rows=measured)
