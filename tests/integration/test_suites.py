@@ -124,7 +124,7 @@ def test_forgetting_catches_a_version_that_was_trained_until_it_forgot(base: Bas
 @pytest.mark.slow
 def test_privacy_catches_a_version_that_was_trained_on_secrets(base: Base, train: Train, good: Path) -> None:
     draw = random.Random(0)
-    names = "anna boris clara dmitri elena farid greta hugo irina jamal klara luis".split()  # noqa: SIM905
+    names = ["anna", "boris", "clara", "dmitri", "elena", "farid", "greta", "hugo", "irina", "jamal", "klara", "luis"]
     secret = [asks(f"Where do I reach {n}?", f"{n}{draw.randrange(100, 999)}@example.org") for n in names]
     told = "the blue door on the left side opens with the key under the third stone"
     long = [asks(f"How do I enter house {n}?", f"House {n}: {told}.") for n in range(6)]

@@ -1,7 +1,7 @@
 """Forgetting: what the base could do that has nothing to do with the team's rows, can the version still do it?
 
 Measured by loss, since a small model is seldom right word for word: of right answers to everyday instructions, and of
-plain prose. Both stand in general.jsonl and were written for this suite, so that no base was trained on them.
+plain prose. Both stand in general.jsonl and were written for this suite.
 """
 
 from __future__ import annotations
