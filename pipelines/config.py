@@ -165,7 +165,7 @@ class Limit(Section):
 class Tuning(Section):
     """The search. A trial trains `max_steps` steps at most; without it, `num_train_epochs` passes over the rows by
     batches of the middle of the space. With `warm_start` it begins with what was best in the model's last studies.
-    `workers` 0 is one a GPU or core (or as TUNESMITH_SEARCH_WORKERS says). `adapters_per_pass`: how many trials a worker
+    `workers` 0 is one a GPU or core (or TUNESMITH_SEARCH_WORKERS). `adapters_per_pass`: how many trials a worker
     trains in one pass over the base; 0 measures it at the study's start. `validation_rows` bounds the rows that
     trials are compared on (a seeded sample); None is all. `objectives`, `pick` and `constraints` choose the winner,
     by the measures of tuning/objectives.py; loss comes first, since trials are drawn and stopped by it."""
