@@ -189,6 +189,8 @@ class Auth:
                 if not silent:
                     log.warning("keys cannot be read, the last ones stay valid for now: %s", error)
                 silent = True
+            except Exception:  # whatever it is, a copy that is never read again would keep revoked keys valid
+                log.exception("keys could not be read")
             await asyncio.sleep(_REFRESH_SECONDS)
 
     async def authenticate(self, authorization: str | None, cookie: str | None) -> Identity | None:
@@ -246,10 +248,12 @@ class Auth:
                 await asyncio.sleep(max(0.0, self._copy.read_at + apart - time.monotonic()))
             if self._reading is None or self._reading.done():  # still: others waited too
                 self._reading = asyncio.get_running_loop().run_in_executor(self._thread, _read)
-            done, _ = await asyncio.wait({self._reading}, timeout=_WAIT_SECONDS)
+            reading = self._reading  # whoever wakes first may have begun the next one
+            done, _ = await asyncio.wait({reading}, timeout=_WAIT_SECONDS)
             if not done:
                 raise Unreachable("PostgreSQL does not answer.", hint="See `tunesmith status`.")
-            self._copy = self._reading.result()
+            if reading.result().read_at > self._copy.read_at:
+                self._copy = reading.result()
 
 
 def _read() -> _Copy:

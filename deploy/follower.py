@@ -119,6 +119,8 @@ class Follower:
                     if not silent:
                         log.warning("deployments cannot be followed for now: %s", str(error).strip())
                     silent = True
+                except Exception:  # whatever it is, following goes on with the next turn
+                    log.exception("deployments could not be followed")
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._changed.wait(), POLL_SECONDS)
         finally:

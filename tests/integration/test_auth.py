@@ -136,6 +136,25 @@ async def test_keys_are_read_again_after_a_database_that_refused(database: Setti
         reader.cancel()
 
 
+async def test_readers_that_wait_for_one_another_all_get_an_answer(database: Settings) -> None:
+    """One may begin the next reading before another has taken the result of the last."""
+    auth = Auth()
+    until = time.monotonic() + 3
+
+    async def stranger() -> None:
+        while time.monotonic() < until:
+            assert await auth.authenticate("Bearer ts_x_y", None) is None
+
+    async def reader() -> None:
+        while time.monotonic() < until:
+            before = time.monotonic()
+            await auth._refresh()
+            assert auth._copy.read_at >= before
+            await asyncio.sleep(0.001)
+
+    await asyncio.gather(*(stranger() for _ in range(50)), *(reader() for _ in range(2)))
+
+
 async def test_a_large_batch_of_events_does_not_stop_the_loop(database: Settings) -> None:
     with transaction() as conn:
         key = create_key(conn, name="gateway", role="operator").key
