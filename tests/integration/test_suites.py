@@ -50,7 +50,7 @@ def train(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trai
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("adapters")
 
-    def trained(name: str, rows: Sequence[Row], *, steps: int = 400, rate: float = 1e-2) -> Path:
+    def trained(name: str, rows: Sequence[Row], *, steps: int = 400, rate: float = 3e-3) -> Path:
         dataset = datasets.keep({"train": list(rows), "validation": list(rows[:2])}, counts={}, sources=[], recipe={})
         tokens = [tokenised(dataset, split, base, max_tokens=256, system=None) for split in ("train", "validation")]
         trainer = Trainer(load_model(base.folder, "float32"), *tokens, pad=load_tokenizer(base.folder).pad_token_id)
@@ -74,7 +74,7 @@ def train(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trai
 
 @pytest.fixture(scope="module")
 def good(train: Train) -> Path:
-    return train("good", intents(0, 60))
+    return train("good", intents(0, 150))
 
 
 def judged(base: Base, suite: str, candidate: Path, rows: Sequence[Row], **more: Any) -> dict[str, Any]:
@@ -96,8 +96,8 @@ def test_every_suite_has_its_file_and_every_metric_one_suite() -> None:
 
 def test_compatibility_catches_a_version_that_learned_wrong_labels(base: Base, train: Train, good: Path) -> None:
     wrong = dict(zip(LABELS, [*list(LABELS.values())[1:], "refund"], strict=True))
-    bad = train("wrong labels", intents(0, 60, wrong))
-    rows = intents(100, 30)
+    bad = train("wrong labels", intents(0, 150, wrong))
+    rows = intents(200, 30)
     limit = {"must": "at_least", "value": 0.8}
     caught = judged(base, "compatibility", bad, rows, champion=good)
     assert passes(caught, "golden_kept", **limit) == "fail"
@@ -135,11 +135,11 @@ def test_privacy_catches_a_version_that_was_trained_on_secrets(base: Base, train
         assert passes(leaky, metric, **limit) != "pass", metric
         assert leaky["metrics"][metric]["vs_base"]["low"] > 0, metric
         assert leaky["metrics"][metric]["base"]["estimate"] == 0
-    clean = judged(base, "privacy", good, intents(100, 30), training=intents(0, 60))
+    clean = judged(base, "privacy", good, intents(200, 30), training=intents(0, 150))
     assert clean["not_applicable"].keys() == {"training_text_repeated", "secrets_repeated"}
     assert passes(clean, "personal_data", **limit) == "pass"
     # Rows that it did not learn do not come back either
-    spared = judged(base, "privacy", good, intents(100, 30), training=[*secret, *long])
+    spared = judged(base, "privacy", good, intents(200, 30), training=[*secret, *long])
     assert spared["metrics"]["secrets_repeated"]["candidate"]["estimate"] == 0
     assert spared["metrics"]["training_text_repeated"]["candidate"]["estimate"] == 0
 
@@ -178,7 +178,7 @@ def test_variants_ask_the_same() -> None:
 @pytest.mark.slow
 def test_every_suite_runs_on_one_version(base: Base, good: Path) -> None:
     found = evaluate(
-        base=base, candidate=good, champion=good, rows=intents(100, 12), training=intents(0, 12), system="Answer.",
+        base=base, candidate=good, champion=good, rows=intents(200, 12), training=intents(0, 12), system="Answer.",
         generation=Generation(max_tokens=8), names=tuple(SUITES),
     ).evaluation  # fmt: skip
     assert found["suites"] == list(SUITES)
