@@ -122,7 +122,8 @@ class Follower:
                 except Exception:  # whatever it is, following goes on with the next turn
                     log.exception("deployments could not be followed")
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), POLL_SECONDS)
+                    async with asyncio.timeout(POLL_SECONDS):  # wait_for may swallow a cancellation before Python 3.12
+                        await self._changed.wait()
         finally:
             self._stopping.set()
             for task in self._warming.values():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +20,8 @@ import pytest
 from psycopg.types.json import Jsonb
 from serving import Stand, add_version, make_stand, wait_for
 
-from deploy.follower import IDLE_VERSIONS
+from deploy.follower import IDLE_VERSIONS, Follower
+from deploy.upstream import Upstream
 from infra.db import transaction
 from infra.settings import Settings
 from registry import deployments
@@ -194,6 +197,20 @@ def test_nobody_gets_in_without_the_right_key(stand: Stand) -> None:
     gone = stand.http.delete(f"{stand.url}/api/v1/keys/{made['id']}", headers=stand.header("admin"))
     assert gone.status_code == 200
     wait_for(lambda: stand.http.get(f"{stand.url}/v1/models", headers=header).status_code == 401)
+
+
+async def test_following_ends_when_asked_whatever_is_heard_meanwhile(database: Settings) -> None:
+    for turns in range(8):
+        follower = Follower(database, Upstream(None), uuid.uuid4())
+        task = asyncio.create_task(follower.run())
+        while not follower.synced:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)  # it waits for a change
+        follower._changed.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        assert await asyncio.wait({task}, timeout=20) == ({task}, set()), turns
 
 
 MIB = 2**20
