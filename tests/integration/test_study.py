@@ -185,11 +185,20 @@ def test_a_search_none_of_whose_trials_keeps_the_constraints_is_over(spec: Study
         assert studies.get(conn, "m-1")["state"] == "failed"  # so that workers go home
 
 
-def test_a_budget_ends_a_search_with_what_it_has(spec: StudySpec) -> None:
+@pytest.mark.parametrize(
+    ("name", "budget"),
+    [
+        ("max_tokens", {"max_training_tokens": 1}),
+        pytest.param("max_minutes", {"max_minutes": 1e-3, "max_usd": 1.0}, marks=pytest.mark.slow),
+        pytest.param("max_usd", {"max_usd": 1e-9, "max_minutes": 60.0}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_budget_ends_a_search_with_what_it_has(spec: StudySpec, name: str, budget: dict[str, float]) -> None:
     # Rungs that take much longer than a coordinator's turn, in which no more than the next one can begin
-    best = search(replace(spec, max_training_tokens=1, rungs=(150, 300), adapters_per_pass=1), progress=quiet)
+    changed: dict[str, Any] = {"rungs": (150, 300), "adapters_per_pass": 1} | budget
+    best = search(replace(spec, **changed), progress=quiet)
     found = jobs()
-    assert best.stopped_by == "max_tokens"
+    assert best.stopped_by == name
     assert sum(j.state == "done" for j in found) < 3
     assert not any(j.state == "running" for j in found)
     assert best.value == min(j.value for j in found if j.value is not None)
