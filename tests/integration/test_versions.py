@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import uuid
@@ -223,6 +225,43 @@ def test_aliases_follow_whatever_happened_to_mlflow_meanwhile(
     assert _deliver() == 0
 
 
+# Sets the aliases of whatever waits, as the watcher does
+DELIVERER = """
+from infra.db import transaction
+from registry import mlflow
+with transaction() as conn:
+    print("begins", flush=True)
+    mlflow.deliver(conn)
+"""
+
+
+def test_who_dies_between_the_commit_and_the_alias_leaves_it_to_the_next(
+    mlflow_server: str, base: bases.Base, adapter: Path, model: str
+) -> None:
+    """Fault 7, with a process that is killed while MLflow has its request and has not answered."""
+    _register(_draft(model, base, adapter))
+    with transaction() as conn:
+        deployments.promote(conn, model, 1, **WHO)
+        assert deployments.read(conn, model).champion == 1  # what serves waits for nobody
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        env = os.environ | {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{silent.getsockname()[1]}"}
+        child = subprocess.Popen([sys.executable, "-c", DELIVERER], env=env, stdout=subprocess.PIPE)
+        try:
+            silent.settimeout(60)
+            asked, _ = silent.accept()
+            asked.recv(100)
+        finally:
+            child.kill()
+            child.communicate()
+        asked.close()
+    assert _aliases(model) == {}
+    with transaction() as conn:
+        assert one(conn, "select count(*) as n, max(attempts) as tries from outbox where done_at is null") == {
+            "n": 1, "tries": 0,
+        }  # fmt: skip
+    assert (_deliver(), _aliases(model)) == (1, {"champion": "1"})
+
+
 def test_deleting_a_serving_version_in_mlflow_stops_nothing(
     mlflow_server: str,
     base: bases.Base,
@@ -314,18 +353,18 @@ def test_a_bundle_whose_profile_cannot_be_read_is_refused(
         import_version(tmp_path / "out", f"{model}-b")
 
 
+@pytest.mark.parametrize("what", ["digest", "tokenizer_digest", "template_digest"])
 def test_a_bundle_for_another_base_is_refused_with_both_digests(
-    mlflow_server: str, base: bases.Base, adapter: Path, model: str, tmp_path: Path
+    base: bases.Base, adapter: Path, model: str, tmp_path: Path, what: str
 ) -> None:
-    version = _register(_draft(model, base, adapter))
-    export_version(version, tmp_path / "out")
+    shutil.copytree(storage.get("bundle", versions.seal(_draft(model, base, adapter))), tmp_path / "out")
     manifest = json.loads((tmp_path / "out/version.json").read_text())
-    manifest["base"]["template_digest"] = "sha256:" + "0" * 64
+    manifest["base"][what] = "sha256:" + "0" * 64
     (tmp_path / "out/version.json").write_text(json.dumps(manifest))
     with pytest.raises(Refused) as caught:
         import_version(tmp_path / "out", model)
-    assert manifest["base"]["template_digest"] in caught.value.message
-    assert base.template_digest in caught.value.message
+    assert manifest["base"][what] in caught.value.message
+    assert getattr(base, what) in caught.value.message
 
 
 def test_a_plain_adapter_is_imported_and_waits_for_its_gate(
