@@ -93,6 +93,8 @@ class Settings(BaseSettings):
         description="ends in /api",
     )
     gateway_url: str | None = Field(default=None, description="where this home's gateway answers")
+    url: str | None = Field(default=None, pattern=_HTTP, description="a control API that registry commands go over")
+    api_key: SecretStr | None = Field(default=None, description="whose person they then are")
     engine_secret: SecretStr | None = Field(default=None, description="shared by gateway and engines")
     work_pool: str = "tunesmith"
     search_workers: int = Field(default=0, ge=0, description="0: one a GPU, else one a core")

@@ -6,7 +6,8 @@ import json
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,36 @@ def export_version(version: Version, target: Path) -> None:
 
     Raises UsageError when there is something at `target`, Refused when the kept bundle is damaged.
     """
+    folder = version.folder()
+    manifest = bundle.verify(folder, version.bundle_digest)
+    with _new_folder(target) as copy:
+        _copy(folder, copy, [*manifest.files, bundle.MANIFEST])
+        bundle.verify(copy, version.bundle_digest)
+
+
+def export_files(target: Path, digest: str, fetch: Callable[[str], bytes]) -> None:
+    """The same of a bundle from elsewhere: `fetch` gives a file's content by its name in the bundle."""
+    with _new_folder(target) as copy:
+        (copy / bundle.MANIFEST).write_bytes(fetch(bundle.MANIFEST))
+        if (found := storage.file_digest(copy / bundle.MANIFEST)) != digest:
+            raise Refused(f"What was sent as {bundle.MANIFEST} has digest {found}, not {digest}.")
+        for name in bundle.read(copy).files:
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes(fetch(name))
+        bundle.verify(copy, digest)
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which then becomes `target`."""
     if target.exists() or target.is_symlink():
         raise UsageError(f"{target} exists already.", hint="Name a folder that does not.")
-    manifest = bundle.verify(version.folder(), version.bundle_digest)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as scratch:
             copy = Path(scratch, "bundle")
-            _copy(version.folder(), copy, [*manifest.files, bundle.MANIFEST])
-            bundle.verify(copy, version.bundle_digest)
+            copy.mkdir()
+            yield copy
             copy.rename(target)
     except OSError as error:
         raise TunesmithError(
