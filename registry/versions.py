@@ -8,7 +8,7 @@ import subprocess
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,37 +89,6 @@ class Version:
     def adapter(self) -> Path | None:
         """The PEFT adapter's folder, or None for a version without one. Raises NotFound."""
         return self.folder() / "adapter" if self.parsed.has_adapter else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Listed:
-    """A version as lists show it. `base` is the base's id, `decision` the gate's, None when never judged."""
-
-    model: str
-    number: int
-    created_at: datetime
-    bundle_digest: str
-    base_digest: str
-    dataset_digest: str | None
-    method: str
-    study: str | None
-    base: str
-    metrics: dict[str, float | None]
-    decision: str | None
-
-    def to_json(self, serving: str | None) -> dict[str, Any]:
-        """A line of ``versions --json`` and of the control API; `serving` is the slot that the version holds."""
-        return {
-            "version": self.number,
-            "created_at": self.created_at.astimezone(UTC),
-            "serving": serving,
-            "base": self.base,
-            "method": self.method,
-            "metrics": self.metrics,
-            "gate": self.decision,
-            "dataset": self.dataset_digest,
-            "study": self.study,
-        }
 
 
 def seal(draft: VersionDraft) -> str:
@@ -239,12 +208,13 @@ def find(conn: Connection, ref: Ref) -> Version:
     return get(conn, ref.model, number)
 
 
-def list_versions(conn: Connection, model: str) -> list[Listed]:
-    """All versions of a model, oldest first. Raises NotFound for no such model."""
+def list_versions(conn: Connection, model: str) -> list[dict[str, Any]]:
+    """All versions of a model, oldest first: version, created_at, base (its id), method, metrics, gate (its decision,
+    None when never judged), dataset, study. Raises NotFound for no such model."""
     check_model_name(model)
     if conn.execute(SQL["model_exists"], {"model": model}).fetchone() is None:
         raise NotFound(f"There is no model {model}.", hint="See `tunesmith models`.")
-    return [Listed(**row) for row in conn.execute(SQL["list"], {"model": model})]
+    return list(conn.execute(SQL["list"], {"model": model}))
 
 
 def list_models(conn: Connection) -> list[dict[str, Any]]:

@@ -23,8 +23,7 @@ select model, number, created_at, bundle_digest, base_digest, dataset_digest, me
 from version where model = %(model)s and run_id = %(run_id)s
 
 -- name: list
-select model, number, created_at, bundle_digest, base_digest, dataset_digest, method, study, base_id as base, metrics,
-       decision
+select number as version, created_at, base_id as base, method, metrics, decision as gate, dataset_digest as dataset, study
 from version where model = %(model)s order by number
 
 -- name: evidence

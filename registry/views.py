@@ -15,10 +15,12 @@ _COMPARED = ("base", "prompt", "generation", "dataset", "method", "study", "para
 
 
 def list_versions(conn: Connection, model: str) -> dict[str, Any]:
-    """``{"model", "versions": [...]}``, oldest first. Raises NotFound."""
+    """``{"model", "versions": [...]}``, oldest first, each with the slot it holds. Raises NotFound."""
     found = versions.list_versions(conn, model)
     now = deployments.read(conn, model)
-    return {"model": model, "versions": [v.to_json(now.slot_of(v.number)) for v in found]}
+    for row in found:
+        row["created_at"], row["serving"] = row["created_at"].astimezone(UTC), now.slot_of(row["version"])
+    return {"model": model, "versions": found}
 
 
 def describe(conn: Connection, ref: Ref) -> dict[str, Any]:
