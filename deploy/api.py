@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypedDict
 
-from fastapi import Depends, FastAPI, Header, Request
+from fastapi import Depends, FastAPI, Header, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -25,7 +25,7 @@ from deploy.auth import Identity, Needed, Role, check_force, require
 from deploy.errors import crashed, explain, json_response
 from infra.db import transaction
 from infra.errors import NotFound, TunesmithError, UsageError
-from registry import bundle, deployments, verification, versions, views
+from registry import bundle, deployments, lineage, verification, versions, views
 from registry.deployments import Change
 from registry.names import Ref, parse_ref, parse_version
 
@@ -175,6 +175,17 @@ def _models(app: FastAPI) -> None:
         if name != bundle.MANIFEST and name not in found.parsed.files:
             raise NotFound(f"{found.name} has no file of that name.", hint="version.json names all of them.")
         return FileResponse(found.folder() / name, media_type="application/octet-stream")
+
+    @app.get("/models/{model}/versions/{which}/lineage", summary="All that it was made of")
+    def read_lineage(model: str, which: str, who: Viewer) -> Response:
+        with transaction() as conn:
+            return json_response(lineage.of_version(conn, _ref(model, which)))
+
+    @app.get("/rows", summary="Which data sets hold a row, by its id, and which versions saw it")
+    def find_row(row_id: Annotated[list[str], Query(alias="id", max_length=8)], who: Viewer) -> Response:
+        ids = [lineage.check_row_id(each) for each in row_id]
+        with transaction() as conn:
+            return json_response(lineage.of_row(conn, ids))
 
     @app.get("/compare", summary="Two versions side by side: MODEL:N, MODEL@SLOT or MODEL")
     def compare(a: str, b: str, who: Viewer) -> Response:

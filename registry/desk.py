@@ -7,6 +7,7 @@ names them ``os:user@host``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -31,6 +32,8 @@ class Desk(Protocol):
     def compare(self, first: Ref, second: Ref) -> Json: ...
     def history(self, model: str, at: datetime | None) -> Json: ...
     def verify(self, model: str, number: int) -> Json: ...
+    def lineage(self, ref: Ref) -> Json: ...
+    def row(self, ids: Sequence[str]) -> Json: ...
 
     def export(self, ref: Ref, path: Path) -> Json:
         """Write a version's files to a new folder: its model, number and bundle. Raises UsageError, Refused."""
@@ -94,6 +97,18 @@ class Here:
         from registry.verification import report
 
         return report(model, number)
+
+    def lineage(self, ref: Ref) -> Json:
+        from registry import lineage
+
+        with transaction() as conn:
+            return lineage.of_version(conn, ref)
+
+    def row(self, ids: Sequence[str]) -> Json:
+        from registry import lineage
+
+        with transaction() as conn:
+            return lineage.of_row(conn, ids)
 
     def export(self, ref: Ref, path: Path) -> Json:
         from registry import versions
@@ -181,6 +196,12 @@ class There:
 
     def verify(self, model: str, number: int) -> Json:
         return self._call("GET", f"{_of(model)}/versions/{number}/verification", seconds=600)
+
+    def lineage(self, ref: Ref) -> Json:
+        return self._call("GET", f"{_of(ref.model)}/versions/{ref.number or ref.slot}/lineage")
+
+    def row(self, ids: Sequence[str]) -> Json:
+        return self._call("GET", f"/rows?{urlencode([('id', row_id) for row_id in ids])}")
 
     def export(self, ref: Ref, path: Path) -> Json:
         from registry.exchange import export_files

@@ -18,7 +18,7 @@ from psycopg.types.json import Jsonb
 from infra import storage
 from infra.db import Connection, load_queries, transaction
 from infra.errors import NotFound, Refused, TunesmithError
-from registry import bundle, card, deployments, mlflow
+from registry import bundle, card, deployments, environment, mlflow
 from registry.bundle import BaseIdentity, Generation, Manifest, Prompt, canonical_json
 from registry.gates import Decision
 from registry.names import MODEL_NAME, Ref, check_model_name, parse_ref, parse_version
@@ -46,6 +46,7 @@ class VersionDraft:
     study: str | None = None
     trial: int | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] | None = None
     evaluation: Mapping[str, Any] | None = None
     decision: Decision | None = None
     profile: Mapping[str, Any] = field(default_factory=dict)
@@ -311,6 +312,7 @@ def _fill(folder: Path, draft: VersionDraft) -> Manifest:
         study=draft.study,
         trial=draft.trial,
         params=dict(draft.params),
+        training=dict(draft.training) if draft.training is not None else None,
         code_version=draft.code_version or code_version(),
     )
     if draft.adapter is not None:
@@ -320,6 +322,7 @@ def _fill(folder: Path, draft: VersionDraft) -> Manifest:
             if source.is_symlink() or not source.is_file():
                 raise Refused(f"The adapter in {draft.adapter} has no plain file {source.name}.")
             shutil.copyfile(source, folder / name)
+    (folder / bundle.ENVIRONMENT).write_text(canonical_json(environment.lock()), encoding="utf-8")
     (folder / "profile.json").write_text(canonical_json(dict(draft.profile)), encoding="utf-8")
     if draft.evaluation is not None:
         text = canonical_json({**draft.evaluation, "gate": draft.decision.to_json() if draft.decision else None})

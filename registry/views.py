@@ -7,7 +7,7 @@ from typing import Any
 
 from infra.db import Connection
 from infra.errors import Unreachable
-from registry import deployments, mlflow, versions
+from registry import bundle, deployments, mlflow, versions
 from registry.names import Ref
 
 _TIMED = ("p95_latency_ms", "tokens_per_second")
@@ -46,6 +46,7 @@ def describe(conn: Connection, ref: Ref) -> dict[str, Any]:
         "trial": of("trial"),
         "params": of("params"),
         "code_version": of("code_version"),
+        "environment": of("files", {}).get(bundle.ENVIRONMENT),
         "bundle": found.bundle_digest,
         "run_id": found.run_id,
         "mlflow_run_id": found.mlflow_run_id,
