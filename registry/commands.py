@@ -3,6 +3,7 @@ history."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -129,13 +130,22 @@ def verify(version: str, as_json: bool) -> None:
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--model", required=True, help="The model it becomes a version of.")
 @click.option("--base", help="The base, when the adapter's config does not name it well.")
+@click.option("--mlflow", metavar="URL", help="Of another MLflow server; PATH is then models:/NAME/VERSION.")
 @json_option
-def import_(path: Path, model: str, base: str | None, as_json: bool) -> None:
-    """Bring in a PEFT adapter's folder, or an exported version, as the model's next version."""
-    from registry.exchange import import_version
+def import_(path: Path, model: str, base: str | None, mlflow: str | None, as_json: bool) -> None:
+    """Bring in a PEFT adapter's folder, an exported version, or one of another MLflow, as the model's next version."""
+    from registry.exchange import import_from_mlflow, import_version
 
     only_here("import")
-    made = import_version(path, model, base=base)
+    if mlflow is None:
+        made = import_version(path, model, base=base)
+    else:
+        found = re.fullmatch(r"models:/([^/]+)/([1-9][0-9]{0,8})", str(path))
+        if found is None or not mlflow.startswith(("http://", "https://")):
+            raise UsageError(
+                "With --mlflow http://..., PATH is models:/NAME/VERSION.", hint="Such as models:/my-model/7."
+            )
+        made = import_from_mlflow(mlflow.rstrip("/"), found[1], int(found[2]), model, base=base)
     result = {"model": made.model, "version": made.number, "method": made.method, "bundle": made.bundle_digest}
     if as_json:
         print_json(result)

@@ -453,10 +453,11 @@ def _change(
         previous_hash=follows["hash"] or FIRST_HASH,
     )
     entry = replace(entry, hash=entry.sealed())
-    with conn.pipeline():  # one way to the database and back for all three
+    with conn.pipeline():  # one way to the database and back for all four
         conn.execute(SQL["update"], {**asdict(after), "at": entry.at})
         conn.execute(SQL["append"], asdict(entry))
         conn.execute(SQL["enqueue"], {"model": now.model})
+        conn.execute(SQL["notify"], {"model": now.model, "generation": after.generation})
     return Change(changed=True, deployment=after, entry=entry)
 
 

@@ -37,6 +37,9 @@ values (%(model)s, %(generation)s, %(at)s, %(actor)s, %(action)s, %(slot)s, %(fr
 -- name: enqueue
 insert into outbox (kind, model) values ('mlflow_aliases', %(model)s)
 
+-- name: notify
+insert into notification (model, generation) values (%(model)s, %(generation)s)
+
 -- name: champions
 select action, from_version, to_version from ledger
 where model = %(model)s and slot = 'champion' order by generation

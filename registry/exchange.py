@@ -13,7 +13,7 @@ from typing import Any
 
 from infra import storage
 from infra.errors import NotFound, Refused, TunesmithError, UsageError
-from registry import bundle, versions
+from registry import bundle, mlflow, versions
 from registry.names import check_model_name
 from registry.versions import Version, VersionDraft
 
@@ -93,6 +93,26 @@ def import_version(path: Path, model: str, *, base: str | None = None) -> Versio
             hint="Give an exported bundle, or a PEFT adapter's folder.",
         )
     return versions.register(digest, run_id=uuid.uuid5(_NAMESPACE, f"{model} {digest}"))
+
+
+def import_from_mlflow(url: str, name: str, number: int, model: str, *, base: str | None = None) -> Version:
+    """The same of a version in another MLflow server's registry: one that a Tunesmith registered there comes with its
+    evidence, any other must hold a plain PEFT LoRA adapter somewhere in its files.
+
+    Raises as `import_version` does, and Unreachable when that server does not answer.
+    """
+    check_model_name(model)
+    with tempfile.TemporaryDirectory(prefix="tunesmith-import-") as scratch:
+        path = mlflow.download_from(url, name, number, Path(scratch))
+        if not (path / bundle.MANIFEST).is_file():
+            adapters = sorted(found.parent for found in path.rglob("adapter_config.json"))
+            if len(adapters) != 1:
+                raise UsageError(
+                    f"{name} version {number} at {url} holds {len(adapters) or 'no'} PEFT adapters.",
+                    hint="A version of Tunesmith's, or one with a single adapter, can be imported.",
+                )
+            path = adapters[0]
+        return import_version(path, model, base=base)
 
 
 def _keep_bundle(path: Path, model: str) -> str:

@@ -19,6 +19,7 @@ import httpx
 import numpy as np
 import pytest
 from lora import save_base
+from mlflow import MlflowClient
 from safetensors.numpy import load_file, save_file
 
 from infra import storage
@@ -27,7 +28,7 @@ from infra.errors import Conflict, NotFound, Refused, TunesmithError, Unreachabl
 from infra.settings import Settings, get_settings
 from monitoring import watch
 from registry import bases, deployments, mlflow, versions
-from registry.exchange import export_version, import_version
+from registry.exchange import export_version, import_from_mlflow, import_version
 from registry.gates import Gate, decide
 from registry.profile import build
 from registry.statistics import mean_ci, paired_difference
@@ -380,6 +381,43 @@ def test_a_plain_adapter_is_imported_and_waits_for_its_gate(
         deployments.promote(conn, model, made.number, **WHO)
 
 
+def test_a_version_of_another_mlflow_is_imported_as_strictly(
+    mlflow_server: str, base: bases.Base, adapter: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a staging home to this one, whose MLflow is only known by an address; and from who knows no Tunesmith."""
+    staged = _register(_draft(model, base, adapter))
+    client = MlflowClient(tracking_uri=mlflow_server, registry_uri=mlflow_server)
+    client.create_registered_model(f"Foreign {model}")
+    run = client.create_run(client.create_experiment(f"foreign {model}")).info
+    client.log_artifacts(run.run_id, str(adapter), "model/peft")
+    client.log_text(run.run_id, "x", "empty/MLmodel")
+    for folder in ("model", "empty"):
+        client.create_model_version(f"Foreign {model}", f"runs:/{run.run_id}/{folder}", run_id=run.run_id)
+    code, out = _command("import", f"models:/{model}/1", "--mlflow", mlflow_server, "--model", f"{model}-p", "--json")
+    assert (code, json.loads(out)["version"]) == (0, 1)
+    with transaction() as conn:
+        came = versions.get(conn, f"{model}-p", 1)
+        assert (came.metrics, came.gate, came.evaluation) == (staged.metrics, staged.gate, staged.evaluation)
+        assert deployments.promote(conn, f"{model}-p", 1, **WHO).changed
+    made = import_from_mlflow(mlflow_server, f"Foreign {model}", 1, f"{model}-f")
+    assert (made.method, made.base_digest, made.gate) == ("imported", base.digest, None)
+    with pytest.raises(UsageError, match="holds no PEFT adapters"):
+        import_from_mlflow(mlflow_server, f"Foreign {model}", 2, f"{model}-f")
+    with pytest.raises(NotFound):
+        import_from_mlflow(mlflow_server, f"Foreign {model}", 3, f"{model}-f")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    with pytest.raises(Unreachable, match=r"MLflow does not answer at http://127\.0\.0\.1:9 "):
+        import_from_mlflow("http://127.0.0.1:9", model, 1, f"{model}-f")
+    assert _command("import", "models:/x", "--mlflow", mlflow_server, "--model", f"{model}-p")[0] == 2
+
+
+def _command(*arguments: str) -> tuple[int, str]:
+    code = "from pipelines.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout
+
+
 @pytest.mark.parametrize("damage", ["pickle", "truncated", "nan", "ia3", "link", "code", "empty"])
 def test_a_foreign_adapter_that_is_not_sound_is_refused(
     mlflow_server: str, base: bases.Base, adapter: Path, model: str, tmp_path: Path, damage: str
@@ -414,12 +452,7 @@ def test_a_foreign_adapter_that_is_not_sound_is_refused(
 def test_the_commands_around_a_version(
     mlflow_server: str, base: bases.Base, adapter: Path, model: str, tmp_path: Path
 ) -> None:
-    def run(*arguments: str) -> tuple[int, str]:
-        code = "from pipelines.cli import main; main()"
-        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300)
-        assert "Traceback" not in done.stderr, done.stderr
-        return done.returncode, done.stdout
-
+    run = _command
     for seed, gain in ((1, 0.1), (2, 0.6)):
         _register(_draft(model, base, adapter, gain=gain, seed=seed))
     code, out = run("show", f"{model}:2", "--json")
