@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypedDict
 
-from fastapi import Depends, FastAPI, Header, Request
+from fastapi import Depends, FastAPI, Header, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Mount
 
 from deploy import auth
@@ -25,11 +25,12 @@ from deploy.auth import Identity, Needed, Role, check_force, require
 from deploy.errors import crashed, explain, json_response
 from infra.db import transaction
 from infra.errors import NotFound, TunesmithError, UsageError
-from registry import deployments, versions
+from registry import bundle, deployments, lineage, verification, versions, views
 from registry.deployments import Change
+from registry.names import Ref, parse_ref, parse_version
 
 _PAGE = Path(__file__).with_suffix(".html")
-Reason = Annotated[str, Field(min_length=1, max_length=2000, description="why; it stays in the ledger")]
+Reason = Annotated[str, Field(description="why, at most 2000 characters; it stays in the ledger")]
 Number = Annotated[int, Field(ge=1, le=999_999_999)]
 Generation = Annotated[int | None, Field(ge=0, description="refuse with 412 if the deployment is at another one")]
 
@@ -65,7 +66,7 @@ class Patch(_Body):
     challenger: Number | None = None
     challenger_share: float | None = Field(default=None, gt=0, le=1)
     shadow: Number | None = None
-    reason: Reason
+    reason: Reason = ""
     force: bool = False
 
     @model_validator(mode="after")
@@ -156,29 +157,41 @@ def _models(app: FastAPI) -> None:
     @app.get("/models/{model}/versions", summary="A model's versions")
     def list_versions(model: str, who: Viewer) -> Response:
         with transaction() as conn:
-            found = versions.list_versions(conn, model)
-            now = deployments.read(conn, model)
-        listed = [v.to_json(now.slot_of(v.number)) for v in found]
-        return json_response({"model": model, "versions": listed})
+            return json_response(views.list_versions(conn, model))
 
-    @app.get("/models/{model}/versions/{number}", summary="One version with its evaluation and gate decision")
-    def show_version(model: str, number: int, who: Viewer) -> Response:
+    @app.get("/models/{model}/versions/{which}", summary="One version, by number or slot, with what was measured")
+    def show_version(model: str, which: str, who: Viewer) -> Response:
         with transaction() as conn:
-            found = versions.get(conn, model, number)
-            body = {
-                "model": model,
-                "version": number,
-                "created_at": found.created_at.astimezone(UTC),
-                "serving": deployments.read(conn, model).slot_of(number),
-                "bundle": found.bundle_digest,
-                "run_id": found.run_id,
-                "mlflow_run_id": found.mlflow_run_id,
-                **{k: v for k, v in found.manifest.items() if k not in ("model", "format", "files")},
-                "metrics": found.metrics,
-                "evaluation": versions.evidence(conn, found.evaluation),
-                "gate": versions.evidence(conn, found.gate),
-            }
-        return json_response(body)
+            return json_response(views.describe(conn, _ref(model, which)))
+
+    @app.get("/models/{model}/versions/{number}/verification", summary="Whether it still is what was judged")
+    def verify_version(model: str, number: int, who: Operator) -> Response:
+        return json_response(verification.report(*parse_version(f"{model}:{number}")))
+
+    @app.get("/models/{model}/versions/{number}/files/{name:path}", summary="A file of its bundle")
+    def read_file(model: str, number: int, name: str, who: Operator) -> Response:
+        with transaction() as conn:
+            found = versions.get(conn, *parse_version(f"{model}:{number}"))
+        if name != bundle.MANIFEST and name not in found.parsed.files:
+            raise NotFound(f"{found.name} has no file of that name.", hint="version.json names all of them.")
+        return FileResponse(found.folder() / name, media_type="application/octet-stream")
+
+    @app.get("/models/{model}/versions/{which}/lineage", summary="All that it was made of")
+    def read_lineage(model: str, which: str, who: Viewer) -> Response:
+        with transaction() as conn:
+            return json_response(lineage.of_version(conn, _ref(model, which)))
+
+    @app.get("/rows", summary="Which data sets hold a row, by its id, and which versions saw it")
+    def find_row(row_id: Annotated[list[str], Query(alias="id", max_length=8)], who: Viewer) -> Response:
+        ids = [lineage.check_row_id(each) for each in row_id]
+        with transaction() as conn:
+            return json_response(lineage.of_row(conn, ids))
+
+    @app.get("/compare", summary="Two versions side by side: MODEL:N, MODEL@SLOT or MODEL")
+    def compare(a: str, b: str, who: Viewer) -> Response:
+        first, second = parse_ref(a), parse_ref(b)
+        with transaction() as conn:
+            return json_response(views.compare(conn, first, second))
 
     @app.get("/models/{model}/deployment", summary="Which versions hold the slots; the ETag is the generation")
     def read_deployment(model: str, who: Viewer) -> Response:
@@ -191,8 +204,11 @@ def _models(app: FastAPI) -> None:
         if at is not None and at.tzinfo is None:
             raise UsageError("`at` needs a time zone.", hint="Such as 2026-01-31T12:00:00Z.")
         with transaction() as conn:
-            entries = deployments.history(conn, model, at)
-        return json_response({"model": model, "entries": [entry.to_json() for entry in entries]})
+            return json_response(views.history(conn, model, at))
+
+
+def _ref(model: str, which: str) -> Ref:
+    return parse_ref(f"{model}:{which}" if which[:1].isdigit() else f"{model}@{which}")
 
 
 def _changes(app: FastAPI) -> None:

@@ -15,8 +15,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, LiteralString, cast
 
+import orjson
 import psycopg
 from psycopg.rows import DictRow, dict_row
+from psycopg.types.json import set_json_loads
 from psycopg_pool import ConnectionPool, PoolTimeout
 
 from infra import migrate
@@ -26,6 +28,7 @@ from infra.settings import get_settings
 Connection = psycopg.Connection[DictRow]
 # Where a process logs nothing, as most commands, the pool's lines would go to the terminal, beside the error
 logging.getLogger("psycopg").addHandler(logging.NullHandler())
+set_json_loads(orjson.loads)  # lists of thousands of rows are mostly JSON
 _checked: set[str] = set()  # databases whose schema this process found to be its own
 
 

@@ -97,7 +97,7 @@ def resolve(own: Settings, chosen: Mapping[str, int], cluster: Cluster | None) -
 def environment(settings: Settings, mark: str) -> dict[str, str]:
     """What every child gets: all settings of the stack, one thread, no telemetry, no proxy for loopback."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("TUNESMITH_")}
-    for name in Settings.model_fields:
+    for name in Settings.model_fields.keys() - {"url", "api_key"}:  # a person's, for commands
         value = getattr(settings, name)
         if value is not None:
             env[f"TUNESMITH_{name.upper()}"] = value.get_secret_value() if isinstance(value, SecretStr) else str(value)

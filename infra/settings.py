@@ -93,7 +93,12 @@ class Settings(BaseSettings):
         description="ends in /api",
     )
     gateway_url: str | None = Field(default=None, description="where this home's gateway answers")
+    url: str | None = Field(default=None, pattern=_HTTP, description="a control API that registry commands go over")
+    api_key: SecretStr | None = Field(default=None, description="whose person they then are")
     engine_secret: SecretStr | None = Field(default=None, description="shared by gateway and engines")
+    webhook_url: str | None = Field(default=None, pattern=_HTTP, description="is told of every deployment change")
+    webhook_secret: SecretStr | None = Field(default=None, min_length=16, description="signs what it is told")
+    allow_private_webhooks: bool = Field(default=False, description="also addresses that are not public")
     work_pool: str = "tunesmith"
     search_workers: int = Field(default=0, ge=0, description="0: one a GPU, else one a core")
     worker_memory_gb: float | None = Field(default=None, gt=0, description="unset: an equal part of 80 %")

@@ -26,7 +26,7 @@ from infra.durations import parse_duration
 from infra.errors import Conflict, TunesmithError, Unreachable
 from infra.settings import get_settings
 from monitoring import alerts, drift, feedback, retraining, windows
-from registry import leases, mlflow
+from registry import leases, mlflow, notifications
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
 log = logging.getLogger(__name__)
@@ -87,6 +87,7 @@ class Watcher:
             _Step(name="judging", seconds=JUDGE_EVERY, work=self.judge),
             _Step(name="starting retrainings", seconds=5.0, work=self.start_retrainings),
             _Step(name="relaying to MLflow", seconds=1.0, work=self.relay),
+            _Step(name="notifying", seconds=1.0, work=self.notify),
             _Step(name="keeping house", seconds=3600.0, work=self.keep_house),
         )
         self._renew_at = 0.0
@@ -201,6 +202,12 @@ class Watcher:
             self._check(conn)
             mlflow.deliver(conn)
 
+    def notify(self) -> None:
+        """The webhook is told of changes, if there is one."""
+        with transaction() as conn:
+            self._check(conn)
+            notifications.deliver(conn)
+
     def keep_house(self) -> None:
         """Partitions for the days to come; nothing that is older than the settings allow; aliases that a hand moved
         in MLflow's page set right; on this machine, no half-made artifacts of processes that died."""
@@ -218,6 +225,7 @@ class Watcher:
             alerts.drop_old(conn, max(days, 90))
             drift.drop_old(conn, max(days, 90))
             mlflow.drop_old(conn, days)
+            notifications.drop_old(conn, days)
             mlflow.reconcile(conn)
 
 

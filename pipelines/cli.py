@@ -30,6 +30,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "versions": ("registry.commands:versions", "List a model's versions."),
     "show": ("registry.commands:show", "Show one version."),
     "compare": ("registry.commands:compare", "Compare two versions."),
+    "lineage": ("pipelines.lineage:lineage", "What a version was made of; which versions saw a row."),
+    "reproduce": ("pipelines.reproduction:reproduce", "Train a version again, and say how close it came."),
     "verify": ("registry.commands:verify", "Check a version's files and the ledger's chain."),
     "import": ("registry.commands:import_", "Bring in a version made elsewhere."),
     "export": ("registry.commands:export", "Write a version to a folder."),

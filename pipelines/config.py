@@ -64,6 +64,8 @@ def _listed(value: Any) -> Any:
 Duration = Annotated[timedelta, BeforeValidator(_duration), PlainSerializer(format_duration, return_type=str)]
 DataPaths = Annotated[tuple[Annotated[Path, BeforeValidator(_path)], ...], BeforeValidator(_listed)]
 
+Licence = Annotated[str, Field(min_length=1, max_length=200)]
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=False)
@@ -110,13 +112,28 @@ class SplitShares(Section):
 
 
 class Data(Section):
-    """The team's examples. `test` and `validation` are split from `train` where they have no file of their own."""
+    """The team's examples. `test` and `validation` are split from `train` where they have no file of their own.
+    `licence` is all files', or each one's by its name."""
 
     train: DataPaths = Field(min_length=1)
     validation: DataPaths = ()
     test: DataPaths = ()
+    licence: Licence | dict[str, Licence] | None = None
     quality: Quality = Quality()
     split: SplitShares = SplitShares()
+
+    def licence_of(self, path: Path) -> str | None:
+        """What the file says of a data file's licence."""
+        return self.licence.get(path.name) if isinstance(self.licence, dict) else self.licence
+
+    @field_validator("licence")
+    @classmethod
+    def _names_files(cls, value: Any, info: ValidationInfo) -> Any:
+        names = [path.name for split in ("train", "validation", "test") for path in info.data.get(split, ())]
+        for name in value if isinstance(value, dict) else ():
+            if name not in names:
+                raise ValueError(f"there is no data file {name!r}; {did_you_mean(name, names)}")
+        return value
 
 
 class Prompt(Section):

@@ -273,6 +273,7 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
     def work() -> dict[str, Any]:
         from pipelines.evaluation import report as pages
         from pipelines.evaluation.judgement import evaluate as judge
+        from pipelines.reproduction import recipe
 
         config, base = plan.config, bases.load(data["base"])
         dataset = datasets.open_dataset(data["dataset"])
@@ -309,6 +310,7 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
                 study=best["study"],
                 trial=best["trial"],
                 params=best["params"],
+                training=recipe(best["study"], best),
                 evaluation=judged.evaluation,
                 decision=decision,
                 profile=_profile(config, base, dataset, judged).to_json(),

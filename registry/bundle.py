@@ -3,6 +3,7 @@
     version.json                          the manifest: format number, lineage, every other file's SHA-256
     adapter/adapter_config.json           plain PEFT, as PEFT and vLLM load it
     adapter/adapter_model.safetensors
+    environment.json                      the packages it was made with
     profile.json  evaluation.json  README.md  report.html
 
 The bundle's digest is the digest of version.json's bytes, which name the digests of all the rest. Nothing in it
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 MANIFEST = "version.json"
 ADAPTER_CONFIG = "adapter/adapter_config.json"
 ADAPTER_WEIGHTS = "adapter/adapter_model.safetensors"
+ENVIRONMENT = "environment.json"
 SUFFIXES = frozenset({".safetensors", ".json", ".md", ".html"})
 
 Digest = str
@@ -64,7 +66,8 @@ class Generation(_Value):
 
 
 class Manifest(_Value):
-    """version.json. The version's number is not in it: MLflow gives it, and the bundle is sealed before."""
+    """version.json. The version's number is not in it: MLflow gives it, and the bundle is sealed before. `training`
+    is what it takes beside the params to train it again (pipelines/reproduction.py)."""
 
     format: Literal[1] = 1
     model: str
@@ -76,6 +79,7 @@ class Manifest(_Value):
     study: str | None = None
     trial: int | None = None
     params: dict[str, Any] = Field(default_factory=dict)
+    training: dict[str, Any] | None = None
     code_version: str
     files: dict[str, Digest] = Field(default_factory=dict)
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from registry.bundle import Manifest
+from registry.bundle import ENVIRONMENT, Manifest
 from registry.gates import Decision
 
 
@@ -86,6 +86,7 @@ def _lineage(manifest: Manifest) -> list[str]:
         "Study": manifest.study,
         "Trial": manifest.trial,
         "Code": manifest.code_version,
+        "Environment": f"{ENVIRONMENT} in this folder",
     }
     lines = [f"- {name}: `{_inline(str(value))}`" for name, value in facts.items() if value is not None]
     return lines + [f"- {_inline(name)}: `{_inline(str(value))}`" for name, value in sorted(manifest.params.items())]

@@ -3,6 +3,7 @@ history."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,9 +12,8 @@ from typing import Any
 import click
 
 from infra.console import json_option, out, print_json, safe
-from infra.db import transaction
 from infra.errors import TunesmithError, Unreachable, UsageError
-from registry import deployments
+from registry.desk import desk, only_here
 from registry.names import check_model_name, parse_ref, parse_version
 
 _reason = click.option("--reason", required=True, help="Why; it stays in the ledger.")
@@ -29,18 +29,15 @@ _stop = click.option("--stop", is_flag=True, help="Take it off again; name the m
 @json_option
 def models(as_json: bool) -> None:
     """List models and what serves."""
-    from registry import versions as owner
-
-    with transaction() as conn:
-        found = owner.list_models(conn)
+    found = desk().models()
     if as_json:
-        print_json({"models": found})
+        print_json(found)
         return
-    if not found:
+    if not found["models"]:
         out.print("No models yet. Make one: tunesmith run -c FILE, or tunesmith demo.")
         return
     slots = ("champion", "challenger", "shadow")
-    rows = [[m["model"], m["versions"], *(m[slot] for slot in slots), m["generation"]] for m in found]
+    rows = [[m["model"], m["versions"], *(m[slot] for slot in slots), m["generation"]] for m in found["models"]]
     _table(("model", "versions", *slots, "generation"), rows)
 
 
@@ -49,21 +46,18 @@ def models(as_json: bool) -> None:
 @json_option
 def versions(model: str, as_json: bool) -> None:
     """List a model's versions."""
-    from registry import versions as owner
-
-    with transaction() as conn:
-        found = owner.list_versions(conn, model)
-        now = deployments.read(conn, model)
+    body = desk().versions(model)
+    found = body["versions"]
     if as_json:
-        print_json({"model": model, "versions": [v.to_json(now.slot_of(v.number)) for v in found]})
+        print_json(body)
         return
     if not found:
         out.print(f"{model} has no versions yet.")
         return
-    names = sorted({name for v in found for name in v.metrics})
+    names = sorted({name for v in found for name in v["metrics"]})
     rows = [
-        [v.number, _time(v.created_at), now.slot_of(v.number), v.decision, v.base, v.method]
-        + [v.metrics.get(name) for name in names]
+        [v["version"], _time(v["created_at"]), v["serving"], v["gate"], v["base"], v["method"]]
+        + [v["metrics"].get(name) for name in names]
         for v in found
     ]
     _table(("version", "created", "serving", "gate", "base", "method", *names), rows)
@@ -74,50 +68,20 @@ def versions(model: str, as_json: bool) -> None:
 @json_option
 def show(version: str, as_json: bool) -> None:
     """Show one version: MODEL:N, MODEL@SLOT, or MODEL for its champion."""
-    from registry import mlflow
-    from registry import versions as owner
-
-    with transaction() as conn:
-        found = owner.find(conn, parse_ref(version))
-        serving = deployments.read(conn, found.model).slot_of(found.number)
-        evaluation, gate = owner.evidence(conn, found.evaluation), owner.evidence(conn, found.gate)
-    try:
-        page = mlflow.version_url(found.model, found.number)
-    except Unreachable:
-        page = None
-    facts: dict[str, Any] = {
-        "model": found.model,
-        "version": found.number,
-        "created_at": found.created_at.astimezone(UTC),
-        "serving": serving,
-        "method": found.method,
-        "base": found.manifest["base"],
-        "prompt": found.manifest["prompt"],
-        "generation": found.manifest["generation"],
-        "dataset": found.manifest["dataset"],
-        "study": found.study,
-        "trial": found.manifest["trial"],
-        "params": found.manifest["params"],
-        "code_version": found.manifest["code_version"],
-        "bundle": found.bundle_digest,
-        "run_id": found.run_id,
-        "mlflow_run_id": found.mlflow_run_id,
-        "mlflow_url": page,
-        "metrics": found.metrics,
-        "gate": gate and {"decision": gate["decision"], "reasons": gate["reasons"], "evidence": found.gate},
-        "evaluation": evaluation and {k: evaluation[k] for k in ("metrics", "slices", "rows") if k in evaluation},
-    }
+    facts = desk().show(parse_ref(version))
     if as_json:
         print_json(facts)
         return
+    gate, evaluation = facts["gate"], facts["evaluation"]
     flat = {**facts, "base": f"{facts['base']['id']} ({facts['base']['digest']})"}
-    flat |= {"prompt": facts["prompt"]["system"], "created_at": _time(found.created_at)}
+    flat |= {"prompt": facts["prompt"]["system"], "created_at": _time(facts["created_at"])}
     flat |= {"gate": gate["decision"] if gate else "never judged"}
     for name in ("generation", "params"):
         flat[name] = ", ".join(f"{key} {value}" for key, value in facts[name].items())
     for name in ("metrics", "evaluation"):
         del flat[name]
-    _table(("", found.name), [[key, value] for key, value in flat.items() if value is not None])
+    title = f"{facts['model']}:{facts['version']}"
+    _table(("", title), [[key, value] for key, value in flat.items() if value is not None])
     if evaluation:
         columns = ("candidate", "base", "champion", "vs_base", "vs_champion")
         rows = [[name, *(_estimate(m.get(c)) for c in columns)] for name, m in evaluation["metrics"].items()]
@@ -126,41 +90,22 @@ def show(version: str, as_json: bool) -> None:
         out.print(safe(f"gate: {reason}"), markup=False)
 
 
-_TIMED = ("p95_latency_ms", "tokens_per_second")
-
-
 @click.command()
 @click.argument("first")
 @click.argument("second")
 @json_option
 def compare(first: str, second: str, as_json: bool) -> None:
     """Compare two versions by their own evaluations, side by side."""
-    from registry import versions as owner
-
-    with transaction() as conn:
-        a, b = (owner.find(conn, parse_ref(text)) for text in (first, second))
-        evaluated = [owner.evidence(conn, version.evaluation) or {"metrics": {}} for version in (a, b)]
-    left, right = (evaluation["metrics"] for evaluation in evaluated)
-    metrics = {}
-    for name in sorted(left.keys() | right.keys()):
-        pair = [side.get(name, {}).get("candidate") for side in (left, right)]
-        # Speed was measured at other times, beside other work: it is compared within one evaluation only
-        better = None if name in _TIMED else _better(pair[0], pair[1])
-        metrics[name] = {"a": pair[0], "b": pair[1], "better": better}
-    differences = {
-        key: {"a": a.manifest[key], "b": b.manifest[key]}
-        for key in ("base", "prompt", "generation", "dataset", "method", "study", "params", "code_version")
-        if a.manifest[key] != b.manifest[key]
-    }
-    same_rows = a.dataset_digest is not None and a.dataset_digest == b.dataset_digest
+    found = desk().compare(parse_ref(first), parse_ref(second))
     if as_json:
-        print_json({"a": a.name, "b": b.name, "metrics": metrics, "differences": differences, "same_rows": same_rows})
+        print_json(found)
         return
+    metrics = found["metrics"]
     rows = [[name, _estimate(m["a"]), _estimate(m["b"]), m["better"] or "not clear"] for name, m in metrics.items()]
-    _table(("metric", f"a: {a.name}", f"b: {b.name}", "clearly better"), rows)
-    for key, sides in differences.items():
+    _table(("metric", f"a: {found['a']}", f"b: {found['b']}", "clearly better"), rows)
+    for key, sides in found["differences"].items():
         out.print(safe(f"{key}: {_short(sides['a'])} -> {_short(sides['b'])}"), markup=False)
-    if not same_rows:
+    if not found["same_rows"]:
         out.print("The two were not judged on the test rows of one data set.")
 
 
@@ -169,16 +114,12 @@ def compare(first: str, second: str, as_json: bool) -> None:
 @json_option
 def verify(version: str, as_json: bool) -> None:
     """Check a version's files, evidence, MLflow copy and base, and the ledger's chain. Exit 1: something is wrong."""
-    from registry.verification import verify_version
-
-    model, number = parse_version(version)
-    checks = verify_version(model, number)
-    states = {check.state for check in checks}
+    found = desk().verify(*parse_version(version))
+    states = {check["state"] for check in found["checks"]}
     if as_json:
-        listed = [check.to_json() for check in checks]
-        print_json({"model": model, "version": number, "ok": "failed" not in states, "checks": listed})
+        print_json(found)
     else:
-        _table(("check", "state", "detail"), [[c.name, c.state, c.detail] for c in checks])
+        _table(("check", "state", "detail"), [[c["name"], c["state"], c["detail"]] for c in found["checks"]])
     if "failed" in states:
         raise click.exceptions.Exit(TunesmithError.exit_code)
     if "unreachable" in states:
@@ -189,12 +130,22 @@ def verify(version: str, as_json: bool) -> None:
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--model", required=True, help="The model it becomes a version of.")
 @click.option("--base", help="The base, when the adapter's config does not name it well.")
+@click.option("--mlflow", metavar="URL", help="Of another MLflow server; PATH is then models:/NAME/VERSION.")
 @json_option
-def import_(path: Path, model: str, base: str | None, as_json: bool) -> None:
-    """Bring in a PEFT adapter's folder, or an exported version, as the model's next version."""
-    from registry.exchange import import_version
+def import_(path: Path, model: str, base: str | None, mlflow: str | None, as_json: bool) -> None:
+    """Bring in a PEFT adapter's folder, an exported version, or one of another MLflow, as the model's next version."""
+    from registry.exchange import import_from_mlflow, import_version
 
-    made = import_version(path, model, base=base)
+    only_here("import")
+    if mlflow is None:
+        made = import_version(path, model, base=base)
+    else:
+        found = re.fullmatch(r"models:/([^/]+)/([1-9][0-9]{0,8})", str(path))
+        if found is None or not mlflow.startswith(("http://", "https://")):
+            raise UsageError(
+                "With --mlflow http://..., PATH is models:/NAME/VERSION.", hint="Such as models:/my-model/7."
+            )
+        made = import_from_mlflow(mlflow.rstrip("/"), found[1], int(found[2]), model, base=base)
     result = {"model": made.model, "version": made.number, "method": made.method, "bundle": made.bundle_digest}
     if as_json:
         print_json(result)
@@ -208,18 +159,11 @@ def import_(path: Path, model: str, base: str | None, as_json: bool) -> None:
 @json_option
 def export(version: str, path: Path, as_json: bool) -> None:
     """Write a version's files to a new folder; its adapter/ loads in PEFT and vLLM as it is."""
-    from registry import versions as owner
-    from registry.exchange import export_version
-
-    with transaction() as conn:
-        found = owner.find(conn, parse_ref(version))
-    export_version(found, path)
+    done = desk().export(parse_ref(version), path)
     if as_json:
-        print_json(
-            {"model": found.model, "version": found.number, "path": str(path.absolute()), "bundle": found.bundle_digest}
-        )
+        print_json({**done, "path": str(path.absolute())})
     else:
-        out.print(f"{found.name} is in {path}.", markup=False)
+        out.print(f"{done['model']}:{done['version']} is in {path}.", markup=False)
 
 
 @click.command()
@@ -231,37 +175,20 @@ def export(version: str, path: Path, as_json: bool) -> None:
 def promote(version: str, reason: str, expect_generation: int | None, force: bool, as_json: bool) -> None:
     """Make MODEL:N serve. Exit 3: its gate refuses; 4: someone changed the deployment first."""
     model, number = parse_version(version)
-    with transaction() as conn:
-        change = deployments.promote(
-            conn,
-            model,
-            number,
-            actor=deployments.actor_here(),
-            reason=reason,
-            expect_generation=expect_generation,
-            force=force,
-        )
+    change = desk().promote(model, number, reason=reason, expect=expect_generation, force=force)
     _told(change, f"{model}:{number} serves", as_json)
 
 
 @click.command()
 @click.argument("model")
 @_reason
-@click.option("--to", type=click.IntRange(min=1), help="The version to go back to; else the one before.")
+@click.option("--to", type=click.IntRange(1, 999_999_999), help="The version to go back to; else the one before.")
 @_expect
 @json_option
 def rollback(model: str, reason: str, to: int | None, expect_generation: int | None, as_json: bool) -> None:
     """Take the last promotion back. Exit 3: nothing served before; 4: someone changed the deployment first."""
-    with transaction() as conn:
-        change = deployments.rollback(
-            conn,
-            check_model_name(model),
-            actor=deployments.actor_here(),
-            reason=reason,
-            to=to,
-            expect_generation=expect_generation,
-        )
-    _told(change, f"{model}:{change.deployment.champion} serves", as_json)
+    change = desk().rollback(check_model_name(model), reason=reason, to=to, expect=expect_generation)
+    _told(change, f"{model}:{change['champion']} serves", as_json)
 
 
 @click.command()
@@ -282,25 +209,14 @@ def canary(
     as_json: bool,
 ) -> None:
     """Give a version a share of the traffic, as the challenger; or take it off again."""
-    actor = deployments.actor_here()
     if stop:
-        _stop_slot(target, "challenger", actor, reason, expect_generation, as_json)
+        _stop_slot(target, "challenger", reason, expect_generation, as_json)
         return
     if share is None:
         raise UsageError("A canary needs a share.", hint="Such as --share 10%.")
     model, number = parse_version(target)
     part = parse_share(share)
-    with transaction() as conn:
-        change = deployments.canary(
-            conn,
-            model,
-            number,
-            share=part,
-            actor=actor,
-            reason=reason,
-            expect_generation=expect_generation,
-            force=force,
-        )
+    change = desk().canary(model, number, share=part, reason=reason, expect=expect_generation, force=force)
     _told(change, f"{model}:{number} gets {100 * part:.4g} % of the traffic", as_json)
 
 
@@ -312,15 +228,11 @@ def canary(
 @json_option
 def shadow(target: str, stop: bool, reason: str, expect_generation: int | None, as_json: bool) -> None:
     """Send a version copies of the traffic, which it answers to nobody; or take it off again."""
-    actor = deployments.actor_here()
     if stop:
-        _stop_slot(target, "shadow", actor, reason, expect_generation, as_json)
+        _stop_slot(target, "shadow", reason, expect_generation, as_json)
         return
     model, number = parse_version(target)
-    with transaction() as conn:
-        change = deployments.shadow(
-            conn, model, number, actor=actor, reason=reason, expect_generation=expect_generation
-        )
+    change = desk().shadow(model, number, reason=reason, expect=expect_generation)
     _told(change, f"{model}:{number} gets copies of the traffic", as_json)
 
 
@@ -330,24 +242,21 @@ def shadow(target: str, stop: bool, reason: str, expect_generation: int | None, 
 @json_option
 def history(model: str, at: str | None, as_json: bool) -> None:
     """Who changed what serves, when and why; with --at, what served at a time."""
-    moment = parse_time(at) if at else None
-    with transaction() as conn:
-        entries = deployments.history(conn, model, moment)
-    then = deployments.replay(model, entries)
+    found = desk().history(model, parse_time(at) if at else None)
     if as_json:
-        body: dict[str, Any] = {"model": model, "entries": [entry.to_json() for entry in entries]}
-        print_json({**body, "at": moment, "serving": then.to_json()} if moment else body)
+        print_json(found)
         return
     rows = [
-        (e.generation, _time(e.at), e.actor, _action(e), e.slot, e.from_version, e.to_version, e.reason)
-        for e in entries
+        (e["generation"], _time(e["at"]), e["actor"], _action(e), e["slot"], e["from"], e["to"], e["reason"])
+        for e in found["entries"]
     ]
     if rows:
         _table(("generation", "at", "actor", "action", "slot", "from", "to", "reason"), rows)
-    if moment:
-        served = f"version {then.champion}" if then.champion else "no version"
-        beside = [f"{slot} {getattr(then, slot)}" for slot in ("challenger", "shadow") if getattr(then, slot)]
-        out.print(f"At {_time(moment)} {served} served{', with ' + ', '.join(beside) if beside else ''}.")
+    if at:
+        then = found["serving"]
+        served = f"version {then['champion']}" if then["champion"] else "no version"
+        beside = [f"{slot} {then[slot]}" for slot in ("challenger", "shadow") if then[slot]]
+        out.print(f"At {_time(found['at'])} {served} served{', with ' + ', '.join(beside) if beside else ''}.")
     elif not rows:
         out.print(f"Nothing ever served {model}. Promote a version: tunesmith promote {model}:N --reason TEXT")
 
@@ -373,39 +282,25 @@ def parse_time(text: str) -> datetime:
     return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
 
 
-def _stop_slot(target: str, slot: Any, actor: str, reason: str, expected: int | None, as_json: bool) -> None:
+def _stop_slot(target: str, slot: Any, reason: str, expected: int | None, as_json: bool) -> None:
     if ":" in target:
         raise UsageError("--stop takes the model's name alone.", hint=f"Write {target.partition(':')[0]} --stop.")
-    with transaction() as conn:
-        change = deployments.stop(
-            conn, check_model_name(target), slot, actor=actor, reason=reason, expect_generation=expected
-        )
+    change = desk().stop(check_model_name(target), slot, reason=reason, expect=expected)
     _told(change, f"{target} has no {slot}", as_json)
 
 
-def _told(change: deployments.Change, sentence: str, as_json: bool) -> None:
+def _told(change: dict[str, Any], sentence: str, as_json: bool) -> None:
     if as_json:
-        print_json(change.to_json())
+        print_json(change)
         return
-    already = "" if change.changed else " already"
-    forced = ", its gate overridden" if change.entry and change.entry.forced else ""
-    out.print(f"{sentence}{already} (generation {change.deployment.generation}{forced}).", markup=False)
+    already = "" if change["changed"] else " already"
+    forced = ", its gate overridden" if change["entry"] and change["entry"]["forced"] else ""
+    out.print(f"{sentence}{already} (generation {change['generation']}{forced}).", markup=False)
 
 
-def _action(entry: deployments.Entry) -> str:
-    share = f" {100 * entry.share:.4g} %" if entry.share is not None else ""
-    return entry.action + share + (" (forced)" if entry.forced else "")
-
-
-def _better(a: dict[str, Any] | None, b: dict[str, Any] | None) -> str | None:
-    """Whose interval lies wholly on the better side of the other's; a paired test would see smaller differences."""
-    if a is None or b is None or None in (a["low"], a["high"], b["low"], b["high"]):
-        return None
-    if a["low"] > b["high"]:
-        return "a" if a["higher_is_better"] else "b"
-    if b["low"] > a["high"]:
-        return "b" if a["higher_is_better"] else "a"
-    return None
+def _action(entry: dict[str, Any]) -> str:
+    share = f" {100 * entry['share']:.4g} %" if entry["share"] is not None else ""
+    return str(entry["action"]) + share + (" (forced)" if entry["forced"] else "")
 
 
 def _estimate(value: dict[str, Any] | None) -> str | None:
@@ -420,8 +315,9 @@ def _short(value: object) -> str:
     return text if len(text) <= 100 else text[:99] + "…"
 
 
-def _time(value: datetime) -> str:
-    return value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+def _time(value: datetime | str) -> str:
+    time = datetime.fromisoformat(value) if isinstance(value, str) else value  # JSON has no times
+    return time.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ")
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -1,15 +1,17 @@
 """Data-set versions: immutable folders of clean, split rows, kept by digest.
 
-A folder holds ``dataset.json`` and ``train.jsonl``, ``validation.jsonl``, ``test.jsonl`` (one row a line) and
-``quarantine.jsonl`` (the rows that were refused, with source, line and reason). ``dataset.json`` names every
-file's digest, and its own digest is the data set's: two data sets with the same rows, made the same way, are one.
+A folder holds ``dataset.json`` and ``train.jsonl``, ``validation.jsonl``, ``test.jsonl`` (one row a line),
+``rows.index`` (which row is where) and ``quarantine.jsonl`` (the rows that were refused, with source, line and
+reason). ``dataset.json`` names every file's digest, and its own digest is the data set's: two data sets with the same
+rows, made the same way, are one.
 """
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args
@@ -22,9 +24,12 @@ from infra.db import Connection, load_queries
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
 FORMAT = 1
+INDEX = "rows.index"
+_ENTRY = 29  # bytes: id, split's letter, line, each followed by a blank or the end of the line
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+_LETTERS: Mapping[Split, str] = {"train": "t", "validation": "v", "test": "e"}
 
 
 class Message(TypedDict):
@@ -118,6 +123,7 @@ def keep(
                 for row in splits.get(split, ()):
                     value = {"id": row.id, "messages": row.messages, "source": row.source, "group": row.group}
                     file.write(orjson.dumps(value) + b"\n")
+        (folder / INDEX).write_bytes(_index(splits))
         with (folder / "quarantine.jsonl").open("wb") as file:
             for refused in quarantine:
                 file.write(orjson.dumps(refused) + b"\n")
@@ -135,6 +141,46 @@ def keep(
         digest = storage.text_digest(text)
         storage.keep("dataset", digest, folder)
     return open_dataset(digest)
+
+
+def _index(splits: Mapping[Split, Sequence[Row]]) -> bytes:
+    """Lines of one length, sorted: ``<id> <letter of the split> <line in its file>``."""
+    entries = (
+        f"{row.id} {_LETTERS[split]} {line:09}\n"
+        for split in SPLITS
+        for line, row in enumerate(splits.get(split, ()), 1)
+    )
+    return "".join(sorted(entries)).encode()
+
+
+def find_rows(folder: Path, ids: Iterable[str]) -> list[tuple[Split, int, str]]:
+    """(split, line, id) of every row of a kept data set that has one of these ids: some twenty looks into a million
+    rows. A data set from before there was an index is read through."""
+    index = folder / INDEX
+    if not index.is_file():
+        wanted = set(ids)
+        rows = ((s, n, orjson.loads(line)["id"]) for s in SPLITS for n, line in _numbered(folder / f"{s}.jsonl"))
+        return [found for found in rows if found[2] in wanted]
+    letters = {letter: split for split, letter in _LETTERS.items()}
+    found: list[tuple[Split, int, str]] = []
+    with index.open("rb") as file:
+        size = file.seek(0, 2) // _ENTRY
+
+        def entry(place: int) -> str:
+            file.seek(place * _ENTRY)
+            return file.read(_ENTRY).decode()
+
+        for row_id in dict.fromkeys(ids):
+            place = bisect.bisect_left(range(size), row_id, key=entry)
+            while place < size and (text := entry(place)).startswith(f"{row_id} "):
+                found.append((letters[text[17]], int(text[19:28]), row_id))
+                place += 1
+    return found
+
+
+def _numbered(path: Path) -> Iterator[tuple[int, bytes]]:
+    with path.open("rb") as file:
+        yield from enumerate(file, 1)
 
 
 def open_dataset(digest: str) -> Dataset:

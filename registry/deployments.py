@@ -136,6 +136,7 @@ def promote(
     `expect_generation` (None: the one read before waiting for the row) any more; Refused when the version's gate
     decision is not a pass, unless `force`, which the ledger shows for ever. Promoting what serves changes nothing.
     """
+    _text(reason, required=True)
     now = _lock(conn, model, expect_generation, done=lambda d: d.champion == number)
     version = _version(conn, model, number)
     if now.champion == number:
@@ -170,6 +171,7 @@ def rollback(
     back; a version that never served is Refused, since that would be a promotion around its gate.
     Raises Conflict as `promote` does, and NotFound.
     """
+    _text(reason, required=True)
     now = _lock(conn, model, expect_generation, done=lambda d: to is not None and d.champion == to)
     if to is not None:
         _version(conn, model, to)
@@ -368,9 +370,12 @@ def verify_chain(conn: Connection, model: str) -> list[str]:
 
 def _lock(conn: Connection, model: str, expected: int | None, *, done: Any) -> Deployment:
     """The locked row. An explicit generation is compared first; the implicit one only if there is still work."""
-    seen = read(conn, model).generation
-    conn.execute(SQL["create"], {"model": model})
-    now = Deployment(**one(conn, SQL["lock"], {"model": model}))
+    now = read(conn, model)
+    seen = now.generation
+    if expected is None or seen <= expected:  # else it was too late already: nobody waits to be told so
+        if seen == 0:
+            conn.execute(SQL["create"], {"model": model})
+        now = Deployment(**one(conn, SQL["lock"], {"model": model}))
     if now.generation == (seen if expected is None else expected) or (expected is None and done(now)):
         return now
     raise Conflict(
@@ -431,12 +436,11 @@ def _change(
     forced: bool = False,
     evidence: str | None = None,
 ) -> Change:
-    last = conn.execute(SQL["last_entry"], {"model": now.model}).fetchone()
+    follows = one(conn, SQL["next_entry"], {"model": now.model})
     entry = Entry(
         model=now.model,
         generation=after.generation,
-        # The database's clock, and never before the last entry, so that `history --at` has one answer.
-        at=one(conn, SQL["next_time"], {"after": last["at"] if last else None})["at"],
+        at=follows["at"],
         actor=actor,
         action=action,
         slot=slot,
@@ -446,12 +450,14 @@ def _change(
         reason=_text(reason, required=action in ("promote", "rollback")),
         forced=forced,
         evidence=evidence,
-        previous_hash=last["hash"] if last else FIRST_HASH,
+        previous_hash=follows["hash"] or FIRST_HASH,
     )
     entry = replace(entry, hash=entry.sealed())
-    conn.execute(SQL["update"], {**asdict(after), "at": entry.at})
-    conn.execute(SQL["append"], asdict(entry))
-    conn.execute(SQL["enqueue"], {"model": now.model})
+    with conn.pipeline():  # one way to the database and back for all four
+        conn.execute(SQL["update"], {**asdict(after), "at": entry.at})
+        conn.execute(SQL["append"], asdict(entry))
+        conn.execute(SQL["enqueue"], {"model": now.model})
+        conn.execute(SQL["notify"], {"model": now.model, "generation": after.generation})
     return Change(changed=True, deployment=after, entry=entry)
 
 

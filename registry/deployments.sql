@@ -16,11 +16,11 @@ select v.bundle_digest, v.evaluation, v.gate, g.body as gate_body
 from version v left join evidence g on g.digest = v.gate
 where v.model = %(model)s and v.number = %(number)s
 
--- name: last_entry
-select at, hash from ledger where model = %(model)s order by generation desc limit 1
-
--- name: next_time
-select greatest(clock_timestamp(), %(after)s::timestamptz) as at
+-- name: next_entry
+-- The database's clock, and never before the last entry, so that `history --at` has one answer.
+select greatest(clock_timestamp(), l.at) as at, l.hash
+from (values (1)) as one left join lateral (
+    select at, hash from ledger where model = %(model)s order by generation desc limit 1) l on true
 
 -- name: update
 update deployment
@@ -36,6 +36,9 @@ values (%(model)s, %(generation)s, %(at)s, %(actor)s, %(action)s, %(slot)s, %(fr
 
 -- name: enqueue
 insert into outbox (kind, model) values ('mlflow_aliases', %(model)s)
+
+-- name: notify
+insert into notification (model, generation) values (%(model)s, %(generation)s)
 
 -- name: champions
 select action, from_version, to_version from ledger

@@ -6,13 +6,14 @@ import json
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from infra import storage
 from infra.errors import NotFound, Refused, TunesmithError, UsageError
-from registry import bundle, versions
+from registry import bundle, mlflow, versions
 from registry.names import check_model_name
 from registry.versions import Version, VersionDraft
 
@@ -25,15 +26,36 @@ def export_version(version: Version, target: Path) -> None:
 
     Raises UsageError when there is something at `target`, Refused when the kept bundle is damaged.
     """
+    folder = version.folder()
+    manifest = bundle.verify(folder, version.bundle_digest)
+    with _new_folder(target) as copy:
+        _copy(folder, copy, [*manifest.files, bundle.MANIFEST])
+        bundle.verify(copy, version.bundle_digest)
+
+
+def export_files(target: Path, digest: str, fetch: Callable[[str], bytes]) -> None:
+    """The same of a bundle from elsewhere: `fetch` gives a file's content by its name in the bundle."""
+    with _new_folder(target) as copy:
+        (copy / bundle.MANIFEST).write_bytes(fetch(bundle.MANIFEST))
+        if (found := storage.file_digest(copy / bundle.MANIFEST)) != digest:
+            raise Refused(f"What was sent as {bundle.MANIFEST} has digest {found}, not {digest}.")
+        for name in bundle.read(copy).files:
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes(fetch(name))
+        bundle.verify(copy, digest)
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which then becomes `target`."""
     if target.exists() or target.is_symlink():
         raise UsageError(f"{target} exists already.", hint="Name a folder that does not.")
-    manifest = bundle.verify(version.folder(), version.bundle_digest)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as scratch:
             copy = Path(scratch, "bundle")
-            _copy(version.folder(), copy, [*manifest.files, bundle.MANIFEST])
-            bundle.verify(copy, version.bundle_digest)
+            copy.mkdir()
+            yield copy
             copy.rename(target)
     except OSError as error:
         raise TunesmithError(
@@ -71,6 +93,26 @@ def import_version(path: Path, model: str, *, base: str | None = None) -> Versio
             hint="Give an exported bundle, or a PEFT adapter's folder.",
         )
     return versions.register(digest, run_id=uuid.uuid5(_NAMESPACE, f"{model} {digest}"))
+
+
+def import_from_mlflow(url: str, name: str, number: int, model: str, *, base: str | None = None) -> Version:
+    """The same of a version in another MLflow server's registry: one that a Tunesmith registered there comes with its
+    evidence, any other must hold a plain PEFT LoRA adapter somewhere in its files.
+
+    Raises as `import_version` does, and Unreachable when that server does not answer.
+    """
+    check_model_name(model)
+    with tempfile.TemporaryDirectory(prefix="tunesmith-import-") as scratch:
+        path = mlflow.download_from(url, name, number, Path(scratch))
+        if not (path / bundle.MANIFEST).is_file():
+            adapters = sorted(found.parent for found in path.rglob("adapter_config.json"))
+            if len(adapters) != 1:
+                raise UsageError(
+                    f"{name} version {number} at {url} holds {len(adapters) or 'no'} PEFT adapters.",
+                    hint="A version of Tunesmith's, or one with a single adapter, can be imported.",
+                )
+            path = adapters[0]
+        return import_version(path, model, base=base)
 
 
 def _keep_bundle(path: Path, model: str) -> str:

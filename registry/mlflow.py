@@ -233,6 +233,27 @@ def download_version(model: str, number: int, folder: Path) -> Path:
         return Path(download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=url))
 
 
+def download_from(url: str, model: str, number: int, folder: Path) -> Path:
+    """A copy of what the registry of another MLflow server holds as a version, without loading any of it.
+
+    `model` is a name as that server allows it. The credentials are those of MLflow's own variables. Raises NotFound.
+    """
+    _client()  # sets the environment before anything of MLflow is imported
+    import mlflow
+    from mlflow import MlflowClient
+    from mlflow.artifacts import download_artifacts
+
+    before = mlflow.get_tracking_uri()
+    with _answers(url):
+        try:
+            mlflow.set_tracking_uri(url)  # a logged model's address is resolved by this one, whatever is passed
+            found = MlflowClient(tracking_uri=url, registry_uri=url).get_model_version(model, str(number))
+            source = f"models:/{found.model_id}" if found.model_id else found.source
+            return Path(download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=url))
+        finally:
+            mlflow.set_tracking_uri(before)
+
+
 def run_url(run_id: str) -> str:
     """The address of a run's page."""
     with _rest() as rest:
@@ -356,8 +377,8 @@ def _client_of(url: str) -> MlflowClient:
 
 
 @contextmanager
-def _answers() -> Iterator[None]:
-    """Turn what MLflow's client raises into our errors."""
+def _answers(url: str | None = None) -> Iterator[None]:
+    """Turn what MLflow's client raises into our errors; `url` is the server's, where it is not ours."""
     _client()  # sets the environment before anything of MLflow is imported
     import requests
     from mlflow.exceptions import MlflowException, RestException
@@ -371,7 +392,7 @@ def _answers() -> Iterator[None]:
     except (MlflowException, requests.RequestException) as error:
         cause = error.__cause__ or error.__context__ or error
         if isinstance(cause, requests.RequestException) or "API request to" in str(error):
-            raise _unreachable(error) from error
+            raise _unreachable(error, url) from error
         raise TunesmithError(f"MLflow failed: {_line(error)}") from error
 
 
@@ -416,8 +437,9 @@ def _call(rest: httpx.Client, method: str, path: str, body: Mapping[str, str]) -
     raise AssertionError("the loop returns or raises")
 
 
-def _unreachable(error: BaseException) -> Unreachable:
-    return Unreachable(f"MLflow does not answer at {_url()} ({type(error).__name__}).", hint="See `tunesmith status`.")
+def _unreachable(error: BaseException, url: str | None = None) -> Unreachable:
+    hint = "Check --mlflow." if url else "See `tunesmith status`."
+    return Unreachable(f"MLflow does not answer at {url or _url()} ({type(error).__name__}).", hint=hint)
 
 
 def _experiment(client: MlflowClient, name: str) -> str:

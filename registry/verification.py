@@ -50,6 +50,13 @@ def verify_version(model: str, number: int) -> list[Check]:
     ]
 
 
+def report(model: str, number: int) -> dict[str, Any]:
+    """`verify_version` as ``verify --json`` prints it."""
+    checks = verify_version(model, number)
+    sound = all(check.state != "failed" for check in checks)
+    return {"model": model, "version": number, "ok": sound, "checks": [check.to_json() for check in checks]}
+
+
 def _check(name: str, look: Callable[[], str | None]) -> Check:
     try:
         detail = look()
@@ -62,7 +69,7 @@ def _check(name: str, look: Callable[[], str | None]) -> Check:
 
 def _bundle(version: Version) -> str:
     manifest = bundle.verify(version.folder(), version.bundle_digest)
-    if manifest.model_dump(mode="json") != version.manifest:
+    if manifest != version.parsed:
         raise TunesmithError("The manifest in the database is not the bundle's.")
     return f"{len(manifest.files) + 1} files, {version.bundle_digest}"
 

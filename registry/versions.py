@@ -8,7 +8,7 @@ import subprocess
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from psycopg.types.json import Jsonb
 from infra import storage
 from infra.db import Connection, load_queries, transaction
 from infra.errors import NotFound, Refused, TunesmithError
-from registry import bundle, card, deployments, mlflow
+from registry import bundle, card, deployments, environment, mlflow
 from registry.bundle import BaseIdentity, Generation, Manifest, Prompt, canonical_json
 from registry.gates import Decision
 from registry.names import MODEL_NAME, Ref, check_model_name, parse_ref, parse_version
@@ -46,6 +46,7 @@ class VersionDraft:
     study: str | None = None
     trial: int | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] | None = None
     evaluation: Mapping[str, Any] | None = None
     decision: Decision | None = None
     profile: Mapping[str, Any] = field(default_factory=dict)
@@ -89,37 +90,6 @@ class Version:
     def adapter(self) -> Path | None:
         """The PEFT adapter's folder, or None for a version without one. Raises NotFound."""
         return self.folder() / "adapter" if self.parsed.has_adapter else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Listed:
-    """A version as lists show it. `base` is the base's id, `decision` the gate's, None when never judged."""
-
-    model: str
-    number: int
-    created_at: datetime
-    bundle_digest: str
-    base_digest: str
-    dataset_digest: str | None
-    method: str
-    study: str | None
-    base: str
-    metrics: dict[str, float | None]
-    decision: str | None
-
-    def to_json(self, serving: str | None) -> dict[str, Any]:
-        """A line of ``versions --json`` and of the control API; `serving` is the slot that the version holds."""
-        return {
-            "version": self.number,
-            "created_at": self.created_at.astimezone(UTC),
-            "serving": serving,
-            "base": self.base,
-            "method": self.method,
-            "metrics": self.metrics,
-            "gate": self.decision,
-            "dataset": self.dataset_digest,
-            "study": self.study,
-        }
 
 
 def seal(draft: VersionDraft) -> str:
@@ -239,12 +209,13 @@ def find(conn: Connection, ref: Ref) -> Version:
     return get(conn, ref.model, number)
 
 
-def list_versions(conn: Connection, model: str) -> list[Listed]:
-    """All versions of a model, oldest first. Raises NotFound for no such model."""
+def list_versions(conn: Connection, model: str) -> list[dict[str, Any]]:
+    """All versions of a model, oldest first: version, created_at, base (its id), method, metrics, gate (its decision,
+    None when never judged), dataset, study. Raises NotFound for no such model."""
     check_model_name(model)
     if conn.execute(SQL["model_exists"], {"model": model}).fetchone() is None:
         raise NotFound(f"There is no model {model}.", hint="See `tunesmith models`.")
-    return [Listed(**row) for row in conn.execute(SQL["list"], {"model": model})]
+    return list(conn.execute(SQL["list"], {"model": model}))
 
 
 def list_models(conn: Connection) -> list[dict[str, Any]]:
@@ -341,6 +312,7 @@ def _fill(folder: Path, draft: VersionDraft) -> Manifest:
         study=draft.study,
         trial=draft.trial,
         params=dict(draft.params),
+        training=dict(draft.training) if draft.training is not None else None,
         code_version=draft.code_version or code_version(),
     )
     if draft.adapter is not None:
@@ -350,6 +322,7 @@ def _fill(folder: Path, draft: VersionDraft) -> Manifest:
             if source.is_symlink() or not source.is_file():
                 raise Refused(f"The adapter in {draft.adapter} has no plain file {source.name}.")
             shutil.copyfile(source, folder / name)
+    (folder / bundle.ENVIRONMENT).write_text(canonical_json(environment.lock()), encoding="utf-8")
     (folder / "profile.json").write_text(canonical_json(dict(draft.profile)), encoding="utf-8")
     if draft.evaluation is not None:
         text = canonical_json({**draft.evaluation, "gate": draft.decision.to_json() if draft.decision else None})

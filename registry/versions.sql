@@ -6,10 +6,10 @@ insert into evidence (digest, kind, body) values (%(digest)s, %(kind)s, %(body)s
 
 -- name: insert
 insert into version (model, number, bundle_digest, base_digest, dataset_digest, method, study, run_id, mlflow_run_id,
-                     mlflow_model_id, manifest, metrics, evaluation, gate, profile)
+                     mlflow_model_id, manifest, metrics, evaluation, gate, profile, decision)
 values (%(model)s, %(number)s, %(bundle_digest)s, %(base_digest)s, %(dataset_digest)s, %(method)s, %(study)s,
         %(run_id)s, %(mlflow_run_id)s, %(mlflow_model_id)s, %(manifest)s, %(metrics)s, %(evaluation)s, %(gate)s,
-        %(profile)s)
+        %(profile)s, (select body ->> 'decision' from evidence where digest = %(gate)s))
 on conflict (model, number) do nothing
 
 -- name: get
@@ -23,10 +23,8 @@ select model, number, created_at, bundle_digest, base_digest, dataset_digest, me
 from version where model = %(model)s and run_id = %(run_id)s
 
 -- name: list
-select v.model, v.number, v.created_at, v.bundle_digest, v.base_digest, v.dataset_digest, v.method, v.study,
-       v.manifest -> 'base' ->> 'id' as base, v.metrics, g.body ->> 'decision' as decision
-from version v left join evidence g on g.digest = v.gate
-where v.model = %(model)s order by v.number
+select number as version, created_at, base_id as base, method, metrics, decision as gate, dataset_digest as dataset, study
+from version where model = %(model)s order by number
 
 -- name: evidence
 select body from evidence where digest = %(digest)s

@@ -64,7 +64,8 @@ def server() -> Iterator[Server]:
         shutil.rmtree(home, ignore_errors=True)
 
 
-def _forget() -> None:
+def forget() -> None:
+    """Have settings and connections made anew, as a new process would."""
     if db.pool.cache_info().currsize:
         db.pool().close()
     db.pool.cache_clear()
@@ -76,9 +77,9 @@ def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty ``TUNESMITH_HOME`` of the test's own."""
     folder = new_folder()
     monkeypatch.setenv("TUNESMITH_HOME", str(folder))
-    _forget()
+    forget()
     yield folder
-    _forget()
+    forget()
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -96,9 +97,9 @@ def database(server: Server, home: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
             )
     monkeypatch.setenv("TUNESMITH_DATABASE_URL", server.url)
     monkeypatch.setenv("TUNESMITH_DATABASE_PREFIX", prefix)
-    _forget()
+    forget()
     yield settings.get_settings()
-    _forget()
+    forget()
     with server.admin() as conn:
         for name in ("tunesmith", "optuna"):
             conn.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(prefix + name)))
@@ -114,9 +115,9 @@ def tiny_made(server: Server) -> Iterator[Base]:
         patch.setenv("TUNESMITH_HOME", str(folder))
         patch.setenv("TUNESMITH_DATABASE_URL", server.url)
         patch.setenv("TUNESMITH_DATABASE_PREFIX", "tiny_")
-        _forget()
+        forget()
         base = bases.resolve("builtin:tiny")
-        _forget()
+        forget()
     yield base
     shutil.rmtree(folder, ignore_errors=True)
 

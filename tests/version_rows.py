@@ -9,6 +9,13 @@ from registry import versions
 from registry.gates import Outcome
 
 DIGEST = "sha256:" + "d" * 64
+_BASE = {"id": "b", "revision": "r", "dtype": "float32"} | dict.fromkeys(
+    ("digest", "tokenizer_digest", "template_digest"), DIGEST
+)
+MANIFEST = {
+    **{"format": 1, "model": "m", "method": "lora", "base": _BASE, "prompt": {"system": None}, "params": {"r": 8}},
+    **{"generation": {}, "dataset": None, "study": None, "trial": None, "code_version": "1", "files": {}},
+}
 
 
 def add_versions(model: str, *decisions: Outcome | None) -> None:
@@ -39,7 +46,7 @@ def add_version(conn: Connection, model: str, number: int, decision: Outcome | N
             "bundle_digest": DIGEST,
             "base_digest": DIGEST,
             "method": "lora",
-            "manifest": Jsonb({"base": {"id": "b"}}),
+            "manifest": Jsonb(MANIFEST),
             "metrics": Jsonb({"exact_match": 0.5}),
             "gate": gate,
             "profile": Jsonb({}),

@@ -85,8 +85,9 @@ def build(
 
 def _recipe(config: PipelineConfig, extra: Sequence[Row], old: Dataset | None) -> dict[str, Any]:
     """All that the rows depend on, and nothing else: settings, file contents, corrections, the old data set."""
-    sources = [
+    sources: list[dict[str, Any]] = [
         {"path": path.name, "digest": storage.file_digest(path), "split": name, "origin": "file"}
+        | ({"licence": licence} if (licence := config.data.licence_of(path)) else {})
         for name in SPLITS
         for path in getattr(config.data, name)
         if old is None

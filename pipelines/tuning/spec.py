@@ -48,6 +48,10 @@ class StudySpec:
         """The folder of the adapter to start from. Raises NotFound when the store does not have it."""
         return storage.get("bundle", self.init_bundle) / "adapter" if self.init_bundle else None
 
+    def trial_seed(self, trial: int) -> int:
+        """The seed of all that is random in one trial, but for the order of the rows."""
+        return self.seed * 100_003 + trial
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"rungs": list(self.rungs)}
 

@@ -52,7 +52,7 @@ def work(study: str, *, max_idle: float | None = None, parent: int | None = None
         spec = StudySpec.from_json(studies.get(conn, study)["spec"])
     with contextlib.suppress(OSError):  # rather this process than PostgreSQL, when memory runs out
         Path("/proc/self/oom_score_adj").write_text("500")
-    trainer = _trainer(spec)
+    trainer = make_trainer(spec)
     _patiently(lambda: _measure(trainer, spec))
     idle_since = time.monotonic()
     while parent is None or os.getppid() == parent:
@@ -91,7 +91,8 @@ def _measure(trainer: Any, spec: StudySpec) -> None:
         studies.measured(conn, spec.study, best)
 
 
-def _trainer(spec: StudySpec) -> Any:
+def make_trainer(spec: StudySpec) -> Any:
+    """The trainer of a study's base and rows, on this process's device and within its share of memory."""
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -164,7 +165,7 @@ def _member(spec: StudySpec, job: studies.Job, folder: Path) -> Any:
 
     return Member(
         params=job.params,
-        seed=spec.seed * 100_003 + job.trial,
+        seed=spec.trial_seed(job.trial),
         start=storage.get("checkpoint", job.checkpoint) if job.checkpoint else None,
         init_adapter=spec.init_adapter(),
         save_to=folder,

@@ -30,6 +30,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+sys.path = [each for each in sys.path if Path(each) != Path(__file__).parent]  # registry.py here is no package
+
 import psutil
 
 from infra import migrate, ports, postgres, processes, services

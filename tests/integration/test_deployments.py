@@ -10,7 +10,9 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 import orjson
 import psycopg
 import pytest
+from psycopg.rows import DictRow, dict_row
 from version_rows import add_version, add_versions
 
 from infra import db, migrate, ports, postgres
@@ -27,6 +30,7 @@ from infra.settings import Settings, get_settings
 from registry import deployments
 from registry.deployments import Change
 
+UNSYNCED = {"fsync": "off"}  # the machine does not fail in these tests
 WHO = {"actor": "os:test@here", "reason": "because"}
 
 
@@ -163,11 +167,26 @@ def test_the_ledger_cannot_be_changed_and_a_changed_one_is_found(database: Setti
     assert _problems() == []
 
 
-def test_a_version_that_a_slot_needs_cannot_be_deleted(database: Settings) -> None:
-    add_versions("m", "pass", "pass")
+def test_what_the_ledger_needs_is_neither_deleted_nor_overwritten(database: Settings) -> None:
+    """Fault 8, by a hand in the database: whatever serves, or could be rolled back to, stays as it is."""
+    add_versions("m", "pass", "pass", "pass", "pass", "pass")
     _do(deployments.promote, 1)
-    with pytest.raises(psycopg.errors.ForeignKeyViolation), transaction() as conn:
-        conn.execute("delete from version where model = 'm' and number = 1")
+    _do(deployments.promote, 2)
+    _do(deployments.shadow, 3)
+    _do(deployments.stop, "shadow")
+    for number in (1, 2, 3):
+        with pytest.raises(psycopg.errors.RaiseException, match=f"the ledger needs m:{number}"), transaction() as conn:
+            conn.execute("delete from version where model = 'm' and number = %s", (number,))
+    for number in (2, 5):
+        for change in ("bundle_digest = 'sha256:x'", "manifest = '{}'", "gate = null", "number = 9"):
+            with pytest.raises(psycopg.errors.RaiseException, match=f"m:{number} was not changed"), transaction() as c:
+                c.execute(f"update version set {change} where model = 'm' and number = {number}")  # noqa: S608
+    for statement in ("update evidence set body = '{}'", "delete from evidence", "truncate evidence cascade"):
+        with pytest.raises(psycopg.errors.RaiseException), transaction() as conn:
+            conn.execute(statement)
+    assert _do(deployments.rollback).deployment.champion == 1
+    with transaction() as conn:
+        conn.execute("delete from version where model = 'm' and number = 5")  # that nothing ever rested on
 
 
 @pytest.mark.parametrize("reason", ["", "  ", "a\0b", "x" * 2001, "\ud800"])
@@ -178,16 +197,16 @@ def test_a_reason_is_text(database: Settings, reason: str) -> None:
     assert _now().generation == 0
 
 
-# Each promoter keeps promoting its own two versions, by the generation that it read, until it has won twice.
+# Each promoter keeps promoting its own two versions, by the generation that it read, until it has won so often.
 PROMOTER = """
 import sys
 import orjson
 from infra.db import transaction
 from infra.errors import Conflict
 from registry import deployments
-process, wins, told = int(sys.argv[1]), [], []
+process, most, wins, told = int(sys.argv[1]), int(sys.argv[2]), [], []
 sys.stdin.readline()
-while len(wins) < 2:
+while len(wins) < most:
     with transaction() as conn:
         seen = deployments.read(conn, "m")
     number = 2 * process if seen.champion != 2 * process else 2 * process - 1
@@ -203,13 +222,13 @@ sys.stdout.buffer.write(orjson.dumps({"wins": wins, "told": told}))
 
 
 def test_of_32_racing_processes_one_wins_each_generation(database: Settings) -> None:
-    count = 32
+    count, each = 32, 7  # 224 generations
     with transaction() as conn:
         for number in range(1, 2 * count + 1):
             add_version(conn, "m", number)
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", PROMOTER, str(number)],
+            [sys.executable, "-c", PROMOTER, str(number), str(each)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
@@ -227,14 +246,14 @@ def test_of_32_racing_processes_one_wins_each_generation(database: Settings) -> 
             child.kill()
             child.communicate()
     wins = Counter(generation for one in told for generation in one["wins"])
-    assert wins == Counter(range(1, 2 * count + 1))  # every generation had one winner, none was skipped
+    assert wins == Counter(range(1, each * count + 1))  # every generation had one winner, none was skipped
     conflicts = [pair for one in told for pair in one["told"]]
     assert conflicts
     assert all(current > seen for seen, current in conflicts)  # each loser was told the generation that beat it
-    assert _now().generation == 2 * count
+    assert _now().generation == each * count
     with transaction() as conn:
         entries = deployments.history(conn, "m")
-    assert [entry.generation for entry in entries] == list(range(1, 2 * count + 1))
+    assert [entry.generation for entry in entries] == list(range(1, each * count + 1))
     assert all(before.at <= after.at for before, after in itertools.pairwise(entries))
     assert _problems() == []
 
@@ -262,6 +281,84 @@ def test_an_implicit_generation_is_the_one_read_before_waiting(database: Setting
     assert _now().champion == 1
 
 
+@pytest.fixture
+def own_server(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Restarts]:
+    """A PostgreSQL of the test's own that may be restarted, with versions 1 and 2 of a model m."""
+    cluster, port = postgres.prepare(home), ports.free()
+    server = Restarts(cluster=cluster, port=port, process=cluster.start(port, options=UNSYNCED))
+    cluster.wait(server.process, port)
+    with psycopg.connect(cluster.url(port), autocommit=True) as conn:
+        conn.execute("create database tunesmith")
+    monkeypatch.setenv("TUNESMITH_DATABASE_URL", cluster.url(port))
+    get_settings.cache_clear()
+    migrate.migrate(get_settings().database())
+    add_versions("m", "pass", "pass")
+    yield server
+    postgres.stop(server.process)
+
+
+@dataclass
+class Restarts:
+    cluster: postgres.Cluster
+    port: int
+    process: subprocess.Popen[bytes]
+
+    def restart(self) -> None:
+        """As after a crash: it ends at once, and recovers from its log."""
+        self.process.send_signal(signal.SIGQUIT)
+        self.process.wait(60)
+        self.process = self.cluster.start(self.port, options=UNSYNCED)
+        self.cluster.wait(self.process, self.port)
+
+
+class Stepping(psycopg.Connection[DictRow]):
+    """Counts its statements, and calls `at` before the one that is numbered `stop`."""
+
+    steps = 0
+    stop = -1
+    at: Callable[[], None]
+
+    def execute(self, *arguments: Any, **named: Any) -> Any:
+        if self.steps == self.stop:
+            self.at()
+        self.steps += 1
+        return super().execute(*arguments, **named)
+
+
+def test_a_database_that_restarts_between_any_two_steps_of_a_promotion(own_server: Restarts) -> None:
+    """Fault 5, step by step: before the commit nothing of it is there, and the same command again does all of it."""
+
+    def promote(number: int, stop: int, *, after_commit: bool = False) -> int:
+        with Stepping.connect(get_settings().database(), row_factory=dict_row) as conn:
+            conn.stop, conn.at = stop, own_server.restart
+            deployments.promote(conn, "m", number, **WHO)
+            if conn.steps == stop:
+                own_server.restart()  # all was written and nothing committed
+            conn.commit()
+            if after_commit:
+                own_server.restart()
+            return conn.steps
+
+    promote(1, -1)
+    steps = promote(2, -1)
+    assert steps >= 7
+    now, number = 2, 1
+    for stop in range(1, steps + 1):
+        with pytest.raises(psycopg.OperationalError):
+            promote(number, stop)
+        assert (_now().champion, _now().generation) == (3 - number, now)
+        assert _problems() == []
+        assert _do(deployments.promote, number).changed is True
+        now, number = now + 1, 3 - number
+    with suppress(psycopg.OperationalError):  # closing it
+        promote(number, -1, after_commit=True)
+    assert (_now().champion, _now().generation) == (number, now + 1)
+    assert _do(deployments.promote, number).changed is False
+    assert _problems() == []
+    with transaction() as conn:
+        assert db.one(conn, "select count(*) as n from outbox")["n"] == now + 1
+
+
 # Promotes 1 and 2 in turn for ever, saying each committed generation.
 TOGGLER = """
 import time
@@ -279,19 +376,8 @@ while True:
 """
 
 
-def test_a_database_that_dies_in_mid_promotion_leaves_old_or_new_entirely(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_database_that_dies_in_mid_promotion_leaves_old_or_new_entirely(own_server: Restarts) -> None:
     """Three immediate shutdowns under promotions: what was told as done is there, and nothing is half there."""
-    cluster, port = postgres.prepare(home), ports.free()
-    server = cluster.start(port)
-    cluster.wait(server, port)
-    with psycopg.connect(cluster.url(port), autocommit=True) as conn:
-        conn.execute("create database tunesmith")
-    monkeypatch.setenv("TUNESMITH_DATABASE_URL", cluster.url(port))
-    get_settings.cache_clear()
-    migrate.migrate(get_settings().database())
-    add_versions("m", "pass", "pass")
     child = subprocess.Popen(
         [sys.executable, "-c", TOGGLER],
         stdout=subprocess.PIPE,
@@ -304,10 +390,7 @@ def test_a_database_that_dies_in_mid_promotion_leaves_old_or_new_entirely(
         for _ in range(3):
             for _ in range(20):
                 told = int(child.stdout.readline())
-            server.send_signal(signal.SIGQUIT)  # immediate: as a crash, recovered from the log
-            server.wait(60)
-            server = cluster.start(port)
-            cluster.wait(server, port)
+            own_server.restart()
             told = max(told, int(child.stdout.readline()))
         child.kill()
         told = max([told, *(int(line) for line in child.stdout.read().split())])
@@ -321,4 +404,3 @@ def test_a_database_that_dies_in_mid_promotion_leaves_old_or_new_entirely(
     finally:
         child.kill()
         child.communicate()
-        postgres.stop(server)

@@ -148,6 +148,7 @@ def test_nobody_gets_in_without_the_right_key(stand: Stand) -> None:
     from monitoring.routes import routes
 
     values = {"{model}": "demo", "{number}": "1", "{key_id}": "abc", "{id}": "x", "{run_id}": "x", "{name}": "x"}
+    values |= {"{which}": "1", "{name:path}": "version.json"}
 
     def walk(routes: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         for route in routes:

@@ -35,7 +35,7 @@ from pipelines.tuning import memory, worker
 from pipelines.tuning.spec import StudySpec
 from pipelines.tuning.trainer import Member, PackTooLarge
 spec = StudySpec.from_json(json.loads(sys.argv[1]))
-trainer = worker._trainer(spec)
+trainer = worker.make_trainer(spec)
 def params(batch):
     return spec.space | {"per_device_train_batch_size": batch}
 def run(batch, count):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import uuid
@@ -17,6 +19,7 @@ import httpx
 import numpy as np
 import pytest
 from lora import save_base
+from mlflow import MlflowClient
 from safetensors.numpy import load_file, save_file
 
 from infra import storage
@@ -25,7 +28,7 @@ from infra.errors import Conflict, NotFound, Refused, TunesmithError, Unreachabl
 from infra.settings import Settings, get_settings
 from monitoring import watch
 from registry import bases, deployments, mlflow, versions
-from registry.exchange import export_version, import_version
+from registry.exchange import export_version, import_from_mlflow, import_version
 from registry.gates import Gate, decide
 from registry.profile import build
 from registry.statistics import mean_ci, paired_difference
@@ -223,6 +226,43 @@ def test_aliases_follow_whatever_happened_to_mlflow_meanwhile(
     assert _deliver() == 0
 
 
+# Sets the aliases of whatever waits, as the watcher does
+DELIVERER = """
+from infra.db import transaction
+from registry import mlflow
+with transaction() as conn:
+    print("begins", flush=True)
+    mlflow.deliver(conn)
+"""
+
+
+def test_who_dies_between_the_commit_and_the_alias_leaves_it_to_the_next(
+    mlflow_server: str, base: bases.Base, adapter: Path, model: str
+) -> None:
+    """Fault 7, with a process that is killed while MLflow has its request and has not answered."""
+    _register(_draft(model, base, adapter))
+    with transaction() as conn:
+        deployments.promote(conn, model, 1, **WHO)
+        assert deployments.read(conn, model).champion == 1  # what serves waits for nobody
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        env = os.environ | {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{silent.getsockname()[1]}"}
+        child = subprocess.Popen([sys.executable, "-c", DELIVERER], env=env, stdout=subprocess.PIPE)
+        try:
+            silent.settimeout(60)
+            asked, _ = silent.accept()
+            asked.recv(100)
+        finally:
+            child.kill()
+            child.communicate()
+        asked.close()
+    assert _aliases(model) == {}
+    with transaction() as conn:
+        assert one(conn, "select count(*) as n, max(attempts) as tries from outbox where done_at is null") == {
+            "n": 1, "tries": 0,
+        }  # fmt: skip
+    assert (_deliver(), _aliases(model)) == (1, {"champion": "1"})
+
+
 def test_deleting_a_serving_version_in_mlflow_stops_nothing(
     mlflow_server: str,
     base: bases.Base,
@@ -314,18 +354,18 @@ def test_a_bundle_whose_profile_cannot_be_read_is_refused(
         import_version(tmp_path / "out", f"{model}-b")
 
 
+@pytest.mark.parametrize("what", ["digest", "tokenizer_digest", "template_digest"])
 def test_a_bundle_for_another_base_is_refused_with_both_digests(
-    mlflow_server: str, base: bases.Base, adapter: Path, model: str, tmp_path: Path
+    base: bases.Base, adapter: Path, model: str, tmp_path: Path, what: str
 ) -> None:
-    version = _register(_draft(model, base, adapter))
-    export_version(version, tmp_path / "out")
+    shutil.copytree(storage.get("bundle", versions.seal(_draft(model, base, adapter))), tmp_path / "out")
     manifest = json.loads((tmp_path / "out/version.json").read_text())
-    manifest["base"]["template_digest"] = "sha256:" + "0" * 64
+    manifest["base"][what] = "sha256:" + "0" * 64
     (tmp_path / "out/version.json").write_text(json.dumps(manifest))
     with pytest.raises(Refused) as caught:
         import_version(tmp_path / "out", model)
-    assert manifest["base"]["template_digest"] in caught.value.message
-    assert base.template_digest in caught.value.message
+    assert manifest["base"][what] in caught.value.message
+    assert getattr(base, what) in caught.value.message
 
 
 def test_a_plain_adapter_is_imported_and_waits_for_its_gate(
@@ -339,6 +379,43 @@ def test_a_plain_adapter_is_imported_and_waits_for_its_gate(
     assert "tokenizer.json" not in made.parsed.files
     with pytest.raises(Refused, match="never judged"), transaction() as conn:
         deployments.promote(conn, model, made.number, **WHO)
+
+
+def test_a_version_of_another_mlflow_is_imported_as_strictly(
+    mlflow_server: str, base: bases.Base, adapter: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a staging home to this one, whose MLflow is only known by an address; and from who knows no Tunesmith."""
+    staged = _register(_draft(model, base, adapter))
+    client = MlflowClient(tracking_uri=mlflow_server, registry_uri=mlflow_server)
+    client.create_registered_model(f"Foreign {model}")
+    run = client.create_run(client.create_experiment(f"foreign {model}")).info
+    client.log_artifacts(run.run_id, str(adapter), "model/peft")
+    client.log_text(run.run_id, "x", "empty/MLmodel")
+    for folder in ("model", "empty"):
+        client.create_model_version(f"Foreign {model}", f"runs:/{run.run_id}/{folder}", run_id=run.run_id)
+    code, out = _command("import", f"models:/{model}/1", "--mlflow", mlflow_server, "--model", f"{model}-p", "--json")
+    assert (code, json.loads(out)["version"]) == (0, 1)
+    with transaction() as conn:
+        came = versions.get(conn, f"{model}-p", 1)
+        assert (came.metrics, came.gate, came.evaluation) == (staged.metrics, staged.gate, staged.evaluation)
+        assert deployments.promote(conn, f"{model}-p", 1, **WHO).changed
+    made = import_from_mlflow(mlflow_server, f"Foreign {model}", 1, f"{model}-f")
+    assert (made.method, made.base_digest, made.gate) == ("imported", base.digest, None)
+    with pytest.raises(UsageError, match="holds no PEFT adapters"):
+        import_from_mlflow(mlflow_server, f"Foreign {model}", 2, f"{model}-f")
+    with pytest.raises(NotFound):
+        import_from_mlflow(mlflow_server, f"Foreign {model}", 3, f"{model}-f")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    with pytest.raises(Unreachable, match=r"MLflow does not answer at http://127\.0\.0\.1:9 "):
+        import_from_mlflow("http://127.0.0.1:9", model, 1, f"{model}-f")
+    assert _command("import", "models:/x", "--mlflow", mlflow_server, "--model", f"{model}-p")[0] == 2
+
+
+def _command(*arguments: str) -> tuple[int, str]:
+    code = "from pipelines.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout
 
 
 @pytest.mark.parametrize("damage", ["pickle", "truncated", "nan", "ia3", "link", "code", "empty"])
@@ -375,12 +452,7 @@ def test_a_foreign_adapter_that_is_not_sound_is_refused(
 def test_the_commands_around_a_version(
     mlflow_server: str, base: bases.Base, adapter: Path, model: str, tmp_path: Path
 ) -> None:
-    def run(*arguments: str) -> tuple[int, str]:
-        code = "from pipelines.cli import main; main()"
-        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300)
-        assert "Traceback" not in done.stderr, done.stderr
-        return done.returncode, done.stdout
-
+    run = _command
     for seed, gain in ((1, 0.1), (2, 0.6)):
         _register(_draft(model, base, adapter, gain=gain, seed=seed))
     code, out = run("show", f"{model}:2", "--json")

@@ -92,6 +92,20 @@ def test_a_damaged_bundle_is_refused(tmp_path: Path, damage: Callable[[Path], No
     assert not Path("/tmp/opened-a-pickle").exists()  # noqa: S108
 
 
+def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path) -> None:
+    """Every byte of every file, a bit each."""
+    folder = tmp_path / "bundle"
+    digest = _fill(folder)
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        data = path.read_bytes()
+        for place in range(len(data)):
+            path.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
+            with pytest.raises(Refused, match=f"{path.name} has digest"):
+                bundle.verify(folder, digest)
+        path.write_bytes(data)
+    bundle.verify(folder, digest)
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_tensors_that_are_not_finite_are_refused(tmp_path: Path, dtype: Any, bad: float) -> None:

@@ -91,6 +91,18 @@ def test_yaml_numbers_and_labels_are_those_of_1_2(tmp_path: Path) -> None:
     assert config.jsonable()["retrain"]["cooldown"] == "90m"
 
 
+def test_licences_are_all_files_or_each_ones_by_name(tmp_path: Path) -> None:
+    files = "data: {train: [train.jsonl, more.csv], licence: {more.csv: CC0-1.0}}\n"
+    train = write(tmp_path, f"model: support\nbase: builtin:tiny\n{files}")
+    data = load(train).data
+    assert [data.licence_of(path) for path in data.train] == [None, "CC0-1.0"]
+    data = load(train, ["data.licence=MIT"]).data
+    assert [data.licence_of(path) for path in data.train] == ["MIT", "MIT"]
+    with pytest.raises(ConfigError) as error:
+        load(train, ["data.licence={mor.csv: MIT}"])
+    assert "did you mean 'more.csv'?" in str(error.value)
+
+
 def test_every_problem_is_told_at_once_with_its_line(tmp_path: Path) -> None:
     path = write(
         tmp_path,

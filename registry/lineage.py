@@ -1,0 +1,94 @@
+"""Where a version comes from, and where a row went: both ways through data sets, studies and bundles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from infra import storage
+from infra.db import Connection, load_queries
+from infra.errors import NotFound
+from registry import bundle, datasets, versions
+from registry.names import Ref
+
+SQL = load_queries(Path(__file__).with_suffix(".sql"))
+_HOW = {"train": "trained on it", "validation": "was chosen by it", "test": "was judged by it"}
+
+
+def of_version(conn: Connection, ref: Ref) -> dict[str, Any]:
+    """All that a version was made of, from its manifest, with what is known here of each part. Raises NotFound."""
+    found = versions.find(conn, ref)
+    manifest = found.parsed
+    training = manifest.training or {}
+    dataset = None
+    if manifest.dataset is not None:
+        row = conn.execute(SQL["dataset"], {"digest": manifest.dataset}).fetchone()
+        dataset = {"digest": manifest.dataset, "here": storage.has("dataset", manifest.dataset), **(row or {})}
+    began = training.get("init_bundle")
+    return {
+        "model": found.model,
+        "version": found.number,
+        "bundle": found.bundle_digest,
+        "base": manifest.base.model_dump(mode="json"),
+        "dataset": dataset,
+        "study": manifest.study,
+        "trial": manifest.trial,
+        "params": manifest.params,
+        "training": training or None,
+        "began_from": began and {"bundle": began, "versions": _names(conn, began)},
+        "code_version": manifest.code_version,
+        "environment": manifest.files.get(bundle.ENVIRONMENT),
+        "run_id": found.run_id,
+        "mlflow_run_id": found.mlflow_run_id,
+    }
+
+
+def environment_of(version: versions.Version) -> dict[str, Any] | None:
+    """The lock in a version's bundle; None for one that was made before bundles had it."""
+    import orjson
+
+    file = version.folder() / bundle.ENVIRONMENT
+    return dict(orjson.loads(file.read_bytes())) if bundle.ENVIRONMENT in version.parsed.files else None
+
+
+def of_row(conn: Connection, ids: Sequence[str]) -> dict[str, Any]:
+    """Who saw a row, which is known by its id, or by several if it may have been redacted: ``{"rows": [ids],
+    "datasets": [{"digest", "model", "split", "line", "id"}], "versions": [{"model", "version", "how", ...}]}``.
+
+    A version whose training began from the adapter of one that was trained on the row has seen it too.
+    """
+    places = []
+    for row in conn.execute(SQL["datasets"]).fetchall():
+        if storage.has("dataset", row["digest"]):
+            for split, line, row_id in datasets.find_rows(storage.get("dataset", row["digest"]), ids):
+                places.append({**row, "split": split, "line": line, "id": row_id})
+    order = list(_HOW)
+    splits: dict[str, str] = {}  # where one stands twice, what taught by it says most
+    for place in sorted(places, key=lambda place: -order.index(place["split"])):
+        splits[place["digest"]] = place["split"]
+    learned = [digest for digest, split in splits.items() if split == "train"]
+    seen = conn.execute(SQL["saw"], {"digests": list(splits), "learned": learned}).fetchall()
+    found = [
+        {
+            "model": row["model"],
+            "version": row["number"],
+            "how": f"began from {row['through']}" if row["through"] else _HOW[splits[row["dataset_digest"]]],
+            "dataset": row["dataset_digest"],
+            "serving": row["serving"],
+        }
+        for row in seen
+    ]
+    return {"rows": list(ids), "datasets": places, "versions": found}
+
+
+def _names(conn: Connection, digest: str) -> list[str]:
+    return [f"{row['model']}:{row['number']}" for row in conn.execute(SQL["by_bundle"], {"digest": digest})]
+
+
+def check_row_id(text: str) -> str:
+    """A row's id as data sets write it, with or without ``sha256:`` before it. Raises NotFound for what is none."""
+    row_id = text.removeprefix("sha256:").lower()[:16]
+    if len(row_id) < 16 or not set(row_id) <= set("0123456789abcdef"):
+        raise NotFound(f"{text[:80]!a} is no row.", hint="Give FILE:LINE, or a row's id of 16 hexadecimal digits.")
+    return row_id

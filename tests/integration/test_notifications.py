@@ -1,0 +1,188 @@
+"""The webhook: signed, in order, at least once; and nothing goes to where nobody outside may be (fault 22)."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from version_rows import add_versions
+
+from infra.db import one, transaction
+from infra.errors import Refused, TunesmithError, Unreachable
+from infra.settings import Settings, get_settings
+from monitoring import watch
+from registry import deployments, notifications
+
+SECRET = "a secret that both of us know"
+WHO: dict[str, Any] = {"actor": "os:t@here", "reason": "because"}
+
+
+@dataclass
+class Receiver:
+    url: str
+    statuses: list[int] = field(default_factory=list)  # what the next requests get; then 200
+    got: list[dict[str, Any]] = field(default_factory=list)
+    refused: int = 0
+
+
+@pytest.fixture
+def receiver(database: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
+    """A server that takes what is rightly signed, and two versions to promote."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            status = made.statuses.pop(0) if made.statuses else 200
+            name, at = self.headers["webhook-id"], self.headers["webhook-timestamp"]
+            right = hmac.new(SECRET.encode(), f"{name}.{at}.".encode() + body, hashlib.sha256).digest()
+            assert self.headers["webhook-signature"] == "v1," + base64.b64encode(right).decode()
+            if status == 200:
+                made.got.append(json.loads(body) | {"id": name})
+            else:
+                made.refused += 1
+            self.send_response(status)
+            self.send_header("location", made.url)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        made = Receiver(url=f"http://127.0.0.1:{server.server_address[1]}/hook?a=1")
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("TUNESMITH_WEBHOOK_URL", made.url)
+        monkeypatch.setenv("TUNESMITH_WEBHOOK_SECRET", SECRET)
+        monkeypatch.setenv("TUNESMITH_ALLOW_PRIVATE_WEBHOOKS", "true")
+        get_settings.cache_clear()
+        add_versions("m", "pass", "pass", "pass")
+        yield made
+        server.shutdown()
+
+
+def promote(number: int) -> None:
+    with transaction() as conn:
+        deployments.promote(conn, "m", number, **WHO)
+
+
+def deliver() -> int:
+    with transaction() as conn:
+        return notifications.deliver(conn)
+
+
+def again() -> None:
+    with transaction() as conn:
+        conn.execute("update notification set next_attempt_at = now()")
+
+
+def test_each_change_is_told_once_signed_and_in_order(receiver: Receiver) -> None:
+    promote(1)
+    with transaction() as conn:
+        deployments.canary(conn, "m", 2, share=0.1, **WHO)
+        deployments.stop(conn, "m", "challenger", **WHO)
+    with transaction() as conn:
+        deployments.promote(conn, "m", 3, **WHO)
+        conn.rollback()  # what never happened is never told
+    watcher = watch.Watcher("test")
+    watcher.turn()
+    watcher.notify()
+    watcher.release()
+    assert [(each["data"]["generation"], each["data"]["action"]) for each in receiver.got] == [
+        (1, "promote"), (2, "canary"), (3, "stop"),
+    ]  # fmt: skip
+    first = receiver.got[0]
+    assert (first["type"], first["id"], first["data"]["to"], first["data"]["reason"]) == (
+        "deployment.changed", "ledger-m-1", 1, "because",
+    )  # fmt: skip
+    assert receiver.got[1]["data"]["previous_hash"] == first["data"]["hash"]
+    assert deliver() == 0
+
+
+def test_what_fails_is_told_again_and_keeps_its_place(receiver: Receiver) -> None:
+    receiver.statuses = [503, 302]
+    promote(1)
+    promote(2)
+    assert (deliver(), receiver.refused) == (0, 1)  # the second waits behind the first
+    assert (deliver(), receiver.refused) == (0, 1)  # not at once
+    again()
+    assert (deliver(), receiver.refused) == (0, 2)  # a redirect is followed nowhere
+    again()
+    assert deliver() == 2
+    assert [each["data"]["generation"] for each in receiver.got] == [1, 2]
+    with transaction() as conn:
+        rows = conn.execute("select attempts, error from notification order by id").fetchall()
+        assert [(row["attempts"], row["error"]) for row in rows] == [(3, None), (1, None)]
+        conn.execute("update notification set done_at = now() - interval '40 days' where generation = 1")
+        notifications.drop_old(conn, 30)
+        assert one(conn, "select count(*) as n from notification")["n"] == 1
+
+
+def test_what_can_never_be_told_is_given_up(receiver: Receiver, caplog: pytest.LogCaptureFixture) -> None:
+    receiver.statuses = [500]
+    promote(1)
+    promote(2)
+    with transaction() as conn:
+        conn.execute("update notification set attempts = 59 where generation = 1")
+    assert deliver() == 1
+    assert "never told of m generation 1" in caplog.text
+    assert [each["data"]["generation"] for each in receiver.got] == [2]
+
+
+def test_a_crash_after_the_telling_tells_it_again_under_the_same_id(receiver: Receiver) -> None:
+    promote(1)
+    with transaction() as conn:
+        assert notifications.deliver(conn) == 1
+        conn.rollback()
+    assert deliver() == 1
+    assert [each["id"] for each in receiver.got] == ["ledger-m-1", "ledger-m-1"]
+
+
+PRIVATE = [
+    "http://127.0.0.1:9/", "http://localhost/", "http://169.254.169.254/latest/meta-data/", "http://10.0.0.1/",
+    "http://192.168.1.1/", "http://172.16.0.1/", "http://100.64.0.1/", "http://0.0.0.0/", "http://[::1]/",
+    "http://[::ffff:169.254.169.254]/", "http://[fd00:ec2::254]/", "http://[fe80::1]/", "http://[64:ff9b::a9fe:a9fe]/",
+    "http://[2002:a9fe:a9fe::1]/", "http://2130706433/", "http://0x7f.1/", "http://224.0.0.1/", "http://255.255.255.255/",
+]  # fmt: skip
+
+
+def test_private_addresses_are_refused_unless_allowed(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_ALLOW_PRIVATE_WEBHOOKS", "false")
+    get_settings.cache_clear()
+    for url in [*PRIVATE, receiver.url]:
+        with pytest.raises(TunesmithError) as told:
+            notifications.send(url, "x", {})
+        # A kernel without IPv6 does not know such addresses at all
+        assert isinstance(told.value, Refused | Unreachable), url
+        assert "private or reserved" in told.value.message or "is not known" in told.value.message, url
+    promote(1)
+    assert deliver() == 0
+    assert receiver.got == []
+    with transaction() as conn:
+        assert "private or reserved" in one(conn, "select error from notification")["error"]
+    assert all(notifications._public(text) for text in ("8.8.8.8", "2001:4860:4860::8888", "::ffff:8.8.8.8"))
+    assert not any(notifications._public(text) for text in ("::ffff:10.0.0.1", "64:ff9b::a9fe:a9fe", "fe80::1%eth0"))
+
+
+def test_without_a_webhook_nobody_is_told(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TUNESMITH_WEBHOOK_URL")
+    get_settings.cache_clear()
+    promote(1)
+    assert deliver() == 0
+    monkeypatch.setenv("TUNESMITH_WEBHOOK_URL", receiver.url)
+    get_settings.cache_clear()
+    promote(2)
+    assert deliver() == 1
+    assert [each["data"]["generation"] for each in receiver.got] == [2]
+
+
+def test_a_secret_may_be_base64() -> None:
+    key = base64.b64encode(b"k" * 24).decode()
+    assert notifications.signature(f"whsec_{key}", "n", "1", b"{}") == notifications.signature(
+        "k" * 24, "n", "1", b"{}"
+    )
