@@ -35,6 +35,7 @@ from pipelines.config_file import Problem, Source
 from pipelines.config_space import Space, did_you_mean, refused
 from pipelines.evaluation.catalogue import DEFAULT, METRICS, SUITES, suite_of
 from pipelines.tuning.objectives import MEASURES
+from registry.gates import CONTAMINATION
 from registry.names import MODEL_NAME
 
 BUILTIN_BASES = ("builtin:smollm2-135m", "builtin:tiny")
@@ -251,8 +252,8 @@ class Gate(Section):
     @field_validator("metric")
     @classmethod
     def _metric(cls, value: str) -> str:
-        if value not in METRICS:
-            raise ValueError(f"{value!r} is no metric; {did_you_mean(value, METRICS)}")
+        if value not in METRICS and value != CONTAMINATION:
+            raise ValueError(f"{value!r} is no metric; {did_you_mean(value, [*METRICS, CONTAMINATION])}")
         return value
 
     @field_validator("slice")
@@ -264,6 +265,10 @@ class Gate(Section):
 
     @model_validator(mode="after")
     def _whole(self) -> Gate:
+        if self.metric == CONTAMINATION and (self.must != "at_most" or self.slice or self.min_rows):
+            raise ValueError(
+                "contamination is a number of rows; write {metric: contamination, must: at_most, value: 5}"
+            )
         if self.must in ("at_most", "at_least"):
             if self.value is None:
                 raise ValueError(f"{self.must} needs a limit; add value: 0.8, say")
@@ -363,7 +368,9 @@ class PipelineConfig(Section):
     def _measured(cls, value: tuple[Gate, ...], info: ValidationInfo) -> tuple[Gate, ...]:
         evaluation: Evaluation | None = info.data.get("evaluation")  # None when it has problems of its own
         for gate in value:
-            if evaluation is not None and (suite := suite_of(gate.metric)) not in evaluation.suites:
+            if evaluation is None or gate.metric == CONTAMINATION:
+                continue
+            if (suite := suite_of(gate.metric)) not in evaluation.suites:
                 raise ValueError(f"{gate.metric} is measured by the suite {suite}; add it to evaluation.suites")
         return value
 

@@ -271,6 +271,7 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
     """
 
     def work() -> dict[str, Any]:
+        from pipelines.data import contamination
         from pipelines.evaluation import report as pages
         from pipelines.evaluation.judgement import evaluate as judge
 
@@ -291,9 +292,10 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
             seed=config.evaluation.seed,
             progress=_progress(run, "evaluate"),
         )
+        evaluation = judged.evaluation | {"contamination": contamination.of_dataset(dataset)}
         decision = gates.decide(
             [gates.Gate(**gate.model_dump()) for gate in config.gates],
-            judged.evaluation,
+            evaluation,
             on_underpowered=config.on_underpowered,
             first=plan.champion is None,
         )
@@ -309,15 +311,15 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
                 study=best["study"],
                 trial=best["trial"],
                 params=best["params"],
-                evaluation=judged.evaluation,
+                evaluation=evaluation,
                 decision=decision,
                 profile=_profile(config, base, dataset, judged).to_json(),
-                report_html=pages.render(config.model, judged.evaluation, decision.to_json()),
+                report_html=pages.render(config.model, evaluation, decision.to_json()),
             )
         )
         report("evaluate", f"gate {decision.decision}", 1, 1)
         number = plan.champion.number if plan.champion else None
-        return {"bundle": digest, "evaluation": judged.evaluation, "gate": decision.to_json(), "champion": number}
+        return {"bundle": digest, "evaluation": evaluation, "gate": decision.to_json(), "champion": number}
 
     return run.stage("evaluate", work)
 
@@ -434,10 +436,13 @@ def _promote(plan: Plan, version: versions.Version, judged: dict[str, Any]) -> t
 
 def evaluate_again(name: str, suites: Sequence[str] = ()) -> dict[str, Any]:
     """The evaluation of a registered version on the test rows it was judged on, beside its base and, if it is another
-    version of the same base, the champion. Nothing is changed.
+    version of the same base, the champion, and what the gate says that is always there. Nothing is changed::
+
+        {"evaluation": ..., "gate": the contamination's entry of a gate decision}
 
     Raises NotFound for no such version, UsageError when its data set is not here or a suite is not known.
     """
+    from pipelines.data import contamination
     from pipelines.evaluation.judgement import evaluate as judge
 
     wanted = tuple(suites) or DEFAULT
@@ -453,7 +458,7 @@ def evaluate_again(name: str, suites: Sequence[str] = ()) -> dict[str, Any]:
     sample = {key: made["evaluation"][key] for key in ("limit", "seed")} if made else {}
     champion = _champion(model)
     beside = champion is not None and champion.number != number and champion.base_digest == version.base_digest
-    return judge(
+    evaluation = judge(
         base=bases.load(version.base_digest),
         candidate=version.adapter(),
         champion=champion.adapter() if champion is not None and beside else None,
@@ -464,4 +469,7 @@ def evaluate_again(name: str, suites: Sequence[str] = ()) -> dict[str, Any]:
         names=wanted,
         **sample,
         progress=partial(report, "evaluate"),
-    ).evaluation
+    ).evaluation | {"contamination": contamination.of_dataset(dataset)}
+    policy = [gates.Gate(**gate) for gate in (made or {}).get("gates") or () if gate["metric"] == gates.CONTAMINATION]
+    decision = gates.decide(policy, evaluation, on_underpowered="refuse", first=champion is None)
+    return {"evaluation": evaluation, "gate": decision.gates[0]}

@@ -12,6 +12,8 @@ from registry.statistics import Estimate, deviation_of, rows_needed
 Outcome = Literal["pass", "fail", "underpowered"]
 Must = Literal["not_worse", "better", "at_most", "at_least"]
 
+# How many of the rows to learn from stood in rows that judge: always looked at, in rows, 0 unless a gate allows more.
+CONTAMINATION = "contamination"
 # A limit on time, rate or money is a limit on the figure itself; see `decide`.
 _OPERATIONAL = ("_ms", "_seconds", "_per_second", "_usd")
 
@@ -59,11 +61,17 @@ def decide(
       nothing can be compared: fail.
     - A metric that was not measured fails. A slice in which there are no rows, and a metric of which the evaluation
       says that there is nothing to measure, are said so and do not count.
-    - An empty policy passes.
+    - Contamination (``evaluation["contamination"]``, of pipelines/data/contamination.py) is judged whatever the policy:
+      no row may have stood in rows that judge, or no more than a gate ``{metric: contamination, must: at_most}`` says.
+      A version that was not trained here has none.
+    - An empty policy passes, but for that.
 
     With `on_underpowered` "ask", the reasons say that a person may decide; the decision is the same.
     """
-    judged = [_judge(gate, evaluation, first) for gate in gates]
+    judged = [_judge(gate, evaluation, first) for gate in gates if gate.metric != CONTAMINATION]
+    if (found := evaluation.get("contamination")) is not None:
+        own = [gate for gate in gates if gate.metric == CONTAMINATION]
+        judged += [_clean(gate, found) for gate in own or [Gate(metric=CONTAMINATION, must="at_most", value=0)]]
     outcomes = {entry["decision"] for entry in judged}
     decision: Outcome = "fail" if "fail" in outcomes else "underpowered" if "underpowered" in outcomes else "pass"
     reasons = [str(entry["reason"]) for entry in judged]
@@ -102,6 +110,19 @@ def _judge(gate: Gate, evaluation: Mapping[str, Any], first: bool) -> dict[str, 
         return say("fail", f"{name}: was not measured against the {against}")
     estimate = Estimate.from_json(compared)
     return say(*_difference(gate, f"{name} against {against}", estimate))
+
+
+def _clean(gate: Gate, found: Mapping[str, Any]) -> dict[str, Any]:
+    allowed = gate.value or 0
+    text = (
+        f"{CONTAMINATION}: {found['rows'] or 'none'} of {found['of']} rows to learn from also stood in rows that judge"
+    )
+    if found["rows"]:
+        named = [f"{one['row']} {one['how']} in {one['stands_in']}" for one in found["examples"]]
+        more = "" if len(named) == found["rows"] else f", and {found['rows'] - len(named)} more"
+        text += f", at most {allowed:g} may: {', '.join(named)}{more}. Take them out of the file"
+    decision: Outcome = "pass" if found["rows"] <= allowed else "fail"
+    return {**asdict(gate), "decision": decision, "reason": text, "estimate": None, **found}
 
 
 def _difference(gate: Gate, name: str, estimate: Estimate) -> tuple[Outcome, str, Estimate]:

@@ -106,6 +106,24 @@ def test_too_few_rows_and_nothing_to_measure_are_told_from_a_failure() -> None:
     assert decide([gate], absent, on_underpowered="refuse", first=False).decision == "fail"
 
 
+def test_contamination_is_judged_whatever_the_policy_and_names_rows() -> None:
+    leak = {"row": "train.jsonl:7", "stands_in": "test.jsonl:2", "how": "nearly"}
+    found = {"metrics": {}, "slices": {}, "contamination": {"rows": 3, "of": 90, "examples": [leak]}}
+    told = decide([], found, on_underpowered="refuse", first=True)
+    assert told.decision == "fail"
+    assert told.gates[0]["examples"] == [leak]
+    assert told.reasons == [
+        "contamination: 3 of 90 rows to learn from also stood in rows that judge, at most 0 may: "
+        "train.jsonl:7 nearly in test.jsonl:2, and 2 more. Take them out of the file"
+    ]
+    for value, decision in ((2, "fail"), (3, "pass")):
+        own = Gate(metric="contamination", must="at_most", value=value)
+        allowed = decide([own], found, on_underpowered="refuse", first=True)
+        assert (allowed.decision, len(allowed.gates)) == (decision, 1)
+    clean = found | {"contamination": {"rows": 0, "of": 90, "examples": []}}
+    assert decide([], clean, on_underpowered="refuse", first=True).gates[0]["decision"] == "pass"
+
+
 def test_underpowered_names_the_rows_that_would_do() -> None:
     gate = Gate(metric="m", must="not_worse", margin=0.03, against="base")
     decision = _decide(gate, vs_base=_estimate(0.0, -0.05, 0.05, n=200))
