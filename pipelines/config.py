@@ -58,6 +58,10 @@ def _path(value: Any, info: ValidationInfo) -> Path:
     return Path((info.context or {}).get("folder", Path.cwd()), Path(value).expanduser()).absolute()
 
 
+def _count(value: Any) -> Any:
+    return value["count"] if isinstance(value, dict) and value.keys() == {"count"} else value
+
+
 def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str | Path) else value
 
@@ -350,6 +354,7 @@ class PipelineConfig(Section):
         Gate(metric="loss", against="champion", must="not_worse", margin=0.05),
     )
     on_underpowered: Literal["refuse", "ask"] = "refuse"
+    approvals: Annotated[int, BeforeValidator(_count), Field(ge=0, le=100)] = 0
     promote: Literal["when_gates_pass", "manual"] = "when_gates_pass"
     retrain: Retrain | None = None
     monitoring: Monitoring = Monitoring()

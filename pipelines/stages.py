@@ -11,7 +11,7 @@ import logging
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from pipelines import config as configs
 from pipelines import runs, schedules
 from pipelines.evaluation.catalogue import DEFAULT, SUITES
 from pipelines.progress import report
-from registry import bases, datasets, deployments, gates, leases, mlflow, profile, studies, versions
+from registry import approvals, bases, datasets, deployments, gates, leases, mlflow, profile, studies, versions
 from registry.bundle import Generation
 from registry.datasets import Row
 
@@ -299,6 +299,7 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
             on_underpowered=config.on_underpowered,
             first=plan.champion is None,
         )
+        decision = replace(decision, approvals=config.approvals, author=deployments.actor_here())
         digest = versions.seal(
             versions.VersionDraft(
                 model=config.model,
@@ -420,6 +421,9 @@ def _promote(plan: Plan, version: versions.Version, judged: dict[str, Any]) -> t
     if gate["decision"] != "pass":
         return False, f"the gate's decision is {gate['decision']}"
     with transaction() as conn:
+        agreed = approvals.of(conn, version.model, version.number)
+        if agreed.missing:
+            return False, f"{agreed.outstanding()}; then `tunesmith promote {version.name} --reason TEXT`"
         now = deployments.read(conn, version.model)
         if now.champion not in (judged["champion"], version.number):
             return False, f"version {now.champion} became the champion meanwhile, and was not compared with"

@@ -1,5 +1,5 @@
-"""Commands on versions: models, versions, show, compare, verify, import, export, promote, rollback, canary, shadow,
-history."""
+"""Commands on versions: models, versions, show, compare, verify, import, export, approve, promote, rollback, canary,
+shadow, history."""
 
 from __future__ import annotations
 
@@ -74,11 +74,12 @@ def versions(model: str, as_json: bool) -> None:
 @json_option
 def show(version: str, as_json: bool) -> None:
     """Show one version: MODEL:N, MODEL@SLOT, or MODEL for its champion."""
-    from registry import mlflow
+    from registry import approvals, mlflow
     from registry import versions as owner
 
     with transaction() as conn:
         found = owner.find(conn, parse_ref(version))
+        agreed = approvals.of(conn, found.model, found.number)
         serving = deployments.read(conn, found.model).slot_of(found.number)
         evaluation, gate = owner.evidence(conn, found.evaluation), owner.evidence(conn, found.gate)
     try:
@@ -105,6 +106,7 @@ def show(version: str, as_json: bool) -> None:
         "mlflow_url": page,
         "metrics": found.metrics,
         "gate": gate and {"decision": gate["decision"], "reasons": gate["reasons"], "evidence": found.gate},
+        "approvals": agreed.to_json(),
         "evaluation": evaluation and {k: evaluation[k] for k in ("metrics", "slices", "rows") if k in evaluation},
     }
     if as_json:
@@ -115,7 +117,7 @@ def show(version: str, as_json: bool) -> None:
     flat |= {"gate": gate["decision"] if gate else "never judged"}
     for name in ("generation", "params"):
         flat[name] = ", ".join(f"{key} {value}" for key, value in facts[name].items())
-    for name in ("metrics", "evaluation"):
+    for name in ("metrics", "evaluation", "approvals"):
         del flat[name]
     _table(("", found.name), [[key, value] for key, value in flat.items() if value is not None])
     if evaluation:
@@ -124,6 +126,11 @@ def show(version: str, as_json: bool) -> None:
         _table((f"on {evaluation['rows']} test rows", *(c.replace("_", " ") for c in columns)), rows)
     for reason in gate["reasons"] if gate else []:
         out.print(safe(f"gate: {reason}"), markup=False)
+    for given in agreed.given:
+        line = f"approved by {given.actor} ({given.role}) at {_time(given.at)}: {given.reason}"
+        out.print(safe(line), markup=False)
+    if agreed.missing:
+        out.print(safe(f"not to be promoted yet: {agreed.outstanding()}"), markup=False)
 
 
 _TIMED = ("p95_latency_ms", "tokens_per_second")
@@ -242,6 +249,25 @@ def promote(version: str, reason: str, expect_generation: int | None, force: boo
             force=force,
         )
     _told(change, f"{model}:{number} serves", as_json)
+
+
+@click.command()
+@click.argument("version")
+@click.option("--reason", required=True, help="Why; it stays on the record.")
+@json_option
+def approve(version: str, reason: str, as_json: bool) -> None:
+    """Agree that MODEL:N may serve, where its pipeline asks for approvals. Exit 3: you are its author."""
+    from registry import approvals
+
+    model, number = parse_version(version)
+    with transaction() as conn:  # who reaches the database is an admin
+        new, now = approvals.approve(conn, model, number, actor=deployments.actor_here(), role="admin", reason=reason)
+    if as_json:
+        print_json({"model": model, "version": number, "changed": new, **now.to_json()})
+        return
+    already = "" if new else " already"
+    rest = f"; {now.missing} of {now.needed} missing" if now.missing else f", {now.needed} needed"
+    out.print(f"You approved of {model}:{number}{already} ({len(now.given)} given{rest}).", markup=False)
 
 
 @click.command()

@@ -34,11 +34,14 @@ class Gate:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """`gates` holds each gate with its own decision, reason and the estimate it was judged by."""
+    """`gates` holds each gate with its own decision, reason and the estimate it was judged by. `approvals`: how many
+    people other than the `author` must approve of the version before it serves; see registry/approvals.py."""
 
     decision: Outcome
     reasons: list[str]
     gates: list[dict[str, Any]] = field(default_factory=list)
+    approvals: int = 0
+    author: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -20,13 +20,24 @@ from infra.db import Connection, load_queries, transaction
 from infra.errors import NotFound, Refused, TunesmithError
 from registry import bundle, card, deployments, mlflow
 from registry.bundle import BaseIdentity, Generation, Manifest, Prompt, canonical_json
+from registry.evidence import evidence, keep_evidence
 from registry.gates import Decision
 from registry.names import MODEL_NAME, Ref, check_model_name, parse_ref, parse_version
 
 if TYPE_CHECKING:
     from registry.bases import Base
 
-__all__ = ["MODEL_NAME", "Ref", "Version", "VersionDraft", "check_model_name", "parse_ref", "parse_version"]
+__all__ = [
+    "MODEL_NAME",
+    "Ref",
+    "Version",
+    "VersionDraft",
+    "check_model_name",
+    "evidence",
+    "keep_evidence",
+    "parse_ref",
+    "parse_version",
+]
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
 
@@ -251,26 +262,6 @@ def list_models(conn: Connection) -> list[dict[str, Any]]:
     """Models with a version, by name: model, created_at, generation, champion, challenger, challenger_share, shadow,
     versions. A run that was refused leaves a model without one."""
     return list(conn.execute(SQL["models"]))
-
-
-def evidence(conn: Connection, digest: str | None) -> dict[str, Any] | None:
-    """The kept evaluation or gate decision of a digest; None for None. Raises NotFound."""
-    if digest is None:
-        return None
-    row = conn.execute(SQL["evidence"], {"digest": digest}).fetchone()
-    if row is None:
-        raise NotFound(f"There is no evidence {digest}.")
-    return dict(row["body"])
-
-
-def keep_evidence(conn: Connection, kind: str, body: Mapping[str, Any]) -> str:
-    """Keep evidence for ever and return its digest, which is that of its canonical JSON."""
-    import orjson
-
-    text = canonical_json(dict(body))
-    digest = storage.text_digest(text)
-    conn.execute(SQL["keep_evidence"], {"digest": digest, "kind": kind, "body": Jsonb(orjson.loads(text))})
-    return digest
 
 
 def headline(evaluation: Mapping[str, Any] | None) -> dict[str, float | None]:

@@ -1,9 +1,6 @@
 -- name: ensure_model
 insert into model (name) values (%(model)s) on conflict (name) do nothing
 
--- name: keep_evidence
-insert into evidence (digest, kind, body) values (%(digest)s, %(kind)s, %(body)s) on conflict (digest) do nothing
-
 -- name: insert
 insert into version (model, number, bundle_digest, base_digest, dataset_digest, method, study, run_id, mlflow_run_id,
                      mlflow_model_id, manifest, metrics, evaluation, gate, profile)
@@ -27,9 +24,6 @@ select v.model, v.number, v.created_at, v.bundle_digest, v.base_digest, v.datase
        v.manifest -> 'base' ->> 'id' as base, v.metrics, g.body ->> 'decision' as decision
 from version v left join evidence g on g.digest = v.gate
 where v.model = %(model)s order by v.number
-
--- name: evidence
-select body from evidence where digest = %(digest)s
 
 -- name: models
 select m.name as model, m.created_at, coalesce(d.generation, 0) as generation, d.champion, d.challenger,

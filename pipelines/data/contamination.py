@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipelines.data.dedup import Alike
-from registry.datasets import Dataset, Split
+from registry.datasets import SPLITS, Dataset, Row, Split
 
 _EXAMPLES = 10
 _RANK: Mapping[Split | None, int] = {"test": 2, "validation": 1, "train": 0, None: 0}
@@ -67,8 +67,10 @@ def of_dataset(dataset: Dataset) -> Record:
     """What was found when a data set was made; of one that was made without looking, what is in it now."""
     if dataset.contamination is not None:
         return dict(dataset.contamination)
-    rows, names, places = [], [], []
-    for split in ("test", "validation", "train"):
+    rows: list[Row] = []
+    names: list[str] = []
+    places: list[Split] = []
+    for split in reversed(SPLITS):
         for line, row in enumerate(dataset.rows(split), start=1):
             rows.append(row)
             names.append(f"{split}.jsonl:{line} of the data set")

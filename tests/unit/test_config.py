@@ -174,6 +174,20 @@ def test_a_file_that_blows_up_or_refers_to_itself_is_refused(tmp_path: Path) -> 
         load(write(tmp_path, "model: &m [*m]\n"))
 
 
+def test_approvals_are_a_number_or_a_count(tmp_path: Path) -> None:
+    text = "model: m\nbase: builtin:tiny\ndata: {train: train.jsonl}\n"
+    path = tmp_path / "p.yaml"
+    for written, number in (("", 0), ("approvals: 2\n", 2), ("approvals: {count: 3}\n", 3)):
+        path.write_text(text + written)
+        config = load(path)
+        assert config.approvals == number
+        assert config.jsonable()["approvals"] == number
+    for wrong in ("-1", "{count: two}", "{people: 2}", "yes"):
+        path.write_text(f"{text}approvals: {wrong}\n")
+        with pytest.raises(ConfigError, match=r"p\.yaml:4: approvals"):
+            load(path)
+
+
 def test_a_tag_makes_no_object(tmp_path: Path) -> None:
     target = tmp_path / "made"
     with pytest.raises(ConfigError):
