@@ -225,9 +225,11 @@ class Tuning(Section):
 
 
 class Evaluation(Section):
-    """The judgement on test rows. `limit` bounds how many of them are answered (a seeded sample)."""
+    """The judgement on test rows. `limit` bounds how many of them are answered (a seeded sample). The suites of
+    `required` must have measured something, or the version is not promoted."""
 
     suites: tuple[str, ...] = DEFAULT
+    required: tuple[str, ...] = ()
     limit: int = Field(default=200, ge=1, le=1_000_000)
     seed: int = Field(default=0, ge=0, lt=2**31)
 
@@ -239,6 +241,16 @@ class Evaluation(Section):
                 raise ValueError(f"{name!r} is no suite; {did_you_mean(name, SUITES)}")
         if "quality" not in value:
             raise ValueError("has no suite that judges answers; add quality")
+        return tuple(dict.fromkeys(value))
+
+    @field_validator("required")
+    @classmethod
+    def _runs(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        for name in value:
+            if name not in SUITES:
+                raise ValueError(f"{name!r} is no suite; {did_you_mean(name, SUITES)}")
+            if name not in info.data.get("suites", SUITES):
+                raise ValueError(f"{name} does not run; add it to suites")
         return tuple(dict.fromkeys(value))
 
 

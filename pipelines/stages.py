@@ -298,6 +298,7 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
             evaluation,
             on_underpowered=config.on_underpowered,
             first=plan.champion is None,
+            required={name: SUITES[name] for name in config.evaluation.required},
         )
         decision = replace(decision, approvals=config.approvals, author=deployments.actor_here())
         digest = versions.seal(
