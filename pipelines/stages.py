@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,8 +21,10 @@ from psycopg.types.json import Jsonb
 from infra import storage
 from infra.db import transaction
 from infra.errors import NotFound, TunesmithError, UsageError
+from infra.settings import get_settings
 from pipelines import config as configs
 from pipelines import runs, schedules
+from pipelines.config_space import largest_rank
 from pipelines.evaluation.catalogue import DEFAULT, SUITES
 from pipelines.progress import report
 from registry import approvals, bases, datasets, deployments, gates, leases, mlflow, profile, studies, versions
@@ -220,10 +222,21 @@ def search(plan: Plan, run: runs.Run, data: dict[str, Any]) -> dict[str, Any]:
             init_bundle=_init_bundle(plan, data),
             warm_start=_warm_start(plan, run),
         )
+        _check_ranks(spec.space)
         best = run_search(spec, progress=_progress(run, "search"), mlflow_parent=run.mlflow_run_id)
         return best.to_json() | {"importances": _draw(run)}
 
     return run.stage("search", work)
+
+
+def _check_ranks(space: Mapping[str, Any]) -> None:
+    """Raises UsageError for a space with adapters that no engine here could serve: better now than after the search."""
+    highest, most = largest_rank(space), get_settings().max_lora_rank
+    if highest > most:
+        raise UsageError(
+            f"tuning.space has adapters of rank {highest} (PiSSA's is doubled), and engines here serve {most} at most.",
+            hint="Lower r in the file, or raise TUNESMITH_MAX_LORA_RANK and the engines' own limit.",
+        )
 
 
 def _draw(run: runs.Run) -> dict[str, float]:
@@ -273,11 +286,13 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
     def work() -> dict[str, Any]:
         from pipelines.data import contamination
         from pipelines.evaluation import report as pages
+        from pipelines.evaluation import servability
         from pipelines.evaluation.judgement import evaluate as judge
 
         config, base = plan.config, bases.load(data["base"])
         dataset = datasets.open_dataset(data["dataset"])
         adapter = Path(best["adapter"])
+        served = servability.check(base, adapter, best["params"], dataset.rows("validation"), config.prompt.system)
         champion = plan.champion if plan.champion and plan.champion.base_digest == base.digest else None
         judged = judge(
             base=base,
@@ -292,7 +307,7 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
             seed=config.evaluation.seed,
             progress=_progress(run, "evaluate"),
         )
-        evaluation = judged.evaluation | {"contamination": contamination.of_dataset(dataset)}
+        evaluation = judged.evaluation | {"contamination": contamination.of_dataset(dataset), "servability": served}
         decision = gates.decide(
             [gates.Gate(**gate.model_dump()) for gate in config.gates],
             evaluation,

@@ -214,7 +214,7 @@ def import_(path: Path, model: str, base: str | None, as_json: bool) -> None:
 @click.argument("path", type=click.Path(path_type=Path))
 @json_option
 def export(version: str, path: Path, as_json: bool) -> None:
-    """Write a version's files to a new folder; its adapter/ loads in PEFT and vLLM as it is."""
+    """Write a version's files to a new folder; its adapter/ loads in PEFT and vLLM as it is (DoRA in PEFT alone)."""
     from registry import versions as owner
     from registry.exchange import export_version
 

@@ -18,7 +18,7 @@ from psycopg.types.json import Jsonb
 from infra import storage
 from infra.db import Connection, load_queries, transaction
 from infra.errors import NotFound, Refused, TunesmithError
-from registry import bundle, card, deployments, mlflow
+from registry import bundle, card, deployments, mlflow, servable
 from registry.bundle import BaseIdentity, Generation, Manifest, Prompt, canonical_json
 from registry.evidence import evidence, keep_evidence
 from registry.gates import Decision
@@ -157,7 +157,8 @@ def register(
     version that MLflow already has is taken up. `mlflow_run_id` is the run that made it; one is made when it is None.
     `guard` is called in each transaction, to refuse a run that lost its lease.
 
-    Raises NotFound for no such bundle, Refused when it is not what was sealed, Unreachable without MLflow.
+    Raises NotFound for no such bundle, Refused when it is not what was sealed or no engine could serve it, Unreachable
+    without MLflow.
     """
     folder = storage.get("bundle", digest)
     manifest = bundle.verify(folder, digest)
@@ -168,6 +169,8 @@ def register(
         found = conn.execute(SQL["by_run"], {"model": model, "run_id": run_id}).fetchone()
     if found is not None:
         return Version(**found)
+    if manifest.has_adapter:
+        servable.check(folder / "adapter", storage.get("base", manifest.base.digest))
     evaluation = _json(folder / "evaluation.json")
     gate = evaluation.pop("gate", None) if evaluation else None
     metrics = headline(evaluation)

@@ -455,3 +455,22 @@ def test_reading_a_pipeline_file_imports_nothing_heavy() -> None:
     code += f"print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("evaluation: {required: [privacy]}", r"evaluation\.required: privacy does not run; add it to suites"),
+        ("evaluation: {required: [privcy]}", r"evaluation\.required: 'privcy' is no suite; did you mean 'privacy'"),
+        ("gates: [{metric: contamination, must: better, against: base}]", "contamination is a number of rows"),
+        ("gates: [{metric: contamination, must: at_most}]", "at_most needs a limit"),
+    ],
+)
+def test_what_a_policy_demands_must_make_sense(tmp_path: Path, more: str, words: str) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(f"model: m\nbase: builtin:tiny\ndata: {{train: train.jsonl}}\n{more}\n")
+    with pytest.raises(ConfigError, match=words):
+        load(path)
+    right = "evaluation: {suites: [quality, privacy], required: [privacy]}\n"
+    path.write_text(f"model: m\nbase: builtin:tiny\ndata: {{train: train.jsonl}}\n{right}")
+    assert load(path).evaluation.required == ("privacy",)
