@@ -25,7 +25,7 @@ from deploy.auth import Identity, Needed, Role, check_force, require
 from deploy.errors import crashed, explain, json_response
 from infra.db import transaction
 from infra.errors import NotFound, TunesmithError, UsageError
-from registry import bundle, deployments, lineage, verification, versions, views
+from registry import approvals, bundle, deployments, lineage, verification, versions, views
 from registry.deployments import Change
 from registry.names import Ref, parse_ref, parse_version
 
@@ -51,6 +51,10 @@ class Promotion(_Body):
     reason: Reason
     expect_generation: Generation = None
     force: bool = Field(default=False, description="override the gate, on the record; needs the admin role")
+
+
+class Approving(_Body):
+    reason: Annotated[str, Field(min_length=1, max_length=2000, description="why; it stays on the record")]
 
 
 class Rollback(_Body):
@@ -259,6 +263,12 @@ def _changes(app: FastAPI) -> None:
                 force=body.force,
             )
         )
+
+    @app.post("/models/{model}/versions/{number}/approve", summary="Agree, as one person, that a version may serve")
+    def approve(model: str, number: int, body: Approving, who: Operator) -> Response:
+        with transaction() as conn:
+            new, now = approvals.approve(conn, model, number, actor=who.actor, role=who.role, reason=body.reason)
+        return json_response({"model": model, "version": number, "changed": new, **now.to_json()})
 
     @app.post("/models/{model}/rollback", summary="Take the last promotion back")
     def rollback(model: str, body: Rollback, who: Operator) -> Response:

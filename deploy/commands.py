@@ -84,6 +84,8 @@ def engine(base: str, port: int, host: str, url: str | None, rows: int) -> None:
     """One base and its adapters, one process, until interrupted."""
     from deploy.engine import Limits, run
     from infra import log
+    from infra.settings import get_settings
 
     log.setup()
-    run(base, host=host, port=port, url=url, limits=Limits(rows=rows))
+    limits = Limits(rows=rows, adapter_rank=get_settings().max_lora_rank)
+    run(base, host=host, port=port, url=url, limits=limits)

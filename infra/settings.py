@@ -103,6 +103,9 @@ class Settings(BaseSettings):
     search_workers: int = Field(default=0, ge=0, description="0: one a GPU, else one a core")
     worker_memory_gb: float | None = Field(default=None, gt=0, description="unset: an equal part of 80 %")
     max_engines: int = Field(default=2, ge=1)
+    max_lora_rank: int = Field(
+        default=256, ge=1, le=256, description="as vLLM's --max-lora-rank; no higher one is served"
+    )
     machine_usd_per_hour: float = Field(default=0.10, ge=0, description="price of one machine for cost per second")
     event_retention_days: int = Field(default=30, ge=1)
 

@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("registry.commands:verify", "Check a version's files and the ledger's chain."),
     "import": ("registry.commands:import_", "Bring in a version made elsewhere."),
     "export": ("registry.commands:export", "Write a version to a folder."),
+    "approve": ("registry.commands:approve", "Agree that a version may serve."),
     "promote": ("registry.commands:promote", "Make a version serve."),
     "rollback": ("registry.commands:rollback", "Take the last promotion back."),
     "canary": ("registry.commands:canary", "Give a version a share of the traffic."),

@@ -363,13 +363,17 @@ def study_clone_trial(name: str, trial: int, settings: tuple[str, ...], as_json:
 @click.option("--suite", "suites", multiple=True, help="A suite, such as quality; may be given more than once.")
 @json_option
 def evaluate(version: str, suites: tuple[str, ...], as_json: bool) -> None:
-    """Judge a registered version again, on the test rows of its data set, against its base and the champion."""
+    """Judge a registered version again, on the test rows of its data set, against its base and the champion. Exit 3:
+    rows that it learned from also stand in rows that judge."""
     from pipelines import stages
     from pipelines.progress import shown
 
     with shown():
-        evaluation = stages.evaluate_again(version, suites)
+        found = stages.evaluate_again(version, suites)
     if as_json:
-        print_json({"version": version, "evaluation": evaluation})
+        print_json({"version": version, **found})
     else:
-        _evaluation_table(version, evaluation)
+        _evaluation_table(version, found["evaluation"])
+        out.print(safe(found["gate"]["reason"]), markup=False)
+    if found["gate"]["decision"] != "pass":
+        raise click.exceptions.Exit(Refused.exit_code)

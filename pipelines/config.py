@@ -35,6 +35,7 @@ from pipelines.config_file import Problem, Source
 from pipelines.config_space import Space, did_you_mean, refused
 from pipelines.evaluation.catalogue import DEFAULT, METRICS, SUITES, suite_of
 from pipelines.tuning.objectives import MEASURES
+from registry.gates import CONTAMINATION
 from registry.names import MODEL_NAME
 
 BUILTIN_BASES = ("builtin:smollm2-135m", "builtin:tiny")
@@ -55,6 +56,10 @@ def _path(value: Any, info: ValidationInfo) -> Path:
     if Path(value).suffix.lower() not in (".jsonl", ".ndjson", ".csv"):
         raise ValueError(f"{value} is neither .jsonl nor .csv; export the rows to a JSONL file")
     return Path((info.context or {}).get("folder", Path.cwd()), Path(value).expanduser()).absolute()
+
+
+def _count(value: Any) -> Any:
+    return value["count"] if isinstance(value, dict) and value.keys() == {"count"} else value
 
 
 def _listed(value: Any) -> Any:
@@ -237,9 +242,11 @@ class Tuning(Section):
 
 
 class Evaluation(Section):
-    """The judgement on test rows. `limit` bounds how many of them are answered (a seeded sample)."""
+    """The judgement on test rows. `limit` bounds how many of them are answered (a seeded sample). The suites of
+    `required` must have measured something, or the version is not promoted."""
 
     suites: tuple[str, ...] = DEFAULT
+    required: tuple[str, ...] = ()
     limit: int = Field(default=200, ge=1, le=1_000_000)
     seed: int = Field(default=0, ge=0, lt=2**31)
 
@@ -251,6 +258,16 @@ class Evaluation(Section):
                 raise ValueError(f"{name!r} is no suite; {did_you_mean(name, SUITES)}")
         if "quality" not in value:
             raise ValueError("has no suite that judges answers; add quality")
+        return tuple(dict.fromkeys(value))
+
+    @field_validator("required")
+    @classmethod
+    def _runs(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        for name in value:
+            if name not in SUITES:
+                raise ValueError(f"{name!r} is no suite; {did_you_mean(name, SUITES)}")
+            if name not in info.data.get("suites", SUITES):
+                raise ValueError(f"{name} does not run; add it to suites")
         return tuple(dict.fromkeys(value))
 
 
@@ -268,8 +285,8 @@ class Gate(Section):
     @field_validator("metric")
     @classmethod
     def _metric(cls, value: str) -> str:
-        if value not in METRICS:
-            raise ValueError(f"{value!r} is no metric; {did_you_mean(value, METRICS)}")
+        if value not in METRICS and value != CONTAMINATION:
+            raise ValueError(f"{value!r} is no metric; {did_you_mean(value, [*METRICS, CONTAMINATION])}")
         return value
 
     @field_validator("slice")
@@ -281,6 +298,10 @@ class Gate(Section):
 
     @model_validator(mode="after")
     def _whole(self) -> Gate:
+        if self.metric == CONTAMINATION and (self.must != "at_most" or self.slice or self.min_rows):
+            raise ValueError(
+                "contamination is a number of rows; write {metric: contamination, must: at_most, value: 5}"
+            )
         if self.must in ("at_most", "at_least"):
             if self.value is None:
                 raise ValueError(f"{self.must} needs a limit; add value: 0.8, say")
@@ -362,6 +383,7 @@ class PipelineConfig(Section):
         Gate(metric="loss", against="champion", must="not_worse", margin=0.05),
     )
     on_underpowered: Literal["refuse", "ask"] = "refuse"
+    approvals: Annotated[int, BeforeValidator(_count), Field(ge=0, le=100)] = 0
     promote: Literal["when_gates_pass", "manual"] = "when_gates_pass"
     retrain: Retrain | None = None
     monitoring: Monitoring = Monitoring()
@@ -380,7 +402,9 @@ class PipelineConfig(Section):
     def _measured(cls, value: tuple[Gate, ...], info: ValidationInfo) -> tuple[Gate, ...]:
         evaluation: Evaluation | None = info.data.get("evaluation")  # None when it has problems of its own
         for gate in value:
-            if evaluation is not None and (suite := suite_of(gate.metric)) not in evaluation.suites:
+            if evaluation is None or gate.metric == CONTAMINATION:
+                continue
+            if (suite := suite_of(gate.metric)) not in evaluation.suites:
                 raise ValueError(f"{gate.metric} is measured by the suite {suite}; add it to evaluation.suites")
         return value
 

@@ -111,6 +111,14 @@ def clash(params: Mapping[str, Any]) -> str | None:
     return None
 
 
+def largest_rank(space: Mapping[str, Any]) -> int:
+    """The highest rank that an adapter of a space has when it is saved, by which it is served: PiSSA's is doubled."""
+    ranks = [int(rank) for form in branches("r", space["r"]).values() for rank in _values(form)]
+    starts = [start for form in branches("i", space["init_lora_weights"]).values() for start in _values(form)]
+    doubled = [2 * rank for rank in ranks if rank <= SERVED_RANK // 2] if "pissa" in starts else []
+    return max([*ranks, *doubled])
+
+
 def order(space: Mapping[str, Any]) -> list[str]:
     """The dimensions of a space in the order in which they are drawn."""
     found: list[str] = []

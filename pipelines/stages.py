@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +21,13 @@ from psycopg.types.json import Jsonb
 from infra import storage
 from infra.db import transaction
 from infra.errors import NotFound, TunesmithError, UsageError
+from infra.settings import get_settings
 from pipelines import config as configs
 from pipelines import runs, schedules
+from pipelines.config_space import largest_rank
 from pipelines.evaluation.catalogue import DEFAULT, SUITES
 from pipelines.progress import report
-from registry import bases, datasets, deployments, gates, leases, mlflow, profile, studies, versions
+from registry import approvals, bases, datasets, deployments, gates, leases, mlflow, profile, studies, versions
 from registry.bundle import Generation
 from registry.datasets import Row
 
@@ -220,10 +222,21 @@ def search(plan: Plan, run: runs.Run, data: dict[str, Any]) -> dict[str, Any]:
             init_bundle=_init_bundle(plan, data),
             warm_start=_warm_start(plan, run),
         )
+        _check_ranks(spec.space)
         best = run_search(spec, progress=_progress(run, "search"), mlflow_parent=run.mlflow_run_id)
         return best.to_json() | {"importances": _draw(run)}
 
     return run.stage("search", work)
+
+
+def _check_ranks(space: Mapping[str, Any]) -> None:
+    """Raises UsageError for a space with adapters that no engine here could serve: better now than after the search."""
+    highest, most = largest_rank(space), get_settings().max_lora_rank
+    if highest > most:
+        raise UsageError(
+            f"tuning.space has adapters of rank {highest} (PiSSA's is doubled), and engines here serve {most} at most.",
+            hint="Lower r in the file, or raise TUNESMITH_MAX_LORA_RANK and the engines' own limit.",
+        )
 
 
 def _draw(run: runs.Run) -> dict[str, float]:
@@ -271,13 +284,16 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
     """
 
     def work() -> dict[str, Any]:
+        from pipelines.data import contamination
         from pipelines.evaluation import report as pages
+        from pipelines.evaluation import servability
         from pipelines.evaluation.judgement import evaluate as judge
         from pipelines.reproduction import recipe
 
         config, base = plan.config, bases.load(data["base"])
         dataset = datasets.open_dataset(data["dataset"])
         adapter = Path(best["adapter"])
+        served = servability.check(base, adapter, best["params"], dataset.rows("validation"), config.prompt.system)
         champion = plan.champion if plan.champion and plan.champion.base_digest == base.digest else None
         judged = judge(
             base=base,
@@ -292,12 +308,15 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
             seed=config.evaluation.seed,
             progress=_progress(run, "evaluate"),
         )
+        evaluation = judged.evaluation | {"contamination": contamination.of_dataset(dataset), "servability": served}
         decision = gates.decide(
             [gates.Gate(**gate.model_dump()) for gate in config.gates],
-            judged.evaluation,
+            evaluation,
             on_underpowered=config.on_underpowered,
             first=plan.champion is None,
+            required={name: SUITES[name] for name in config.evaluation.required},
         )
+        decision = replace(decision, approvals=config.approvals, author=deployments.actor_here())
         digest = versions.seal(
             versions.VersionDraft(
                 model=config.model,
@@ -311,15 +330,15 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
                 trial=best["trial"],
                 params=best["params"],
                 training=recipe(best["study"], best),
-                evaluation=judged.evaluation,
+                evaluation=evaluation,
                 decision=decision,
                 profile=_profile(config, base, dataset, judged).to_json(),
-                report_html=pages.render(config.model, judged.evaluation, decision.to_json()),
+                report_html=pages.render(config.model, evaluation, decision.to_json()),
             )
         )
         report("evaluate", f"gate {decision.decision}", 1, 1)
         number = plan.champion.number if plan.champion else None
-        return {"bundle": digest, "evaluation": judged.evaluation, "gate": decision.to_json(), "champion": number}
+        return {"bundle": digest, "evaluation": evaluation, "gate": decision.to_json(), "champion": number}
 
     return run.stage("evaluate", work)
 
@@ -420,6 +439,9 @@ def _promote(plan: Plan, version: versions.Version, judged: dict[str, Any]) -> t
     if gate["decision"] != "pass":
         return False, f"the gate's decision is {gate['decision']}"
     with transaction() as conn:
+        agreed = approvals.of(conn, version.model, version.number)
+        if agreed.missing:
+            return False, f"{agreed.outstanding()}; then `tunesmith promote {version.name} --reason TEXT`"
         now = deployments.read(conn, version.model)
         if now.champion not in (judged["champion"], version.number):
             return False, f"version {now.champion} became the champion meanwhile, and was not compared with"
@@ -436,10 +458,13 @@ def _promote(plan: Plan, version: versions.Version, judged: dict[str, Any]) -> t
 
 def evaluate_again(name: str, suites: Sequence[str] = ()) -> dict[str, Any]:
     """The evaluation of a registered version on the test rows it was judged on, beside its base and, if it is another
-    version of the same base, the champion. Nothing is changed.
+    version of the same base, the champion, and what the gate says that is always there. Nothing is changed::
+
+        {"evaluation": ..., "gate": the contamination's entry of a gate decision}
 
     Raises NotFound for no such version, UsageError when its data set is not here or a suite is not known.
     """
+    from pipelines.data import contamination
     from pipelines.evaluation.judgement import evaluate as judge
 
     wanted = tuple(suites) or DEFAULT
@@ -455,7 +480,7 @@ def evaluate_again(name: str, suites: Sequence[str] = ()) -> dict[str, Any]:
     sample = {key: made["evaluation"][key] for key in ("limit", "seed")} if made else {}
     champion = _champion(model)
     beside = champion is not None and champion.number != number and champion.base_digest == version.base_digest
-    return judge(
+    evaluation = judge(
         base=bases.load(version.base_digest),
         candidate=version.adapter(),
         champion=champion.adapter() if champion is not None and beside else None,
@@ -466,4 +491,7 @@ def evaluate_again(name: str, suites: Sequence[str] = ()) -> dict[str, Any]:
         names=wanted,
         **sample,
         progress=partial(report, "evaluate"),
-    ).evaluation
+    ).evaluation | {"contamination": contamination.of_dataset(dataset)}
+    policy = [gates.Gate(**gate) for gate in (made or {}).get("gates") or () if gate["metric"] == gates.CONTAMINATION]
+    decision = gates.decide(policy, evaluation, on_underpowered="refuse", first=champion is None)
+    return {"evaluation": evaluation, "gate": decision.gates[0]}

@@ -263,15 +263,25 @@ def _describe(id: str, revision: str, folder: Path, dtype: str) -> Base:
                 for n in tensors.get_slice(name).get_shape():
                     size *= n
                 parameters += size
+    digest, tokenizer_digest, template_digest = identity(folder, tokenizer)
     return Base(
         id=id,
         revision=revision,
-        digest=(digest := storage.folder_digest(folder)),
+        digest=digest,
         folder=storage.where("base", digest),
-        tokenizer_digest=storage.text_digest(tokenizer.backend_tokenizer.to_str()),
-        template_digest=storage.text_digest(tokenizer.chat_template or FALLBACK_TEMPLATE),
+        tokenizer_digest=tokenizer_digest,
+        template_digest=template_digest,
         parameters=parameters,
         dtype=dtype,
+    )
+
+
+def identity(folder: Path, tokenizer: Any) -> tuple[str, str, str]:
+    """The digests of a base's folder, of the tokenizer that loads from it, and of its chat template."""
+    return (
+        storage.folder_digest(folder),
+        storage.text_digest(tokenizer.backend_tokenizer.to_str()),
+        storage.text_digest(tokenizer.chat_template or FALLBACK_TEMPLATE),
     )
 
 

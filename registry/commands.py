@@ -1,5 +1,5 @@
-"""Commands on versions: models, versions, show, compare, verify, import, export, promote, rollback, canary, shadow,
-history."""
+"""Commands on versions: models, versions, show, compare, verify, import, export, approve, promote, rollback, canary,
+shadow, history."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def show(version: str, as_json: bool) -> None:
     flat |= {"gate": gate["decision"] if gate else "never judged"}
     for name in ("generation", "params"):
         flat[name] = ", ".join(f"{key} {value}" for key, value in facts[name].items())
-    for name in ("metrics", "evaluation"):
+    for name in ("metrics", "evaluation", "approvals"):
         del flat[name]
     title = f"{facts['model']}:{facts['version']}"
     _table(("", title), [[key, value] for key, value in flat.items() if value is not None])
@@ -88,6 +88,12 @@ def show(version: str, as_json: bool) -> None:
         _table((f"on {evaluation['rows']} test rows", *(c.replace("_", " ") for c in columns)), rows)
     for reason in gate["reasons"] if gate else []:
         out.print(safe(f"gate: {reason}"), markup=False)
+    agreed = facts["approvals"]
+    for given in agreed["given"]:
+        line = f"approved by {given['actor']} ({given['role']}) at {_time(given['at'])}: {given['reason']}"
+        out.print(safe(line), markup=False)
+    if agreed["missing"]:
+        out.print(safe(f"not to be promoted yet: {agreed['outstanding']}"), markup=False)
 
 
 @click.command()
@@ -158,7 +164,7 @@ def import_(path: Path, model: str, base: str | None, mlflow: str | None, as_jso
 @click.argument("path", type=click.Path(path_type=Path))
 @json_option
 def export(version: str, path: Path, as_json: bool) -> None:
-    """Write a version's files to a new folder; its adapter/ loads in PEFT and vLLM as it is."""
+    """Write a version's files to a new folder; its adapter/ loads in PEFT and vLLM as it is (DoRA in PEFT alone)."""
     done = desk().export(parse_ref(version), path)
     if as_json:
         print_json({**done, "path": str(path.absolute())})
@@ -177,6 +183,22 @@ def promote(version: str, reason: str, expect_generation: int | None, force: boo
     model, number = parse_version(version)
     change = desk().promote(model, number, reason=reason, expect=expect_generation, force=force)
     _told(change, f"{model}:{number} serves", as_json)
+
+
+@click.command()
+@click.argument("version")
+@click.option("--reason", required=True, help="Why; it stays on the record.")
+@json_option
+def approve(version: str, reason: str, as_json: bool) -> None:
+    """Agree that MODEL:N may serve, where its pipeline asks for approvals. Exit 3: you are its author."""
+    now = desk().approve(*parse_version(version), reason=reason)
+    if as_json:
+        print_json(now)
+        return
+    already = "" if now["changed"] else " already"
+    rest = f"; {now['missing']} of {now['needed']} missing" if now["missing"] else f", {now['needed']} needed"
+    name = f"{now['model']}:{now['version']}"
+    out.print(f"You approved of {name}{already} ({len(now['given'])} given{rest}).", markup=False)
 
 
 @click.command()

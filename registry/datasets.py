@@ -86,13 +86,15 @@ def normalise(text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """A kept data set. `counts` has the rows of each split, and what was dropped and why."""
+    """A kept data set. `counts` has the rows of each split, and what was dropped and why; `contamination` which of
+    the rows to learn from stood in rows that judge, None where nobody looked."""
 
     digest: str
     folder: Path
     counts: Mapping[str, int]
     parent: str | None
     sources: Sequence[Mapping[str, Any]] = ()
+    contamination: Mapping[str, Any] | None = None
 
     def rows(self, split: Split) -> list[Row]:
         """The rows of a split, in the kept order."""
@@ -112,10 +114,12 @@ def keep(
     recipe: Mapping[str, Any],
     quarantine: Iterable[Mapping[str, Any]] = (),
     parent: str | None = None,
+    contamination: Mapping[str, Any] | None = None,
 ) -> Dataset:
     """Write a data set into the artifact store; a no-op where it is there already.
 
-    `recipe` is what made it: settings and code format, kept for who asks how.
+    `recipe` is what made it: settings and code format, kept for who asks how. `contamination` is that of
+    pipelines/data/contamination.py.
     """
     with storage.scratch("dataset") as folder:
         for split in SPLITS:
@@ -134,6 +138,7 @@ def keep(
             "sources": list(sources),
             "recipe": recipe,
             "parent": parent,
+            "contamination": contamination,
             "files": {path.name: storage.file_digest(path) for path in sorted(folder.iterdir())},
         }
         text = orjson.dumps(manifest, option=orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2).decode()
@@ -193,6 +198,7 @@ def open_dataset(digest: str) -> Dataset:
         counts=manifest["counts"],
         parent=manifest["parent"],
         sources=manifest["sources"],
+        contamination=manifest.get("contamination"),
     )
 
 

@@ -17,7 +17,9 @@ from typing import Any, Literal
 from infra.db import Connection, load_queries, one
 from infra.errors import Conflict, NotFound, Refused, UsageError
 from infra.storage import text_digest
+from registry import approvals
 from registry.bundle import canonical_json
+from registry.evidence import keep_evidence
 from registry.names import check_model_name
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
@@ -53,7 +55,8 @@ class Deployment:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One change. `evidence` is the digest of the gate decision it rests on; `forced`: a gate was overridden.
+    """One change. `evidence` is the digest of the gate decision it rests on, with the approvals where there are any;
+    `forced`: a gate, or the want of approvals, was overridden.
 
     `hash` = SHA-256 over the canonical JSON of all other fields, the previous entry's hash among them.
     """
@@ -134,7 +137,8 @@ def promote(
 
     Raises NotFound for no such version; Conflict, naming the current generation, when that is not
     `expect_generation` (None: the one read before waiting for the row) any more; Refused when the version's gate
-    decision is not a pass, unless `force`, which the ledger shows for ever. Promoting what serves changes nothing.
+    decision is not a pass or approvals are missing, unless `force`, which the ledger shows for ever. Promoting what
+    serves changes nothing.
     """
     _text(reason, required=True)
     now = _lock(conn, model, expect_generation, done=lambda d: d.champion == number)
@@ -142,6 +146,13 @@ def promote(
     if now.champion == number:
         return Change(changed=False, deployment=now)
     forced = _gate_allows(model, number, version["gate_body"], force=force, passed_only=True)
+    agreed = approvals.of(conn, model, number)
+    if agreed.missing and not force:
+        raise Refused(
+            f"{model}:{number} is not promoted: {agreed.outstanding()}.",
+            hint="A person may override it with --force and a reason, on the record.",
+            details={"approvals": agreed.to_json()},
+        )
     return _change(
         conn,
         now,
@@ -150,8 +161,8 @@ def promote(
         action="promote",
         slot="champion",
         reason=reason,
-        forced=forced,
-        evidence=version["gate"],
+        forced=forced or agreed.missing > 0,
+        evidence=_with_approvals(conn, version, agreed),
     )
 
 
@@ -391,6 +402,15 @@ def _version(conn: Connection, model: str, number: int) -> dict[str, Any]:
     if row is None:
         raise NotFound(f"There is no version {model}:{number}.", hint=f"See `tunesmith versions {model}`.")
     return row
+
+
+def _with_approvals(conn: Connection, version: dict[str, Any], agreed: approvals.Approvals) -> str | None:
+    """The digest of what a promotion rests on: the gate decision, and who approved."""
+    if not (agreed.needed or agreed.given):
+        return str(version["gate"]) if version["gate"] else None
+    body = {**(version["gate_body"] or {}), "gate": version["gate"], "approved": agreed.to_json()}
+    times = [{**given, "at": given["at"].isoformat()} for given in body["approved"]["given"]]
+    return keep_evidence(conn, "promotion", {**body, "approved": body["approved"] | {"given": times}})
 
 
 def _has(deployment: Deployment, values: dict[str, Any]) -> bool:

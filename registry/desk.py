@@ -38,6 +38,9 @@ class Desk(Protocol):
     def export(self, ref: Ref, path: Path) -> Json:
         """Write a version's files to a new folder: its model, number and bundle. Raises UsageError, Refused."""
 
+    def approve(self, model: str, number: int, *, reason: str) -> Json:
+        """Agree that a version may serve: ``{"changed"}`` and how its approvals stand. Raises Refused, UsageError."""
+
     def promote(self, model: str, number: int, *, reason: str, expect: int | None, force: bool) -> Json: ...
     def rollback(self, model: str, *, reason: str, to: int | None, expect: int | None) -> Json: ...
     def canary(
@@ -118,6 +121,15 @@ class Here:
             found = versions.find(conn, ref)
         export_version(found, path)
         return {"model": found.model, "version": found.number, "bundle": found.bundle_digest}
+
+    def approve(self, model: str, number: int, *, reason: str) -> Json:
+        from registry import approvals
+
+        with transaction() as conn:
+            new, now = approvals.approve(
+                conn, model, number, actor=deployments.actor_here(), role="admin", reason=reason
+            )
+        return {"model": model, "version": number, "changed": new, **now.to_json()}
 
     def promote(self, model: str, number: int, *, reason: str, expect: int | None, force: bool) -> Json:
         with transaction() as conn:
@@ -210,6 +222,9 @@ class There:
         place = f"{_of(found['model'])}/versions/{found['version']}/files/"
         export_files(path, found["bundle"], lambda name: self._ask("GET", place + quote(name), seconds=600))
         return {"model": found["model"], "version": found["version"], "bundle": found["bundle"]}
+
+    def approve(self, model: str, number: int, *, reason: str) -> Json:
+        return self._call("POST", f"{_of(model)}/versions/{number}/approve", {"reason": reason})
 
     def promote(self, model: str, number: int, *, reason: str, expect: int | None, force: bool) -> Json:
         body = {"champion": number, "reason": reason, "force": force}

@@ -13,7 +13,7 @@ from typing import Any
 
 from infra import storage
 from infra.errors import NotFound, Refused, TunesmithError, UsageError
-from registry import bundle, mlflow, versions
+from registry import bundle, mlflow, servable, versions
 from registry.names import check_model_name
 from registry.versions import Version, VersionDraft
 
@@ -160,12 +160,12 @@ def _keep_adapter(path: Path, model: str, base: str | None) -> str:
     from registry import bases
     from registry.profile import build
 
-    for found in sorted(path.rglob("*")):
-        if found.is_symlink():
-            raise Refused(f"{found} is a link.", hint="Copy the adapter's files into a folder of their own.")
-        if found.suffix.lower() in _EXECUTABLE:
+    for file in sorted(path.rglob("*")):
+        if file.is_symlink():
+            raise Refused(f"{file} is a link.", hint="Copy the adapter's files into a folder of their own.")
+        if file.suffix.lower() in _EXECUTABLE:
             raise Refused(
-                f"{path} holds {found.relative_to(path).as_posix()!r}, which can execute code when it is loaded.",
+                f"{path} holds {file.relative_to(path).as_posix()!r}, which can execute code when it is loaded.",
                 hint="Save the adapter as safetensors, into a folder of its own.",
             )
     if not (path / "adapter_model.safetensors").is_file():
@@ -176,10 +176,12 @@ def _keep_adapter(path: Path, model: str, base: str | None) -> str:
         raise UsageError(f"{path / 'adapter_config.json'} names no base.", hint="Name it with --base.")
     revision = config.get("revision") if base is None else None
     bundle.check_tensors(path / "adapter_model.safetensors", "adapter_model.safetensors")
+    found = bases.resolve(named, revision if isinstance(revision, str) and revision else "main")
+    servable.check(path, found.folder)
     draft = VersionDraft(
         model=model,
         method="imported",
-        base=bases.resolve(named, revision if isinstance(revision, str) and revision else "main"),
+        base=found,
         adapter=path,
         params={key: config[key] for key in ("r", "lora_alpha", "lora_dropout", "use_rslora") if key in config},
         profile=build([], []).to_json(),

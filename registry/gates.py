@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from registry.statistics import Estimate, deviation_of, rows_needed
+from registry.statistics import Estimate, detectable, power_of, rows_for
 
 Outcome = Literal["pass", "fail", "underpowered"]
 Must = Literal["not_worse", "better", "at_most", "at_least"]
 
+# How many of the rows to learn from stood in rows that judge: always looked at, in rows, 0 unless a gate allows more.
+CONTAMINATION = "contamination"
 # A limit on time, rate or money is a limit on the figure itself; see `decide`.
 _OPERATIONAL = ("_ms", "_seconds", "_per_second", "_usd")
 
@@ -32,18 +34,26 @@ class Gate:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """`gates` holds each gate with its own decision, reason and the estimate it was judged by."""
+    """`gates` holds each gate with its own decision, reason and the estimate it was judged by. `approvals`: how many
+    people other than the `author` must approve of the version before it serves; see registry/approvals.py."""
 
     decision: Outcome
     reasons: list[str]
     gates: list[dict[str, Any]] = field(default_factory=list)
+    approvals: int = 0
+    author: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def decide(
-    gates: Sequence[Gate], evaluation: Mapping[str, Any], *, on_underpowered: Literal["refuse", "ask"], first: bool
+    gates: Sequence[Gate],
+    evaluation: Mapping[str, Any],
+    *,
+    on_underpowered: Literal["refuse", "ask"],
+    first: bool,
+    required: Mapping[str, Collection[str]] | None = None,
 ) -> Decision:
     """Judge an evaluation (the JSON of pipelines/evaluation) by a policy; one failed gate fails it all.
 
@@ -57,13 +67,25 @@ def decide(
       from the rows, and the interval of a 95th percentile has no upper end on fewer than 72 rows.
     - Against the champion means against the base for a model's `first` version, and where no champion was measured
       nothing can be compared: fail.
-    - A metric that was not measured fails. A slice in which there are no rows, and a metric of which the evaluation
-      says that there is nothing to measure, are said so and do not count.
-    - An empty policy passes.
+    - A metric that was not measured fails. A slice in which there are no rows (unless the gate wants some), and a
+      metric of which the evaluation says that there is nothing to measure, are said so and do not count.
+    - Each suite of `required` (suite -> its metrics) must have run and measured something, or it fails by name.
+    - Contamination (``evaluation["contamination"]``, of pipelines/data/contamination.py) is judged whatever the policy:
+      no row may have stood in rows that judge, or no more than a gate ``{metric: contamination, must: at_most}`` says.
+      A version that was not trained here has none.
+    - An empty policy passes, but for that.
+
+    What the intervals promise: a candidate that is worse by exactly the margin passes `not_worse` in at most
+    (1 - level) / 2 of all evaluations, 2.5 %, and an equal one in the share that the entry's `power` says;
+    `detectable` is the margin by which an equal one would pass in 80 %. tests/benchmarks/gates.py holds both to it.
 
     With `on_underpowered` "ask", the reasons say that a person may decide; the decision is the same.
     """
-    judged = [_judge(gate, evaluation, first) for gate in gates]
+    judged = [_judge(gate, evaluation, first) for gate in gates if gate.metric != CONTAMINATION]
+    judged += [_ran(suite, metrics, evaluation) for suite, metrics in (required or {}).items()]
+    if (found := evaluation.get("contamination")) is not None:
+        own = [gate for gate in gates if gate.metric == CONTAMINATION]
+        judged += [_clean(gate, found) for gate in own or [Gate(metric=CONTAMINATION, must="at_most", value=0)]]
     outcomes = {entry["decision"] for entry in judged}
     decision: Outcome = "fail" if "fail" in outcomes else "underpowered" if "underpowered" in outcomes else "pass"
     reasons = [str(entry["reason"]) for entry in judged]
@@ -85,6 +107,8 @@ def _judge(gate: Gate, evaluation: Mapping[str, Any], first: bool) -> dict[str, 
         }
 
     part = evaluation["slices"].get(gate.slice) if gate.slice else evaluation["metrics"]
+    if part is None and gate.min_rows:
+        return say("underpowered", f"{name}: was measured on 0 rows, must be on {gate.min_rows}")
     if part is None:
         return say("pass", f"{name}: no rows, does not count")
     measured = part.get(gate.metric)
@@ -101,7 +125,39 @@ def _judge(gate: Gate, evaluation: Mapping[str, Any], first: bool) -> dict[str, 
     if compared is None:
         return say("fail", f"{name}: was not measured against the {against}")
     estimate = Estimate.from_json(compared)
-    return say(*_difference(gate, f"{name} against {against}", estimate))
+    entry = say(*_difference(gate, f"{name} against {against}", estimate))
+    if gate.must == "not_worse":
+        entry |= {"power": _known(power_of(estimate, gate.margin)), "detectable": _known(detectable(estimate))}
+    return entry
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _ran(suite: str, metrics: Collection[str], evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    entry = {**asdict(Gate(metric=f"suite {suite}", must="at_least", value=1)), "estimate": None}
+    measured = [metric for metric in metrics if metric in evaluation["metrics"]]
+    if suite not in evaluation.get("suites", ()):
+        return {**entry, "decision": "fail", "reason": f"suite {suite}: is required and did not run"}
+    if not measured:
+        told = evaluation.get("not_applicable", {})
+        why = "; ".join(dict.fromkeys(told[metric] for metric in metrics if metric in told)) or "it says not why"
+        return {**entry, "decision": "fail", "reason": f"suite {suite}: is required and measured nothing: {why}"}
+    return {**entry, "decision": "pass", "reason": f"suite {suite}: ran, as required"}
+
+
+def _clean(gate: Gate, found: Mapping[str, Any]) -> dict[str, Any]:
+    allowed = gate.value or 0
+    text = (
+        f"{CONTAMINATION}: {found['rows'] or 'none'} of {found['of']} rows to learn from also stood in rows that judge"
+    )
+    if found["rows"]:
+        named = [f"{one['row']} {one['how']} in {one['stands_in']}" for one in found["examples"]]
+        more = "" if len(named) == found["rows"] else f", and {found['rows'] - len(named)} more"
+        text += f", at most {allowed:g} may: {', '.join(named)}{more}. Take them out of the file"
+    decision: Outcome = "pass" if found["rows"] <= allowed else "fail"
+    return {**asdict(gate), "decision": decision, "reason": text, "estimate": None, **found}
 
 
 def _difference(gate: Gate, name: str, estimate: Estimate) -> tuple[Outcome, str, Estimate]:
@@ -139,11 +195,11 @@ def _limit(gate: Gate, name: str, estimate: Estimate) -> tuple[Outcome, str, Est
 
 
 def _rows(estimate: Estimate, distance: float) -> str:
-    deviation = deviation_of(estimate) if math.isfinite(estimate.high - estimate.low) else math.nan
-    if not distance > 0 or not math.isfinite(deviation) or estimate.n < 2:
+    shown = detectable(estimate)
+    if not distance > 0 or not math.isfinite(shown) or estimate.n < 2:
         return f"{estimate.n} of them cannot tell"
-    needed = max(rows_needed(deviation, distance, level=estimate.level), estimate.n + 1)
-    return f"about {needed} would do (80 % power), there are {estimate.n}"
+    needed = max(rows_for(estimate, distance), estimate.n + 1)
+    return f"about {needed} would do (80 % power), there are {estimate.n}, which show {shown:.3g}"
 
 
 def _show(estimate: Estimate, *, signed: bool = False) -> str:

@@ -18,15 +18,26 @@ from psycopg.types.json import Jsonb
 from infra import storage
 from infra.db import Connection, load_queries, transaction
 from infra.errors import NotFound, Refused, TunesmithError
-from registry import bundle, card, deployments, environment, mlflow
+from registry import bundle, card, deployments, environment, mlflow, servable
 from registry.bundle import BaseIdentity, Generation, Manifest, Prompt, canonical_json
+from registry.evidence import evidence, keep_evidence
 from registry.gates import Decision
 from registry.names import MODEL_NAME, Ref, check_model_name, parse_ref, parse_version
 
 if TYPE_CHECKING:
     from registry.bases import Base
 
-__all__ = ["MODEL_NAME", "Ref", "Version", "VersionDraft", "check_model_name", "parse_ref", "parse_version"]
+__all__ = [
+    "MODEL_NAME",
+    "Ref",
+    "Version",
+    "VersionDraft",
+    "check_model_name",
+    "evidence",
+    "keep_evidence",
+    "parse_ref",
+    "parse_version",
+]
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
 
@@ -116,7 +127,8 @@ def register(
     version that MLflow already has is taken up. `mlflow_run_id` is the run that made it; one is made when it is None.
     `guard` is called in each transaction, to refuse a run that lost its lease.
 
-    Raises NotFound for no such bundle, Refused when it is not what was sealed, Unreachable without MLflow.
+    Raises NotFound for no such bundle, Refused when it is not what was sealed or no engine could serve it, Unreachable
+    without MLflow.
     """
     folder = storage.get("bundle", digest)
     manifest = bundle.verify(folder, digest)
@@ -127,6 +139,8 @@ def register(
         found = conn.execute(SQL["by_run"], {"model": model, "run_id": run_id}).fetchone()
     if found is not None:
         return Version(**found)
+    if manifest.has_adapter:
+        servable.check(folder / "adapter", storage.get("base", manifest.base.digest))
     evaluation = _json(folder / "evaluation.json")
     gate = evaluation.pop("gate", None) if evaluation else None
     metrics = headline(evaluation)
@@ -222,26 +236,6 @@ def list_models(conn: Connection) -> list[dict[str, Any]]:
     """Models with a version, by name: model, created_at, generation, champion, challenger, challenger_share, shadow,
     versions. A run that was refused leaves a model without one."""
     return list(conn.execute(SQL["models"]))
-
-
-def evidence(conn: Connection, digest: str | None) -> dict[str, Any] | None:
-    """The kept evaluation or gate decision of a digest; None for None. Raises NotFound."""
-    if digest is None:
-        return None
-    row = conn.execute(SQL["evidence"], {"digest": digest}).fetchone()
-    if row is None:
-        raise NotFound(f"There is no evidence {digest}.")
-    return dict(row["body"])
-
-
-def keep_evidence(conn: Connection, kind: str, body: Mapping[str, Any]) -> str:
-    """Keep evidence for ever and return its digest, which is that of its canonical JSON."""
-    import orjson
-
-    text = canonical_json(dict(body))
-    digest = storage.text_digest(text)
-    conn.execute(SQL["keep_evidence"], {"digest": digest, "kind": kind, "body": Jsonb(orjson.loads(text))})
-    return digest
 
 
 def headline(evaluation: Mapping[str, Any] | None) -> dict[str, float | None]:

@@ -1,9 +1,6 @@
 -- name: ensure_model
 insert into model (name) values (%(model)s) on conflict (name) do nothing
 
--- name: keep_evidence
-insert into evidence (digest, kind, body) values (%(digest)s, %(kind)s, %(body)s) on conflict (digest) do nothing
-
 -- name: insert
 insert into version (model, number, bundle_digest, base_digest, dataset_digest, method, study, run_id, mlflow_run_id,
                      mlflow_model_id, manifest, metrics, evaluation, gate, profile, decision)
@@ -25,9 +22,6 @@ from version where model = %(model)s and run_id = %(run_id)s
 -- name: list
 select number as version, created_at, base_id as base, method, metrics, decision as gate, dataset_digest as dataset, study
 from version where model = %(model)s order by number
-
--- name: evidence
-select body from evidence where digest = %(digest)s
 
 -- name: models
 select m.name as model, m.created_at, coalesce(d.generation, 0) as generation, d.champion, d.challenger,

@@ -7,7 +7,7 @@ from typing import Any
 
 from infra.db import Connection
 from infra.errors import Unreachable
-from registry import bundle, deployments, mlflow, versions
+from registry import approvals, bundle, deployments, mlflow, versions
 from registry.names import Ref
 
 _TIMED = ("p95_latency_ms", "tokens_per_second")
@@ -53,6 +53,7 @@ def describe(conn: Connection, ref: Ref) -> dict[str, Any]:
         "mlflow_url": page,
         "metrics": found.metrics,
         "gate": gate and {"decision": gate["decision"], "reasons": gate["reasons"], "evidence": found.gate},
+        "approvals": approvals.of(conn, found.model, found.number).to_json(),
         "evaluation": evaluation and {k: evaluation[k] for k in ("metrics", "slices", "rows") if k in evaluation},
     }
 

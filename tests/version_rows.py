@@ -25,7 +25,15 @@ def add_versions(model: str, *decisions: Outcome | None) -> None:
             add_version(conn, model, number, decision)
 
 
-def add_version(conn: Connection, model: str, number: int, decision: Outcome | None = "pass") -> None:
+def add_version(
+    conn: Connection,
+    model: str,
+    number: int,
+    decision: Outcome | None = "pass",
+    *,
+    approvals: int = 0,
+    author: str | None = None,
+) -> None:
     conn.execute(
         "insert into base (digest, id, revision, tokenizer_digest, template_digest, parameters, dtype)"
         " values (%(d)s, 'b', 'r', %(d)s, %(d)s, 1, 'float32') on conflict do nothing",
@@ -34,7 +42,8 @@ def add_version(conn: Connection, model: str, number: int, decision: Outcome | N
     conn.execute(versions.SQL["ensure_model"], {"model": model})
     gate = None
     if decision is not None:
-        body = {"decision": decision, "reasons": [f"exact_match: said {decision}"], "gates": []}
+        body: dict[str, object] = {"decision": decision, "reasons": [f"exact_match: said {decision}"], "gates": []}
+        body |= {"approvals": approvals, "author": author} if approvals else {}
         gate = versions.keep_evidence(conn, "gate", body)
     nothing = dict.fromkeys(("dataset_digest", "study", "run_id", "mlflow_run_id", "mlflow_model_id", "evaluation"))
     conn.execute(

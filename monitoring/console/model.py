@@ -15,7 +15,7 @@ from infra.db import Connection, transaction
 from infra.errors import NotFound, Refused, TunesmithError
 from monitoring.console import charts, figures, strips, traffic
 from monitoring.console.render import RANGES, SQL, Visit, draw, whole
-from registry import deployments
+from registry import approvals, deployments
 from registry.deployments import Deployment, Entry
 from registry.names import check_model_name
 from registry.statistics import Estimate
@@ -245,8 +245,9 @@ def _ask(visit: Visit, number: int | None, error: TunesmithError | None) -> Resp
             number = int(visit.form.get("to") or visit.query("to") or 0) if _digits(visit) else 0
             number = number or earlier[0]
         chosen = conn.execute(SQL["versions"], {"model": name, "number": number}).fetchone()
-    if chosen is None:
-        raise NotFound(f"There is no version {name}:{number}.", hint=f"See `tunesmith versions {name}`.")
+        if chosen is None:
+            raise NotFound(f"There is no version {name}:{number}.", hint=f"See `tunesmith versions {name}`.")
+        agreed = approvals.of(conn, name, number)
     against = "champion" if differences(chosen["estimates"] or {}, "champion") else "base"
     return draw(
         visit,
@@ -259,6 +260,7 @@ def _ask(visit: Visit, number: int | None, error: TunesmithError | None) -> Resp
         earlier=earlier,
         error=error,
         gate=chosen["gate"],
+        agreed=agreed,
         differences=differences(chosen["estimates"] or {}, against),
         against=against,
         reason=visit.form.get("reason", ""),

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 
 from infra.db import transaction
 from infra.errors import NotFound, TunesmithError
 from infra.settings import get_settings
 from monitoring.console.model import HEADLINES, differences, look
 from monitoring.console.render import SQL, Visit, draw, whole
-from registry import deployments
+from registry import approvals, deployments
 from registry.names import check_model_name
 from registry.statistics import Estimate
 
@@ -30,6 +30,7 @@ def show(visit: Visit) -> Response:
         study = conn.execute(SQL["study"], {"study": v["study"]}).fetchone() if v["study"] else None
         verdicts = {row["version"]: row for row in conn.execute(SQL["last_verdicts"], {"model": name})}
         entries = [e for e in deployments.history(conn, name) if number in (e.to_version, e.from_version)]
+        agreed = approvals.of(conn, name, number)
     evaluation = v["evaluation_body"] or {}
     return draw(
         visit,
@@ -44,6 +45,8 @@ def show(visit: Visit) -> Response:
         verdict=verdicts.get(number),
         entries=list(reversed(entries)),
         gate=v["gate_body"],
+        agreed=agreed,
+        approved=any(given.person == approvals.person(visit.actor) for given in agreed.given),
         estimates=_estimates(evaluation.get("metrics", {})),
         against={who: differences(evaluation.get("metrics", {}), who) for who in ("champion", "base")},
         slices={
@@ -55,6 +58,15 @@ def show(visit: Visit) -> Response:
         examples=evaluation.get("examples", [])[:EXAMPLES],
         mlflow_page=_mlflow_page(name, number),
     )
+
+
+def approve(visit: Visit) -> Response:
+    """Agree, as the person of the session, that the version may serve."""
+    name, number = check_model_name(visit.path("model")), whole(visit.path("number"), "version")
+    role, reason = visit.identity.role if visit.identity else "", visit.form.get("reason", "")
+    with transaction() as conn:
+        approvals.approve(conn, name, number, actor=visit.actor, role=role, reason=reason)
+    return RedirectResponse(f"/models/{name}/versions/{number}", 303)
 
 
 def _estimates(metrics: Mapping[str, Any]) -> list[tuple[str, Estimate]]:

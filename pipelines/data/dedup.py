@@ -4,6 +4,9 @@ Prompts are compared by the Jaccard similarity of their character 4-grams, after
 Candidates come from MinHash LSH (Leskovec et al., Mining of Massive Datasets, chapter 3); each is then verified
 on the 4-grams themselves, so a hash never drops a row. 4-grams that stand in more than a third of the prompts are
 a template ("Classify this request: ...") and are not counted.
+
+Characters miss a short copy with one word changed, which gives an evaluation away all the same. Copies are found by
+words: two prompts with the same answer are copies when leaving one word out of each (or of one) makes them equal.
 """
 
 from __future__ import annotations
@@ -32,6 +35,10 @@ _TEMPLATE_ROWS = 50  # a template shows only among many rows
 _SAMPLE = 2_000
 _MOST_CHARACTERS = 4_000
 _MOST_CANDIDATES = 200
+# In shorter prompts a word is most of what is asked; in longer ones SAME finds a changed word
+_COPY_WORDS = range(8, 41)
+# What more prompts than these share but for a word is a form that rows are written in, and says nothing of copying
+_MOST_COPIES = 4
 # 20 bands of 4: two texts alike to 0.75 become candidates with probability 1 - (1 - 0.75^4)^20 = 0.9995
 _BANDS = (20, 4)
 
@@ -43,8 +50,8 @@ class Alike:
     """Prompts of many rows, and which are the same or alike.
 
     `prompt[i]` is the number of row i's distinct prompt; `near[p]` lists (other prompt, similarity) pairs with
-    similarity of at least ALIKE, `other` coming before p; `cluster[p]` is the smallest prompt number connected
-    with p.
+    similarity of at least ALIKE, `other` coming before p; `copies[p]` the earlier prompts that are p but for a word,
+    with the same answer; `cluster[p]` is the smallest prompt number connected with p by either.
     """
 
     def __init__(self, rows: Sequence[Row], progress: Progress | None = None) -> None:
@@ -52,15 +59,31 @@ class Alike:
         self.prompt = [numbers.setdefault(question_key(row.prompt), len(numbers)) for row in rows]
         self.keys = list(numbers)
         self.near = _neighbours(self.keys, progress)
+        self.copies = _copies(self.keys, self._answers(rows))
         self.cluster = list(range(len(self.keys)))
         for number, others in enumerate(self.near):
-            for other, _ in others:
+            for other in (*(other for other, _ in others), *self.copies[number]):
                 self._join(number, other)
         self.cluster = [self._root(number) for number in self.cluster]
 
     def same(self, number: int) -> list[int]:
         """The prompt itself, and the earlier prompts that are nearly the same."""
         return [number, *(other for other, similarity in self.near[number] if similarity >= SAME)]
+
+    def telling(self) -> list[set[int]]:
+        """For each prompt all prompts that give it away: itself, nearly the same ones, and copies."""
+        found = [{number} for number in range(len(self.keys))]
+        for number in range(len(self.keys)):
+            for other in (*self.same(number), *self.copies[number]):
+                found[number].add(other)
+                found[other].add(number)
+        return found
+
+    def _answers(self, rows: Sequence[Row]) -> list[set[str]]:
+        answers: list[set[str]] = [set() for _ in self.keys]
+        for number, row in zip(self.prompt, rows, strict=True):
+            answers[number].add(normalise(row.answer))
+        return answers
 
     def _root(self, number: int) -> int:
         while self.cluster[number] != number:
@@ -137,6 +160,23 @@ def _neighbours(texts: Sequence[str], progress: Progress | None) -> list[list[tu
         if progress and number % 500 == 0:
             progress(number, len(texts))
     return near
+
+
+def _copies(texts: Sequence[str], answers: Sequence[set[str]]) -> list[list[int]]:
+    """For each text the earlier ones that are it but for a word changed, added, left out or moved, with an answer in
+    common."""
+    holders: dict[int, list[int]] = {}  # hash of a text, whole or without one of its words -> texts
+    for number, text in enumerate(texts):
+        words = text.split()
+        if len(words) in _COPY_WORDS:
+            for form in {hash(text), *(hash(" ".join(words[:i] + words[i + 1 :])) for i in range(len(words)))}:
+                holders.setdefault(form, []).append(number)
+    found: list[set[int]] = [set() for _ in texts]
+    for held in holders.values():
+        if 1 < len(held) <= _MOST_COPIES:
+            for n, later in enumerate(held):
+                found[later].update(other for other in held[:n] if answers[later] & answers[other])
+    return [sorted(others) for others in found]
 
 
 def _template(texts: Sequence[str]) -> Grams:

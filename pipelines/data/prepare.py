@@ -16,13 +16,13 @@ from infra import storage
 from infra.db import transaction
 from infra.settings import get_settings
 from pipelines.config import PipelineConfig, check_files
-from pipelines.data import quality, split
+from pipelines.data import contamination, quality, split
 from pipelines.data.dedup import Alike, repeated
 from registry import datasets
 from registry.datasets import SPLITS, Dataset, Row, Split
 
 # Raised when the same files would give other rows than before
-RECIPE = 1
+RECIPE = 2
 # Corrections are few: enough of them to judge by, but never more than this share, are kept for the test
 _WANTED_TEST_CORRECTIONS = 100
 _MOST_TEST_CORRECTIONS = 0.3
@@ -33,9 +33,11 @@ Progress = Callable[..., None]
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
-    """Clean rows, the split each was declared for (None: to be split), and what has happened to them so far."""
+    """Clean rows, where each stood, the split each was declared for (None: to be split), and what has happened to
+    them so far."""
 
     rows: list[Row]
+    places: list[str]
     declared: list[Split | None]
     counts: Counter[str]
     quarantine: list[dict[str, Any]]
@@ -69,7 +71,7 @@ def build(
         say("the same rows as before: nothing to do", 1, 1)
         return datasets.open_dataset(digest)
     pool = _read_pool(config, extra, say) if old is None else _correction_pool(config, extra)
-    splits, counts = _from_pool(config, pool, say) if old is None else _with_old(config, pool, old)
+    splits, counts, leaks = _from_pool(config, pool, say) if old is None else _with_old(config, pool, old)
     split.require({name: len(splits[name]) for name in SPLITS}, "cleaning and splitting")
     dataset = datasets.keep(
         splits,
@@ -78,6 +80,7 @@ def build(
         recipe=recipe,
         quarantine=pool.quarantine,
         parent=old.digest if old else None,
+        contamination=leaks,
     )
     _write(note, dataset.digest)
     return dataset
@@ -113,6 +116,7 @@ def _replay(config: PipelineConfig) -> float:
 
 def _read_pool(config: PipelineConfig, extra: Sequence[Row], say: Progress) -> Pool:
     rows: list[Row] = []
+    places: list[str] = []
     declared: list[Split | None] = []
     counts: Counter[str] = Counter()
     quarantine: list[dict[str, Any]] = []
@@ -130,11 +134,12 @@ def _read_pool(config: PipelineConfig, extra: Sequence[Row], say: Progress) -> P
             for row in extra:
                 quality.screen(kept, row.messages, pii=config.data.quality.pii, source=row.source)
         rows += kept.rows
+        places += kept.places
         own: Split | None = None if name == "train" and not every_split_has_a_file else name
         declared += [own] * len(kept.rows)
         quarantine += kept.quarantine
         counts.update(read=kept.read, quarantined=len(kept.quarantine), redacted=kept.redacted, private=kept.private)
-    return Pool(rows=rows, declared=declared, counts=counts, quarantine=quarantine)
+    return Pool(rows=rows, places=places, declared=declared, counts=counts, quarantine=quarantine)
 
 
 def _say_read(say: Progress, name: str, done: int) -> None:
@@ -146,14 +151,19 @@ def _correction_pool(config: PipelineConfig, extra: Sequence[Row]) -> Pool:
     for row in extra:
         quality.screen(kept, row.messages, pii=config.data.quality.pii, source=row.source)
     counts = Counter(read=len(extra), redacted=kept.redacted, private=kept.private)
-    return Pool(rows=kept.rows, declared=[None] * len(kept.rows), counts=counts, quarantine=[])
+    unsplit: list[Split | None] = [None] * len(kept.rows)
+    return Pool(rows=kept.rows, places=kept.places, declared=unsplit, counts=counts, quarantine=[])
 
 
-def _from_pool(config: PipelineConfig, pool: Pool, say: Progress) -> tuple[dict[Split, list[Row]], Counter[str]]:
+def _from_pool(
+    config: PipelineConfig, pool: Pool, say: Progress
+) -> tuple[dict[Split, list[Row]], Counter[str], contamination.Record]:
     counts = pool.counts
     alike = Alike(pool.rows, lambda done, total: say("comparing prompts", done, total))
     places: list[Split | None] = list(pool.declared)
-    gone = _leaked(alike, places, counts)
+    leaks = contamination.leaks(alike, places)
+    gone = set(leaks)
+    counts.update(f"leaked_{places[leak.judging]}" for leak in leaks.values())
     gone |= _repeats(config, pool.rows, alike, places, counts, gone)
 
     groups = _groups(alike)
@@ -169,29 +179,8 @@ def _from_pool(config: PipelineConfig, pool: Pool, say: Progress) -> tuple[dict[
     for number, row in enumerate(pool.rows):
         if number not in gone:
             splits[places[number] or assigned[groups[number]]].append(replace(row, group=groups[number]))
-    return splits, counts
-
-
-def _leaked(alike: Alike, places: Sequence[Split | None], counts: Counter[str]) -> set[int]:
-    """Rows whose prompt stands, exactly or nearly, in a split that judges them: train rows that are in the
-    validation or test file, validation rows that are in the test file."""
-    rank = {"test": 2, "validation": 1, "train": 0, None: 0}
-    highest: dict[int, int] = {}  # prompt -> the highest rank of a row that has it
-    for number, place in enumerate(places):
-        prompt = alike.prompt[number]
-        highest[prompt] = max(highest.get(prompt, 0), rank[place])
-    touched = dict(highest)  # the same, over nearly equal prompts too
-    for prompt in range(len(alike.keys)):
-        for other in alike.same(prompt):
-            touched[prompt] = max(touched[prompt], highest[other])
-            touched[other] = max(touched[other], highest[prompt])
-    gone = set()
-    for number, place in enumerate(places):
-        above = touched[alike.prompt[number]]
-        if above > rank[place]:
-            gone.add(number)
-            counts["leaked_test" if above == 2 else "leaked_validation"] += 1
-    return gone
+    learned = sum(place != "test" for place in places)
+    return splits, counts, contamination.record(leaks, pool.places, learned)
 
 
 def _repeats(
@@ -218,10 +207,13 @@ def _groups(alike: Alike) -> list[str]:
     return [names[prompt] for prompt in alike.prompt]
 
 
-def _with_old(config: PipelineConfig, pool: Pool, old: Dataset) -> tuple[dict[Split, list[Row]], Counter[str]]:
+def _with_old(
+    config: PipelineConfig, pool: Pool, old: Dataset
+) -> tuple[dict[Split, list[Row]], Counter[str], contamination.Record]:
     new, counts = pool.rows, pool.counts
     before = [(name, row) for name in SPLITS for row in old.rows(name)]
     alike = Alike([*new, *(row for _, row in before)])
+    telling = alike.telling()
     groups = _groups(alike)
     # Who is alike to an old row joins it in its split, training first: the champion may have learned that row.
     # Who is nearly the same as an old test row is a test row.
@@ -230,7 +222,7 @@ def _with_old(config: PipelineConfig, pool: Pool, old: Dataset) -> tuple[dict[Sp
     for number, (name, _) in enumerate(before, len(new)):
         pinned.setdefault(groups[number], name)
         if name == "test":
-            tested.update(alike.same(alike.prompt[number]))
+            tested.update(telling[alike.prompt[number]])
     gone = _repeats(config, new, alike, pool.declared, counts, set())
     sizes = Counter(g for n, g in enumerate(groups[: len(new)]) if n not in gone and g not in pinned)
     share = min(_MOST_TEST_CORRECTIONS, _WANTED_TEST_CORRECTIONS / max(1, sum(sizes.values())))
@@ -241,26 +233,32 @@ def _with_old(config: PipelineConfig, pool: Pool, old: Dataset) -> tuple[dict[Sp
         seed=config.data.split.seed,
     )
     assigned.update(pinned)
+    places: list[Split | None] = [
+        None if n in gone else "test" if alike.prompt[n] in tested else assigned[groups[n]] for n in range(len(new))
+    ]
+    asked = {alike.prompt[number] for number in range(len(new))}
+    # A correction replaces what was taught before on the same prompt, and nothing is taught of what it now tests
+    stale = {n for n, (name, _) in enumerate(before, len(new)) if name != "test" and alike.prompt[n] in asked}
+    counts["superseded"] += len(stale)
+    places += [None if n in stale else name for n, (name, _) in enumerate(before, len(new))]
+    leaks = contamination.leaks(alike, places)
+    counts.update(f"leaked_{places[leak.judging]}" for n, leak in leaks.items() if places[n] is not None)
+
     splits: dict[Split, list[Row]] = {name: [] for name in SPLITS}
     for number, row in enumerate(new):
-        if number not in gone:
-            place = "test" if alike.prompt[number] in tested else assigned[groups[number]]
+        if (place := places[number]) is not None and number not in leaks:
             splits[place].append(replace(row, group=groups[number]))
-
-    asked = {alike.prompt[number] for number in range(len(new))}
     for name in SPLITS:
-        held = [(n, row) for n, (where, row) in enumerate(before, len(new)) if where == name]
+        held = [row for n, (_, row) in enumerate(before, len(new)) if places[n] == name and n not in leaks]
         if name == "test":
-            splits[name] += [row for _, row in held]
+            splits[name] += held
             continue
-        # A correction replaces what was taught before on the same prompt
-        fresh = [row for n, row in held if alike.prompt[n] not in asked]
-        counts["superseded"] += len(held) - len(fresh)
-        fresh.sort(key=lambda row: split.position(row.id, config.data.split.seed))
-        chosen = fresh[: max(split.LEAST[name], round(_replay(config) * len(splits[name])))]
+        held.sort(key=lambda row: split.position(row.id, config.data.split.seed))
+        chosen = held[: max(split.LEAST[name], round(_replay(config) * len(splits[name])))]
         counts["replayed"] += len(chosen)
         splits[name] += chosen
-    return splits, counts
+    # What was left out here was put together by us, so it is no fault of the team's files
+    return splits, counts, contamination.record({}, [], len(splits["train"]) + len(splits["validation"]))
 
 
 def _note(recipe: Mapping[str, Any]) -> Path:

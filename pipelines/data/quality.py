@@ -20,9 +20,11 @@ Pii = Literal["redact", "keep", "drop"]
 
 @dataclass(kw_only=True)
 class Screened:
-    """Rows that may be used, the quarantine's entries, and counts of what happened."""
+    """Rows that may be used, where each stood (``train.jsonl:12``), the quarantine's entries, and counts of what
+    happened."""
 
     rows: list[Row] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
     quarantine: list[dict[str, Any]] = field(default_factory=list)
     read: int = 0
     redacted: int = 0
@@ -50,7 +52,7 @@ def read_files(
                 bad.append(row)
             else:
                 good += 1
-                screen(kept, row.messages, pii=pii, source="train")
+                screen(kept, row.messages, pii=pii, source="train", place=f"{path.name}:{row.line}")
             if progress and (good + len(bad)) % 1000 == 0:
                 progress(kept.read + good + len(bad))
         kept.read += good + len(bad)
@@ -68,7 +70,7 @@ def read_files(
     return kept
 
 
-def screen(kept: Screened, messages: Iterable[Message], *, pii: Pii, source: str) -> None:
+def screen(kept: Screened, messages: Iterable[Message], *, pii: Pii, source: str, place: str = "") -> None:
     """Add one row, as the privacy policy wants it."""
     before = tuple(messages)
     after = before if pii == "keep" else tuple(_redacted(m) for m in before)
@@ -78,6 +80,7 @@ def screen(kept: Screened, messages: Iterable[Message], *, pii: Pii, source: str
             return
         kept.redacted += 1
     kept.rows.append(make_row(after, source=source))
+    kept.places.append(place or source)
 
 
 def _redacted(message: Message) -> Message:

@@ -13,12 +13,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from version_rows import add_versions
+from version_rows import add_version, add_versions
 
 from infra import ports
 from infra.db import transaction
 from infra.settings import Settings
 from pipelines.cli import main
+from registry import deployments
 
 
 def _run(*arguments: str, **environment: str) -> tuple[int, str, str]:
@@ -74,12 +75,36 @@ def test_a_version_is_promoted_taken_back_and_looked_up(database: Settings) -> N
     assert _json("models")[1]["models"][0]["champion"] == 1
 
 
+def test_a_version_that_needs_approvals_says_who_must_do_what(database: Settings) -> None:
+    me = deployments.actor_here()
+    with transaction() as conn:
+        add_version(conn, "m", 1, approvals=1, author="os:eve@laptop")
+        add_version(conn, "m", 2, approvals=1, author=me)
+    code, _, err = _run("promote", "m:1", "--reason", "now")
+    assert code == 3
+    assert "m:1 is not promoted: it needs 1 approval and has none: 1 more person with the operator role" in err
+    assert "`tunesmith approve m:1 --reason TEXT`" in err
+    assert "not to be promoted yet: it needs 1 approval" in _run("show", "m:1")[1]
+    code, given = _json("approve", "m:1", "--reason", "read its worst answers")
+    assert (code, given["changed"], given["missing"], given["given"][0]["person"]) == (0, True, 0, me)
+    assert _json("approve", "m:1", "--reason", "again")[1]["changed"] is False
+    assert "read its worst answers" in _run("show", "m:1")[1]
+    assert _json("show", "m:1")[1]["approvals"] == {k: given[k] for k in ("needed", "missing", "author", "given")}
+    assert _json("promote", "m:1", "--reason", "now")[1]["champion"] == 1
+    code, error = _json("approve", "m:2", "--reason", "mine is good")
+    assert (code, error["error"]["code"]) == (3, "refused")
+    assert _json("promote", "m:2", "--reason", "now")[0] == 3
+    assert _json("promote", "m:2", "--reason", "tonight", "--force")[1]["entry"]["forced"] is True
+
+
 MISTAKES = (
     ("promote m:9 --reason x", 5),
     ("promote unknown:1 --reason x", 5),
     ("versions unknown", 5),
     ("show m", 5),  # nothing serves
     ("verify m:9", 5),
+    ("approve m:9 --reason x", 5),
+    ("approve m:1", 2),
     ("import /nonexistent --model m", 5),
     ("promote m --reason x", 2),
     ("promote m:1", 2),

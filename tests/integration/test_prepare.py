@@ -16,9 +16,11 @@ from infra.errors import UsageError
 from infra.settings import Settings
 from pipelines import runs, stages
 from pipelines.config import PipelineConfig, load
+from pipelines.data.contamination import of_dataset
 from pipelines.data.dedup import ALIKE, Alike
 from pipelines.data.prepare import build, prepare
 from pipelines.stages import Plan
+from registry import datasets
 from registry.bases import Base
 from registry.datasets import SPLITS, Dataset, Row, make_row, question_key
 
@@ -133,6 +135,68 @@ def test_leaked_and_repeated_training_rows_are_dropped_and_counted(tmp_path: Pat
     learned = dataset.rows("train") + dataset.rows("validation")
     assert not prompts(learned) & prompts(dataset.rows("test"))
     assert "poisoned" not in {row.answer for row in learned}
+    assert dataset.contamination == {
+        "rows": 3,
+        "of": 206,
+        "examples": [
+            {"row": "train.jsonl:201", "stands_in": "test.jsonl:1", "how": "exactly"},
+            {"row": "train.jsonl:202", "stands_in": "test.jsonl:2", "how": "exactly"},
+            {"row": "train.jsonl:203", "stands_in": "test.jsonl:3", "how": "nearly"},
+        ],
+    }
+
+
+SENTENCE = "can you tell me how to set up direct deposit at work"
+
+
+def test_a_copy_with_one_word_changed_is_found_and_a_form_that_many_rows_have_is_not(
+    tmp_path: Path, home: Path
+) -> None:
+    """Too short for characters to tell: 4-grams of the copies are alike to less than ALIKE."""
+    copies = [SENTENCE.replace("tell", "show"), SENTENCE.replace("direct ", ""), "so " + SENTENCE]
+    other = SENTENCE.replace("direct deposit", "two factor login")
+    many = [f"please cancel my order number {n} at the usual shop today" for n in range(100, 130)]
+    train = some(60) + b"".join(line(text, "payroll") for text in [*copies, other])
+    train += line(copies[0], "another answer") + b"".join(line(text, "cancel") for text in many[1:])
+    dataset = build(
+        pipeline(tmp_path, train=train, test=some(5, 500) + line(SENTENCE, "payroll") + line(many[0], "cancel"))
+    )
+    assert dataset.contamination is not None
+    assert [(e["row"], e["stands_in"], e["how"]) for e in dataset.contamination["examples"]] == [
+        (f"train.jsonl:{n}", "test.jsonl:6", "nearly") for n in (61, 62, 63, 65)
+    ]
+    kept = {row.prompt[0]["content"] for row in dataset.rows("train") + dataset.rows("validation")}
+    assert other in kept
+    assert not kept & set(copies)
+    assert len(kept & set(many)) == 29
+
+
+def test_copies_stay_in_one_split_and_apart_files_are_clean(tmp_path: Path, home: Path) -> None:
+    pairs = [
+        f"would you tell me how to {v} some {n}s in our {p}" for v in VERBS[:5] for n in NOUNS[:5] for p in PLACES[:1]
+    ]
+    rows = [(text, f"{n}") for n, text in enumerate(pairs)] + [
+        (t.replace("tell", "show"), f"{n}") for n, t in enumerate(pairs)
+    ]
+    dataset = build(pipeline(tmp_path, train=some(60) + b"".join(line(*row) for row in rows)))
+    held = {split: {row.answer for row in dataset.rows(split)} for split in SPLITS}
+    assert sum(len(answers) for answers in held.values()) == len(set().union(*held.values()))
+    assert dataset.contamination == {"rows": 0, "of": 110, "examples": []}
+    apart = build(pipeline(tmp_path, train=some(60), test=some(20, 500), validation=some(20, 900)))
+    assert apart.contamination == {"rows": 0, "of": 80, "examples": []}
+
+
+def test_a_data_set_that_was_made_without_looking_is_looked_at(home: Path) -> None:
+    rows = [
+        make_row([{"role": "user", "content": question(n)}, {"role": "assistant", "content": "x"}]) for n in range(9)
+    ]
+    splits = {"train": rows[:6], "validation": [rows[6], rows[8]], "test": [rows[7], rows[2], rows[8]]}
+    found = of_dataset(datasets.keep(splits, counts={}, sources=[], recipe={}))
+    assert (found["rows"], found["of"]) == (2, 8)
+    assert found["examples"] == [
+        {"row": "validation.jsonl:2 of the data set", "stands_in": "test.jsonl:3 of the data set", "how": "exactly"},
+        {"row": "train.jsonl:3 of the data set", "stands_in": "test.jsonl:2 of the data set", "how": "exactly"},
+    ]
 
 
 def test_short_requests_that_differ_are_all_kept(tmp_path: Path, home: Path) -> None:

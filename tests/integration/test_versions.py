@@ -418,9 +418,15 @@ def _command(*arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-@pytest.mark.parametrize("damage", ["pickle", "truncated", "nan", "ia3", "link", "code", "empty"])
+@pytest.mark.parametrize("damage", ["pickle", "truncated", "nan", "ia3", "link", "code", "empty", "rank", "layer"])
 def test_a_foreign_adapter_that_is_not_sound_is_refused(
-    mlflow_server: str, base: bases.Base, adapter: Path, model: str, tmp_path: Path, damage: str
+    mlflow_server: str,
+    base: bases.Base,
+    adapter: Path,
+    model: str,
+    tmp_path: Path,
+    damage: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = tmp_path / "a"
     shutil.copytree(adapter, folder)
@@ -438,9 +444,15 @@ def test_a_foreign_adapter_that_is_not_sound_is_refused(
         weights.symlink_to(tmp_path / "elsewhere")
     elif damage == "code":
         config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_mapping": {"parent_library": "x"}}))
+    elif damage == "rank":
+        monkeypatch.setenv("TUNESMITH_MAX_LORA_RANK", "3")
+        get_settings.cache_clear()
+    elif damage == "layer":
+        save_file({name.replace("q_proj", "qkv"): value for name, value in load_file(weights).items()}, weights)
     else:
         save_file({}, weights)
-    with pytest.raises(Refused):
+    said = {"rank": "is 4, and engines here take 3 at most", "layer": "no linear layer .*qkv"}.get(damage)
+    with pytest.raises(Refused, match=said):
         import_version(folder, model)
     assert not storage.where("bundle", "sha256:" + "0" * 64).parent.exists() or not list(
         storage.where("bundle", "sha256:" + "0" * 64).parent.iterdir()

@@ -186,6 +186,20 @@ def test_a_file_that_blows_up_or_refers_to_itself_is_refused(tmp_path: Path) -> 
         load(write(tmp_path, "model: &m [*m]\n"))
 
 
+def test_approvals_are_a_number_or_a_count(tmp_path: Path) -> None:
+    text = "model: m\nbase: builtin:tiny\ndata: {train: train.jsonl}\n"
+    path = tmp_path / "p.yaml"
+    for written, number in (("", 0), ("approvals: 2\n", 2), ("approvals: {count: 3}\n", 3)):
+        path.write_text(text + written)
+        config = load(path)
+        assert config.approvals == number
+        assert config.jsonable()["approvals"] == number
+    for wrong in ("-1", "{count: two}", "{people: 2}", "yes"):
+        path.write_text(f"{text}approvals: {wrong}\n")
+        with pytest.raises(ConfigError, match=r"p\.yaml:4: approvals"):
+            load(path)
+
+
 def test_a_tag_makes_no_object(tmp_path: Path) -> None:
     target = tmp_path / "made"
     with pytest.raises(ConfigError):
@@ -453,3 +467,22 @@ def test_reading_a_pipeline_file_imports_nothing_heavy() -> None:
     code += f"print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("evaluation: {required: [privacy]}", r"evaluation\.required: privacy does not run; add it to suites"),
+        ("evaluation: {required: [privcy]}", r"evaluation\.required: 'privcy' is no suite; did you mean 'privacy'"),
+        ("gates: [{metric: contamination, must: better, against: base}]", "contamination is a number of rows"),
+        ("gates: [{metric: contamination, must: at_most}]", "at_most needs a limit"),
+    ],
+)
+def test_what_a_policy_demands_must_make_sense(tmp_path: Path, more: str, words: str) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(f"model: m\nbase: builtin:tiny\ndata: {{train: train.jsonl}}\n{more}\n")
+    with pytest.raises(ConfigError, match=words):
+        load(path)
+    right = "evaluation: {suites: [quality, privacy], required: [privacy]}\n"
+    path.write_text(f"model: m\nbase: builtin:tiny\ndata: {{train: train.jsonl}}\n{right}")
+    assert load(path).evaluation.required == ("privacy",)

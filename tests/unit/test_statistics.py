@@ -13,11 +13,13 @@ from scipy import stats
 from infra.errors import UsageError
 from registry.statistics import (
     Estimate,
+    detectable,
     mean_ci,
     paired_difference,
     percentile_ci,
     percentile_difference,
-    rows_needed,
+    power_of,
+    rows_for,
 )
 
 
@@ -105,8 +107,12 @@ def test_the_difference_of_percentiles_holds_the_truth() -> None:
 
 
 def test_that_many_rows_have_that_power() -> None:
-    n, random = rows_needed(0.5, 0.1), np.random.default_rng(13)
+    half = stats.norm.ppf(0.975) * 0.5 / math.sqrt(50)  # what 50 rows of deviation 0.5 give
+    pilot = Estimate(estimate=3, low=3 - half, high=3 + half, n=50, higher_is_better=True)
+    n, random = rows_for(pilot, 0.1), np.random.default_rng(13)
     assert n == 197
+    assert detectable(pilot) == pytest.approx(0.1 * math.sqrt(197 / 50), rel=0.01)
+    assert power_of(pilot, detectable(pilot)) == pytest.approx(0.8)
     means = random.normal(0.1, 0.5, (4000, n)).mean(axis=1)
     assert np.mean(means - 1.96 * 0.5 / math.sqrt(n) > 0) == pytest.approx(0.8, abs=0.03)
 
@@ -122,4 +128,9 @@ def test_what_cannot_be_estimated_says_so() -> None:
     with pytest.raises(UsageError, match="same rows"):
         paired_difference([1.0, 2.0], [1.0], higher_is_better=True)
     with pytest.raises(UsageError):
-        rows_needed(1.0, 0.0)
+        rows_for(mean_ci([1.0, 2.0], higher_is_better=True), 0.0)
+    assert math.isnan(power_of(one, 1.0))
+    equal = mean_ci([2.0] * 30, higher_is_better=False)
+    assert (equal.low, equal.high) == (2.0, 2.0)
+    lone = mean_ci([0.0] * 99 + [2.0], higher_is_better=False)  # resamples without that row have no spread at all
+    assert 0.0 <= lone.low < 0.02 < lone.high < 0.11

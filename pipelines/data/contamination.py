@@ -1,0 +1,78 @@
+"""Which rows that are learned from also stand in rows that judge: exactly, or nearly (fault 23).
+
+Such rows are left out of training, and yet they are told of, and the gate fails: a team that keeps its test rows in a
+file of their own believes the two to be apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipelines.data.dedup import Alike
+from registry.datasets import SPLITS, Dataset, Row, Split
+
+_EXAMPLES = 10
+_RANK: Mapping[Split | None, int] = {"test": 2, "validation": 1, "train": 0, None: 0}
+_JUDGES: tuple[Split, ...] = ("validation", "test")
+
+Record = dict[str, Any]
+"""``{"rows": how many, "of": learned rows looked at, "examples": [{"row": "train.jsonl:7", "stands_in":
+"test.jsonl:3", "how": "exactly" | "nearly"}]}``"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leak:
+    """The row, by number, that judges and says the same."""
+
+    judging: int
+    how: Literal["exactly", "nearly"]
+
+
+def leaks(alike: Alike, places: Sequence[Split | None]) -> dict[int, Leak]:
+    """Rows whose prompt stands in a split that judges them: train rows (None: to be split yet) that are in validation
+    or test, validation rows that are in test. `places` has each row's split."""
+    judging: dict[int, int] = {}  # prompt -> the first row of the highest rank that has it
+    for number, place in enumerate(places):
+        if place in _JUDGES:
+            held = judging.setdefault(alike.prompt[number], number)
+            if _RANK[place] > _RANK[places[held]]:
+                judging[alike.prompt[number]] = number
+    telling = alike.telling() if judging else []
+    found = {}
+    for number, place in enumerate(places):
+        prompt = alike.prompt[number]
+        above = [
+            (_RANK[places[judging[other]]], other == prompt, -judging[other])
+            for other in (telling[prompt] if judging else ())
+            if other in judging and _RANK[places[judging[other]]] > _RANK[place]
+        ]
+        if above:
+            _, exactly, judge = max(above)
+            found[number] = Leak(judging=-judge, how="exactly" if exactly else "nearly")
+    return found
+
+
+def record(found: Mapping[int, Leak], names: Sequence[str], of: int) -> Record:
+    """What is kept of leaks with the data set; `names` says where each row stood."""
+    examples = [
+        {"row": names[number], "stands_in": names[leak.judging], "how": leak.how}
+        for number, leak in sorted(found.items())[:_EXAMPLES]
+    ]
+    return {"rows": len(found), "of": of, "examples": examples}
+
+
+def of_dataset(dataset: Dataset) -> Record:
+    """What was found when a data set was made; of one that was made without looking, what is in it now."""
+    if dataset.contamination is not None:
+        return dict(dataset.contamination)
+    rows: list[Row] = []
+    names: list[str] = []
+    places: list[Split] = []
+    for split in reversed(SPLITS):
+        for line, row in enumerate(dataset.rows(split), start=1):
+            rows.append(row)
+            names.append(f"{split}.jsonl:{line} of the data set")
+            places.append(split)
+    return record(leaks(Alike(rows), places), names, sum(place != "test" for place in places))

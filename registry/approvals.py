@@ -1,0 +1,119 @@
+"""Approvals: people with the operator role, not the author, who agree that a version may serve.
+
+How many a version needs, and who its author is, stand in its gate decision, so they are sealed with what was judged.
+A person is a key or ``os:user@host``; approving twice counts once, and nothing given is ever taken away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from infra.db import Connection, load_queries
+from infra.errors import NotFound, Refused, UsageError
+from registry.names import check_model_name
+
+SQL = load_queries(Path(__file__).with_suffix(".sql"))
+Role = Literal["operator", "admin"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Approval:
+    """One person's word. `person` without a key's name, `actor` with it; `bundle_digest` is what was approved."""
+
+    person: str
+    actor: str
+    role: Role
+    reason: str
+    bundle_digest: str
+    at: datetime
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "at": self.at.astimezone(UTC)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Approvals:
+    """Of one version: how many are `needed`, by whom not (`author`, None where nobody is known), what was `given`."""
+
+    model: str
+    number: int
+    needed: int
+    author: str | None
+    given: tuple[Approval, ...]
+
+    @property
+    def missing(self) -> int:
+        return max(0, self.needed - len(self.given))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "needed": self.needed,
+            "missing": self.missing,
+            "author": self.author,
+            "given": [approval.to_json() for approval in self.given],
+            "outstanding": self.outstanding() if self.missing else None,
+        }
+
+    def outstanding(self) -> str:
+        """Who must do what, as the rest of a sentence about the version; only where some are missing."""
+        people = "1 more person" if self.missing == 1 else f"{self.missing} more people"
+        has = f"has {len(self.given)} ({', '.join(a.actor for a in self.given)})" if self.given else "has none"
+        other = f", other than its author {self.author}," if self.author else ""
+        return (
+            f"it needs {self.needed} approval{'s' * (self.needed > 1)} and {has}: {people} with the operator role"
+            f"{other} must say `tunesmith approve {self.model}:{self.number} --reason TEXT`"
+        )
+
+
+def person(actor: str) -> str:
+    """Who an actor is, whatever name the key has: ``key:<id>`` or ``os:user@host``."""
+    return actor.partition(" (")[0] if actor.startswith("key:") else actor
+
+
+def of(conn: Connection, model: str, number: int) -> Approvals:
+    """A version's approvals. Raises NotFound for no such version."""
+    return _of(conn, model, number, _version(conn, model, number)["gate"])
+
+
+def approve(conn: Connection, model: str, number: int, *, actor: str, role: str, reason: str) -> tuple[bool, Approvals]:
+    """Note that a person approves of a version; whether that is new, and how it stands now.
+
+    Raises NotFound for no such version, Refused for its author and for a role that may not, UsageError for the reason.
+    """
+    text = reason.strip()
+    if not text or len(text) > 2000 or "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
+        raise UsageError(
+            "An approval needs a reason of at most 2000 characters of text.", hint="Say why with --reason."
+        )
+    version = _version(conn, model, number)
+    who = person(actor)
+    if role not in ("operator", "admin"):
+        raise Refused(f"The role {role} may not approve.", hint="Ask an operator or an admin.")
+    if who == person(str((version["gate"] or {}).get("author"))):
+        raise Refused(f"{actor} is the author of {model}:{number} and cannot approve it.", hint="Ask another person.")
+    values = {"model": model, "number": number, "person": who, "actor": actor, "role": role, "reason": text}
+    new = conn.execute(SQL["give"], values | {"bundle_digest": version["bundle_digest"]}).fetchone() is not None
+    return new, _of(conn, model, number, version["gate"])
+
+
+def _of(conn: Connection, model: str, number: int, gate: Mapping[str, Any] | None) -> Approvals:
+    rows = conn.execute(SQL["given"], {"model": model, "number": number})
+    return Approvals(
+        model=model,
+        number=number,
+        needed=int((gate or {}).get("approvals", 0)),
+        author=(gate or {}).get("author"),
+        given=tuple(Approval(**row) for row in rows),
+    )
+
+
+def _version(conn: Connection, model: str, number: int) -> dict[str, Any]:
+    check_model_name(model)
+    row = conn.execute(SQL["version"], {"model": model, "number": number}).fetchone()
+    if row is None:
+        raise NotFound(f"There is no version {model}:{number}.", hint=f"See `tunesmith versions {model}`.")
+    return row

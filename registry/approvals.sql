@@ -1,0 +1,13 @@
+-- name: version
+select v.bundle_digest, g.body as gate
+from version v left join evidence g on g.digest = v.gate
+where v.model = %(model)s and v.number = %(number)s
+
+-- name: given
+select person, actor, role, reason, bundle_digest, at from approval
+where model = %(model)s and number = %(number)s order by at, person
+
+-- name: give
+insert into approval (model, number, person, actor, role, reason, bundle_digest)
+values (%(model)s, %(number)s, %(person)s, %(actor)s, %(role)s, %(reason)s, %(bundle_digest)s)
+on conflict (model, number, person) do nothing returning at
