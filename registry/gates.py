@@ -57,8 +57,9 @@ def decide(
       from the rows, and the interval of a 95th percentile has no upper end on fewer than 72 rows.
     - Against the champion means against the base for a model's `first` version, and where no champion was measured
       nothing can be compared: fail.
-    - A metric that was not measured fails. A slice in which there are no rows, and a metric of which the evaluation
-      says that there is nothing to measure, are said so and do not count.
+    - A metric that was not measured, or that the evaluation calls unavailable or doubted, fails. A slice in which
+      there are no rows, and a metric of which the evaluation says that there is nothing to measure, are said so and do
+      not count.
     - An empty policy passes.
 
     With `on_underpowered` "ask", the reasons say that a person may decide; the decision is the same.
@@ -84,6 +85,9 @@ def _judge(gate: Gate, evaluation: Mapping[str, Any], first: bool) -> dict[str, 
             "estimate": estimate.to_json() if estimate else None,
         }
 
+    for what in ("unavailable", "doubted"):
+        if why := evaluation.get(what, {}).get(gate.metric):
+            return say("fail", f"{name}: is {what}, {why}")
     part = evaluation["slices"].get(gate.slice) if gate.slice else evaluation["metrics"]
     if part is None:
         return say("pass", f"{name}: no rows, does not count")
