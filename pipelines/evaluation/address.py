@@ -149,7 +149,7 @@ class Client:
         self._count(failure)
         self._in_a_row += 1
         if self._in_a_row >= _IN_A_ROW:
-            self._given_up = f"{self.url} failed {self._in_a_row} times in a row; the last time it {said}"
+            self._give_up(f"{self.url} failed {self._in_a_row} times in a row; the last time it {said}")
         return None
 
     def in_words(self, what: str) -> list[str]:
