@@ -378,7 +378,8 @@ class PipelineConfig(Section):
         """A prompt on the base is not searched for, nor trained again."""
         if self.tuning.method != "prompt":
             return self
-        unused = [f"tuning.{name}" for name in sorted(self.tuning.model_fields_set - {"method"})]
+        plain = Tuning(method="prompt").model_dump()
+        unused = [f"tuning.{name}" for name, value in self.tuning.model_dump().items() if value != plain[name]]
         unused += ["retrain"] if self.retrain is not None else []
         found = [("tuning", f"method: prompt trains nothing; leave {name} out") for name in unused]
         if not self.prompt.system:

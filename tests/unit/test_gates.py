@@ -132,3 +132,15 @@ def test_a_candidate_worse_by_the_margin_passes_no_more_often_than_promised(rate
         measured = paired_difference(candidate, base, higher_is_better=True).to_json()
         passed += _decide(gate, vs_base=measured).decision == "pass"
     assert passed <= stats.binom.ppf(0.999, runs, 0.025)
+
+
+def test_what_is_unavailable_or_doubted_never_passes() -> None:
+    gate = Gate(metric="m", must="at_least", value=0.5, slice="source=feedback")
+    measured = {"m": {"candidate": _estimate(0.9, 0.8, 1.0)}}
+    for what in ("unavailable", "doubted"):
+        found = {"metrics": measured, "slices": {}, what: {"m": "no judge is named"}}
+        told = decide([gate], found, on_underpowered="refuse", first=False)
+        assert (told.decision, told.reasons) == (
+            "fail",
+            [f"m on source=feedback: is {what}, no judge is named"],
+        )
