@@ -113,12 +113,19 @@ def _evaluation_table(name: str, evaluation: dict[str, Any]) -> None:
     from registry.statistics import in_words
 
     table = Table(title=f"{name} on untouched test rows, 95 % intervals", title_justify="left")
-    for column in ("metric", "candidate", "base", "champion", "vs base", "vs champion"):
+    columns = ["candidate", "base", "champion", "vs base", "vs champion"]
+    if any("hosted" in m for m in evaluation["metrics"].values()):
+        columns += ["hosted", "vs hosted"]
+    for column in ("metric", *columns):
         table.add_column(column)
     for metric, m in evaluation["metrics"].items():
-        cells = (in_words(m.get(k)) for k in ("candidate", "base", "champion", "vs_base", "vs_champion"))
-        table.add_row(metric, *cells)
+        table.add_row(metric, *(in_words(m.get(column.replace(" ", "_"))) for column in columns))
     out.print(table)
+    for metric, why in evaluation["unavailable"].items():
+        out.print(f"{metric} is unavailable: {safe(why)}.", markup=False)
+    for about in evaluation["about"].values():
+        for note in about.get("notes", []):
+            out.print(safe(note), markup=False)
 
 
 @click.group()
@@ -361,15 +368,18 @@ def study_clone_trial(name: str, trial: int, settings: tuple[str, ...], as_json:
 @click.command()
 @click.argument("version", metavar="MODEL:N")
 @click.option("--suite", "suites", multiple=True, help="A suite, such as quality; may be given more than once.")
+@click.option(
+    "-c", "--config", "path", type=click.Path(path_type=Path), help="Take judge and hosted model from this file."
+)
 @json_option
-def evaluate(version: str, suites: tuple[str, ...], as_json: bool) -> None:
+def evaluate(version: str, suites: tuple[str, ...], path: Path | None, as_json: bool) -> None:
     """Judge a registered version again, on the test rows of its data set, against its base and the champion. Exit 3:
     rows that it learned from also stand in rows that judge."""
     from pipelines import stages
     from pipelines.progress import shown
 
     with shown():
-        found = stages.evaluate_again(version, suites)
+        found = stages.evaluate_again(version, suites, path)
     if as_json:
         print_json({"version": version, **found})
     else:

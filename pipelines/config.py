@@ -16,7 +16,6 @@ import orjson
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainSerializer,
     PrivateAttr,
@@ -31,6 +30,7 @@ from infra.durations import format_duration, parse_duration
 from infra.errors import TunesmithError
 from infra.storage import file_digest, text_digest
 from pipelines import config_file
+from pipelines.config_address import Hosted, Judge, Section
 from pipelines.config_file import Problem, Source
 from pipelines.config_space import Space, did_you_mean, refused
 from pipelines.evaluation.catalogue import DEFAULT, METRICS, SUITES, suite_of
@@ -70,10 +70,6 @@ Duration = Annotated[timedelta, BeforeValidator(_duration), PlainSerializer(form
 DataPaths = Annotated[tuple[Annotated[Path, BeforeValidator(_path)], ...], BeforeValidator(_listed)]
 
 Licence = Annotated[str, Field(min_length=1, max_length=200)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=False)
 
 
 class BaseModelSection(Section):
@@ -189,16 +185,17 @@ class Tuning(Section):
     batches of the middle of the space. With `warm_start` it begins with what was best in the model's last studies.
     `workers` 0 is one a GPU or core (or TUNESMITH_SEARCH_WORKERS). `adapters_per_pass`: how many trials a worker
     trains in one pass over the base; 0 measures it at the study's start. `validation_rows` bounds the rows that
-    trials are compared on (a seeded sample); None is all. `objectives`, `pick` and `constraints` choose the winner,
+    trials are compared on (a seeded sample); None is all. With the method "prompt" there is no search: the version is
+    the base with the file's system prompt. `objectives`, `pick` and `constraints` choose the winner,
     by the measures of tuning/objectives.py; loss comes first, since trials are drawn and stopped by it."""
 
-    method: Literal["lora"] = "lora"
+    method: Literal["lora", "prompt"] = "lora"
     trials: int = Field(default=16, ge=1, le=10_000)
     budget: Budget = Budget()
     space: Space = Space()
     objectives: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ("loss",)
     pick: Pick | None = None
-    constraints: dict[str, Limit] = {}
+    constraints: dict[str, Limit] = Field(default_factory=dict)
     max_steps: int | None = Field(default=None, ge=1, le=1_000_000)
     num_train_epochs: float = Field(default=3.0, gt=0, le=1_000)
     pruning: Pruning = Pruning()
@@ -243,12 +240,15 @@ class Tuning(Section):
 
 class Evaluation(Section):
     """The judgement on test rows. `limit` bounds how many of them are answered (a seeded sample). The suites of
-    `required` must have measured something, or the version is not promoted."""
+    `required` must have measured something, or the version is not promoted. `judge` is for the suite of that name;
+    `hosted` is one more column of quality, latency, cost and judge."""
 
     suites: tuple[str, ...] = DEFAULT
     required: tuple[str, ...] = ()
     limit: int = Field(default=200, ge=1, le=1_000_000)
     seed: int = Field(default=0, ge=0, lt=2**31)
+    judge: Judge | None = None
+    hosted: Hosted | None = None
 
     @field_validator("suites")
     @classmethod
@@ -269,6 +269,12 @@ class Evaluation(Section):
             if name not in info.data.get("suites", SUITES):
                 raise ValueError(f"{name} does not run; add it to suites")
         return tuple(dict.fromkeys(value))
+
+    @model_validator(mode="after")
+    def _judges(self) -> Evaluation:
+        if self.judge is not None and "judge" not in self.suites:
+            raise refused([("judge", "is asked by the suite judge; add it to suites")])
+        return self
 
 
 class Gate(Section):
@@ -408,6 +414,21 @@ class PipelineConfig(Section):
                 raise ValueError(f"{gate.metric} is measured by the suite {suite}; add it to evaluation.suites")
         return value
 
+    @model_validator(mode="after")
+    def _prompt_alone(self) -> PipelineConfig:
+        """A prompt on the base is not searched for, nor trained again."""
+        if self.tuning.method != "prompt":
+            return self
+        plain = Tuning(method="prompt").model_dump()
+        unused = [f"tuning.{name}" for name, value in self.tuning.model_dump().items() if value != plain[name]]
+        unused += ["retrain"] if self.retrain is not None else []
+        found = [("tuning", f"method: prompt trains nothing; leave {name} out") for name in unused]
+        if not self.prompt.system:
+            found.append(("prompt", "method: prompt is the base with a prompt; add system: and the prompt"))
+        if found:
+            raise refused(found)
+        return self
+
     def jsonable(self) -> dict[str, Any]:
         """The whole configuration as plain JSON values; `PipelineConfig.model_validate` reads it back."""
         return self.model_dump(mode="json")
@@ -427,6 +448,8 @@ class PipelineConfig(Section):
         values = self.jsonable()
         for name in ("train", "validation", "test"):
             values["data"][name] = [file_digest(path) for path in getattr(self.data, name)]
+        if (judge := self.evaluation.judge) is not None and judge.labelled is not None:
+            values["evaluation"]["judge"]["labelled"] = file_digest(judge.labelled)
         return text_digest(orjson.dumps(values, option=orjson.OPT_SORT_KEYS).decode())
 
 
@@ -460,6 +483,9 @@ def check_files(config: PipelineConfig) -> None:
             field: config_file.Field = ("data", name) if len(paths) == 1 else ("data", name, index)
             if message := _unreadable(path):
                 problems.append(config.problem(field, message))
+    labelled = config.evaluation.judge.labelled if config.evaluation.judge is not None else None
+    if labelled is not None and (message := _unreadable(labelled)):
+        problems.append(config.problem(("evaluation", "judge", "labelled"), message))
     if problems:
         raise config_file.failure(_path_of(config), problems)
 
@@ -489,9 +515,16 @@ def check(config: PipelineConfig) -> dict[str, Any]:
     with every problem at once.
     """
     from pipelines.data import sources
+    from pipelines.evaluation.suites.judge import read_labelled
 
     check_files(config)
     problems, files = [], []
+    if (judge := config.evaluation.judge) is not None and judge.labelled is not None:
+        try:
+            read_labelled(judge.labelled)
+        except ValueError as error:
+            message = f"{judge.labelled.name}: {error}"
+            problems.append(config.problem(("evaluation", "judge", "labelled"), message))
     for name in ("train", "validation", "test"):
         paths: tuple[Path, ...] = getattr(config.data, name)
         for index, path in enumerate(paths):

@@ -25,7 +25,9 @@ where id = %(id)s
 select name, output from stage where run_id = %(id)s
 
 -- name: config
-select config -> 'evaluation' as evaluation, config -> 'gates' as gates from run where id = %(id)s
+select config -> 'evaluation' as evaluation, config -> 'gates' as gates,
+       config -> 'monitoring' -> 'price' as price
+from run where id = %(id)s
 
 -- name: keep_stage
 insert into stage (run_id, name, output, seconds) values (%(id)s, %(name)s, %(output)s, %(seconds)s)

@@ -30,9 +30,10 @@ from pipelines.progress import report
 from registry import approvals, bases, datasets, deployments, gates, leases, mlflow, profile, studies, versions
 from registry.bundle import Generation
 from registry.datasets import Row
+from registry.pricing import MachinePrice, parse_price
 
 if TYPE_CHECKING:
-    from pipelines.evaluation.judgement import Evaluation
+    from pipelines.evaluation.judgement import Evaluation, Serving
 
 log = logging.getLogger(__name__)
 _WARM_STARTS = 3  # how many earlier studies' best configurations a search begins with
@@ -182,7 +183,8 @@ def prepare(plan: Plan, run: runs.Run) -> dict[str, Any]:
         else:
             base = bases.resolve(plan.config.base.path, plan.config.base.revision)
         dataset = prepare_rows(plan.config, extra=plan.corrections, old=old, progress=say)
-        counts = dict(dataset.counts) | {"too_long": _too_long(plan.config, dataset, base)}
+        trained = plan.config.tuning.method != "prompt"
+        counts = dict(dataset.counts) | {"too_long": _too_long(plan.config, dataset, base) if trained else 0}
         say(", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count), 1, 1)
         return {"dataset": dataset.digest, "base": base.digest, "counts": counts}
 
@@ -205,9 +207,14 @@ def _too_long(config: configs.PipelineConfig, dataset: datasets.Dataset, base: b
 
 
 def search(plan: Plan, run: runs.Run, data: dict[str, Any]) -> dict[str, Any]:
-    """The best adapter of an Optuna study: ``{"study", "trial", "params", "value", "adapter", "importances", ...}``."""
+    """The best adapter of an Optuna study: ``{"study", "trial", "params", "value", "adapter", "importances", ...}``; of
+    a prompt on the base, all of them empty."""
 
     def work() -> dict[str, Any]:
+        if plan.config.tuning.method == "prompt":
+            report("search", "none: a prompt on the base", 1, 1)
+            nothing = dict.fromkeys(("study", "trial", "value", "adapter", "stopped_by"))
+            return {**nothing, "params": {}, "trials": 0, "pruned": 0, "importances": {}}
         from pipelines.tuning.search import make_spec
         from pipelines.tuning.search import search as run_search
 
@@ -292,23 +299,29 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
 
         config, base = plan.config, bases.load(data["base"])
         dataset = datasets.open_dataset(data["dataset"])
-        adapter = Path(best["adapter"])
-        served = servability.check(base, adapter, best["params"], dataset.rows("validation"), config.prompt.system)
+        adapter = Path(best["adapter"]) if best["adapter"] is not None else None
+        served: dict[str, Any] = {}
+        if adapter is not None:
+            rows = dataset.rows("validation")
+            served["servability"] = servability.check(base, adapter, best["params"], rows, config.prompt.system)
         champion = plan.champion if plan.champion and plan.champion.base_digest == base.digest else None
         judged = judge(
             base=base,
             candidate=adapter,
-            champion=champion.adapter() if champion else None,
+            champion=_beside(champion) if champion else None,
             rows=dataset.rows("test"),
-            training=dataset.rows("train"),
+            training=dataset.rows("train") if adapter is not None else (),
             system=config.prompt.system,
             generation=config.generation,
             names=config.evaluation.suites,
             limit=config.evaluation.limit,
             seed=config.evaluation.seed,
+            judge=config.evaluation.judge,
+            hosted=config.evaluation.hosted,
+            machine=_machine(config.monitoring.price),
             progress=_progress(run, "evaluate"),
         )
-        evaluation = judged.evaluation | {"contamination": contamination.of_dataset(dataset), "servability": served}
+        evaluation = judged.evaluation | {"contamination": contamination.of_dataset(dataset)} | served
         decision = gates.decide(
             [gates.Gate(**gate.model_dump()) for gate in config.gates],
             evaluation,
@@ -341,6 +354,20 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
         return {"bundle": digest, "evaluation": evaluation, "gate": decision.to_json(), "champion": number}
 
     return run.stage("evaluate", work)
+
+
+def _beside(champion: versions.Version) -> Serving:
+    from pipelines.evaluation.judgement import Serving
+
+    return Serving(adapter=champion.adapter(), system=champion.parsed.prompt.system)
+
+
+def _machine(price: Mapping[str, float] | None) -> MachinePrice:
+    """The machine's price of the file, or where it prices tokens, or nothing, of the settings."""
+    own = parse_price(price) if price else None
+    return (
+        own if isinstance(own, MachinePrice) else MachinePrice(per_machine_hour_usd=get_settings().machine_usd_per_hour)
+    )
 
 
 def _profile(
@@ -456,13 +483,15 @@ def _promote(plan: Plan, version: versions.Version, judged: dict[str, Any]) -> t
     return True, None
 
 
-def evaluate_again(name: str, suites: Sequence[str] = ()) -> dict[str, Any]:
+def evaluate_again(name: str, suites: Sequence[str] = (), config: Path | None = None) -> dict[str, Any]:
     """The evaluation of a registered version on the test rows it was judged on, beside its base and, if it is another
-    version of the same base, the champion, and what the gate says that is always there. Nothing is changed::
+    version of the same base, the champion, and what the gate says that is always there. Nothing is changed. The judge
+    and the hosted model are those of the run that made it, or of a pipeline file::
 
         {"evaluation": ..., "gate": the contamination's entry of a gate decision}
 
-    Raises NotFound for no such version, UsageError when its data set is not here or a suite is not known.
+    Raises NotFound for no such version, UsageError when its data set is not here or a suite is not known, ConfigError
+    for a file with problems.
     """
     from pipelines.data import contamination
     from pipelines.evaluation.judgement import evaluate as judge
@@ -477,19 +506,27 @@ def evaluate_again(name: str, suites: Sequence[str] = ()) -> dict[str, Any]:
     if version.dataset_digest is None:
         raise UsageError(f"{version.name} was not trained here: there are no test rows.", hint="Import its data set.")
     dataset = datasets.open_dataset(version.dataset_digest)
-    sample = {key: made["evaluation"][key] for key in ("limit", "seed")} if made else {}
+    given = configs.load(config) if config is not None else None
+    own = configs.Evaluation.model_validate(made["evaluation"]) if made else configs.Evaluation()
+    addresses = given.evaluation if given is not None else own
+    price = given.monitoring.price if given is not None else made["price"] if made else None
     champion = _champion(model)
     beside = champion is not None and champion.number != number and champion.base_digest == version.base_digest
+    adapter = version.adapter()
     evaluation = judge(
         base=bases.load(version.base_digest),
-        candidate=version.adapter(),
-        champion=champion.adapter() if champion is not None and beside else None,
+        candidate=adapter,
+        champion=_beside(champion) if champion is not None and beside else None,
         rows=dataset.rows("test"),
-        training=dataset.rows("train"),
+        training=dataset.rows("train") if adapter is not None else (),
         system=version.parsed.prompt.system,
         generation=version.parsed.generation,
         names=wanted,
-        **sample,
+        limit=own.limit,
+        seed=own.seed,
+        judge=addresses.judge,
+        hosted=addresses.hosted,
+        machine=_machine(price),
         progress=partial(report, "evaluate"),
     ).evaluation | {"contamination": contamination.of_dataset(dataset)}
     policy = [gates.Gate(**gate) for gate in (made or {}).get("gates") or () if gate["metric"] == gates.CONTAMINATION]

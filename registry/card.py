@@ -10,6 +10,17 @@ from typing import Any
 from registry.bundle import ENVIRONMENT, Manifest
 from registry.gates import Decision
 
+_COLUMNS = {
+    "": "metric",
+    "candidate": "this version",
+    "base": "base",
+    "vs_base": "against the base",
+    "champion": "champion then",
+    "vs_champion": "against the champion",
+    "hosted": "hosted",
+    "vs_hosted": "against the hosted",
+}
+
 
 def render(manifest: Manifest, evaluation: Mapping[str, Any] | None, decision: Decision | None) -> str:
     """README.md of a bundle. The same input gives the same text: no times, no version number."""
@@ -58,16 +69,20 @@ def _front_matter(manifest: Manifest, evaluation: Mapping[str, Any] | None) -> s
 def _evaluation(evaluation: Mapping[str, Any] | None) -> list[str]:
     if evaluation is None:
         return ["Not evaluated."]
+    compared = any(measured.get("hosted") for measured in evaluation["metrics"].values())
+    keys = [key for key in _COLUMNS if compared or "hosted" not in key]
     lines = [
         f"On {evaluation['rows']} test rows that no tuning saw; 95 % confidence intervals.",
         "",
-        "| metric | this version | base | against the base | champion then | against the champion |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| " + " | ".join(_COLUMNS[key] for key in keys) + " |",
+        "| " + " | ".join("---" for _ in keys) + " |",
     ]
     for name, measured in evaluation["metrics"].items():
-        cells = [measured.get(key) for key in ("candidate", "base", "vs_base", "champion", "vs_champion")]
+        cells = [measured.get(key) for key in keys[1:]]
         lines.append(f"| {_inline(name)} | " + " | ".join(_estimate(cell) for cell in cells) + " |")
-    return lines
+    said = [f"{name} is unavailable: {why}." for name, why in evaluation.get("unavailable", {}).items()]
+    said += [note for about in evaluation.get("about", {}).values() for note in about.get("notes", [])]
+    return lines + [line for text in said for line in ("", _inline(text))]
 
 
 def _estimate(value: Mapping[str, Any] | None) -> str:

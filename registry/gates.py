@@ -67,8 +67,9 @@ def decide(
       from the rows, and the interval of a 95th percentile has no upper end on fewer than 72 rows.
     - Against the champion means against the base for a model's `first` version, and where no champion was measured
       nothing can be compared: fail.
-    - A metric that was not measured fails. A slice in which there are no rows (unless the gate wants some), and a
-      metric of which the evaluation says that there is nothing to measure, are said so and do not count.
+    - A metric that was not measured, or that the evaluation calls unavailable or doubted, fails. A slice in which
+      there are no rows (unless the gate wants some), and a metric of which the evaluation says that there is nothing to
+      measure, are said so and do not count.
     - Each suite of `required` (suite -> its metrics) must have run and measured something, or it fails by name.
     - Contamination (``evaluation["contamination"]``, of pipelines/data/contamination.py) is judged whatever the policy:
       no row may have stood in rows that judge, or no more than a gate ``{metric: contamination, must: at_most}`` says.
@@ -106,6 +107,9 @@ def _judge(gate: Gate, evaluation: Mapping[str, Any], first: bool) -> dict[str, 
             "estimate": estimate.to_json() if estimate else None,
         }
 
+    for what in ("unavailable", "doubted"):
+        if why := evaluation.get(what, {}).get(gate.metric):
+            return say("fail", f"{name}: is {what}, {why}")
     part = evaluation["slices"].get(gate.slice) if gate.slice else evaluation["metrics"]
     if part is None and gate.min_rows:
         return say("underpowered", f"{name}: was measured on 0 rows, must be on {gate.min_rows}")

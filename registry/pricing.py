@@ -35,6 +35,20 @@ class MachinePrice(BaseModel):
         return engine_seconds / 3600 * self.per_machine_hour_usd
 
 
+def break_even_per_day(machine: MachinePrice, hosted_usd: float, capacity_per_day: float) -> float | None:
+    """The requests a day from which one's own machine is cheaper than a hosted model; None when it never is.
+
+    A machine that runs all day costs ``m = 24 * per_machine_hour_usd``, whatever it does; a hosted model costs
+    `hosted_usd` a request, ``c``. With ``v`` requests a day the hosted one costs ``c v`` and one machine ``m``, so the
+    machine is cheaper from ``v = m / c``. It answers at most `capacity_per_day` requests; where ``m / c`` is more than
+    that, further machines cost more than they save, since even a busy one costs ``m / capacity > c`` a request.
+    """
+    if hosted_usd <= 0:
+        return None
+    volume = 24 * machine.per_machine_hour_usd / hosted_usd
+    return volume if volume <= capacity_per_day else None
+
+
 Price = TokenPrice | MachinePrice
 _PRICE: TypeAdapter[Price] = TypeAdapter(Price)
 

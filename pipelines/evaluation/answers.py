@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,22 @@ _BATCH_ROWS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A row in tokens: its prompt, as it is served, and the completion after it, as it is trained on."""
+    """A row in tokens: its prompt, as it is served, and the completion after it, as it is trained on. `own` has the
+    prompts of versions with another system prompt, which they are given in place of the first `replaced` tokens."""
 
     row: Row
     whole: tuple[int, ...]
     prompt_length: int
+    own: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    replaced: int = 0
+
+    def of(self, version: str) -> Case:
+        """The case as this version is asked."""
+        if version not in self.own:
+            return self
+        own = self.own[version]
+        length = len(own) + self.prompt_length - self.replaced
+        return Case(row=self.row, whole=own + self.whole[self.replaced :], prompt_length=length)
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -49,14 +60,30 @@ class Bench:
             if folder is not None:
                 self.adapters.load(name, folder)
 
-    def cases(self, rows: Sequence[Row], *, system: str | None, max_tokens: int) -> list[Case]:
-        """The rows in tokens, in their order, without those that do not fit the base's context."""
+    def cases(
+        self, rows: Sequence[Row], *, system: str | None, max_tokens: int, own: Mapping[str, str | None] | None = None
+    ) -> list[Case]:
+        """The rows in tokens, in their order, without those that do not fit the base's context. `own` has the system
+        prompts of versions that have another one."""
         most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**31
         found = []
         for row in rows:
             whole, prompt_length = prompts.encode_pair(self.tokenizer, row.messages, system=system)
-            if prompt_length + max_tokens <= most and len(whole) <= most:
-                found.append(Case(row=row, whole=tuple(whole), prompt_length=prompt_length))
+            others = {
+                name: tuple(prompts.encode(self.tokenizer, row.prompt, system=other))
+                for name, other in (own or {}).items()
+            }
+            longest = max([prompt_length, *map(len, others.values())])
+            if longest + max(max_tokens, len(whole) - prompt_length) <= most:
+                found.append(
+                    Case(
+                        row=row,
+                        whole=tuple(whole),
+                        prompt_length=prompt_length,
+                        own=others,
+                        replaced=prompt_length,
+                    )
+                )
         return found
 
     def losses(self, cases: Sequence[Case], progress: Callable[[int], None] | None = None) -> dict[str, list[float]]:
@@ -66,7 +93,7 @@ class Bench:
         done = 0
         for batch in _batches(cases):
             for name in self.versions:
-                for number, loss in zip(batch, self._losses(name, [cases[n] for n in batch]), strict=True):
+                for number, loss in zip(batch, self._losses(name, [cases[n].of(name) for n in batch]), strict=True):
                     found[name][number] = loss
             done += len(batch)
             if progress:
@@ -149,7 +176,9 @@ class Bench:
 
     def _request(self, version: str, case: Case, max_tokens: int) -> Request:
         adapter = version if self.versions[version] is not None else None
-        return Request(prompt=case.prompt, adapter=adapter, sampling=Sampling(max_tokens=max_tokens, temperature=0.0))
+        return Request(
+            prompt=case.of(version).prompt, adapter=adapter, sampling=Sampling(max_tokens=max_tokens, temperature=0.0)
+        )
 
 
 def _contiguous(module: object, args: tuple[Any, ...]) -> tuple[Any, ...]:

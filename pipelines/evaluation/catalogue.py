@@ -89,6 +89,17 @@ SUITES: dict[str, dict[str, Metric]] = {
     "groundedness": {
         "supported_answers": Metric(title="Supported answers", unit="share whose words stand in the prompt's context"),
     },
+    "judge": {
+        "judged_good": Metric(title="Judged good", unit="share of answers that the judge calls good", by_row=True),
+    },
+    "cost": {
+        "cost_per_1000_usd": Metric(
+            title="Cost of 1,000 requests",
+            unit="USD, one request at a time; hosted by its tokens",
+            form="{:,.4f}",
+            lower_is_better=True,
+        ),
+    },
 }
 DEFAULT = ("quality", "latency")
 METRICS: dict[str, Metric] = {name: metric for suite in SUITES.values() for name, metric in suite.items()}

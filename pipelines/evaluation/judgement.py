@@ -3,8 +3,11 @@
 `evaluate` gives the evaluation that gates decide on and that is kept as evidence::
 
     {"metrics": {name: {"candidate": estimate, "base": estimate, "champion": estimate | null,
-                        "vs_base": estimate, "vs_champion": estimate | null}},
+                        "vs_base": estimate, "vs_champion": estimate | null,
+                        and where a hosted model is named "hosted" and "vs_hosted": estimate | null}},
      "not_applicable": {name: "why there is nothing to measure"},
+     "unavailable": {name: "why it could not be measured"},
+     "doubted": {name: "why no gate may pass by it"},
      "slices": {"source=train": {the same as metrics}, "source=feedback": {the same}},
      "rows": 200, "suites": ["quality", "latency"], "about": {suite: what else it has to say},
      "examples": [{"messages", "expected", "candidate", "base", "champion"}]}
@@ -18,16 +21,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from infra.errors import UsageError
+from pipelines import config_address
 from pipelines.data.split import position
+from pipelines.evaluation import hosted as hosted_models
 from pipelines.evaluation import scores, suites
 from pipelines.evaluation.comparison import means
 from pipelines.evaluation.suites import Progress, Setting
 from registry.bases import Base
 from registry.datasets import Row
+from registry.pricing import MachinePrice
 from registry.profile import Answer
 
 if TYPE_CHECKING:
-    from deploy.decoding import Result
     from pipelines.evaluation.answers import Case
 
 EXAMPLES = 12
@@ -38,6 +43,14 @@ class Lengths(Protocol):
 
     @property
     def max_tokens(self) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """The champion with its own system prompt; `adapter` is None for a prompt on the base."""
+
+    adapter: Path | None
+    system: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +68,7 @@ def evaluate(
     *,
     base: Base,
     candidate: Path | None,
-    champion: Path | None,
+    champion: Path | Serving | None,
     rows: Sequence[Row],
     training: Sequence[Row] = (),
     system: str | None,
@@ -63,10 +76,15 @@ def evaluate(
     names: Sequence[str],
     limit: int = 200,
     seed: int = 0,
+    judge: config_address.Judge | None = None,
+    hosted: config_address.Hosted | None = None,
+    machine: MachinePrice | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Judge an adapter (None: the base with its prompt) by the suites of these `names`, on at most `limit` of the rows;
-    `training` are those that it learned from.
+    """Judge an adapter, or the base with a prompt (None), by the suites of these `names`, on at most `limit` of the
+    rows; `training` are those that it learned from. The base is asked with the same system prompt, so that the
+    difference is the adapter's; where there is none, without one, so that it is the prompt's. A champion that is a path
+    has the same prompt. `machine` is the price of the machine that would serve.
 
     Raises UsageError when there is no row, or none that fits the base's context.
     """
@@ -74,30 +92,47 @@ def evaluate(
 
     say = progress or (lambda *_: None)
     say("loading the base")
-    versions = {"candidate": candidate, "base": None} | ({"champion": champion} if champion is not None else {})
+    beside = Serving(adapter=champion, system=system) if isinstance(champion, Path) else champion
+    versions = {"candidate": candidate, "base": None} | ({"champion": beside.adapter} if beside is not None else {})
     bench = Bench(base, versions)
     sample = choose(rows, limit, seed)
-    cases = bench.cases(sample, system=system, max_tokens=generation.max_tokens)
+    systems = _systems(system, prompt_alone=candidate is None, beside=beside)
+    cases = bench.cases(sample, system=system, max_tokens=generation.max_tokens, own=systems)
     if not cases:
         raise UsageError(
             f"None of the {len(rows)} test rows fits the base's context.", hint="Shorten them, or take another base."
         )
     setting = Setting(
-        bench=bench, cases=cases, training=training, system=system, max_tokens=generation.max_tokens, seed=seed, say=say
+        bench=bench,
+        cases=cases,
+        training=training,
+        system=system,
+        systems=systems,
+        max_tokens=generation.max_tokens,
+        seed=seed,
+        say=say,
+        judge=judge,
+        hosted_config=hosted if hosted_models.SUITES & set(names) else None,
+        machine=machine or MachinePrice(per_machine_hour_usd=0.0),
     )
     found = {name: suites.measure(name, setting) for name in names}
     say("done", 1, 1)
     answers = setting.answers
+    about = {name: f.about for name, f in found.items() if f.about}
+    if setting.hosted is not None:
+        about["hosted"] = dict(setting.hosted.about)
     return Evaluation(
         evaluation={
             "metrics": {metric: values for f in found.values() for metric, values in f.metrics.items()},
             "not_applicable": {metric: why for f in found.values() for metric, why in f.not_applicable.items()},
+            "unavailable": {metric: why for f in found.values() for metric, why in f.unavailable.items()},
+            "doubted": {metric: why for f in found.values() for metric, why in f.doubted.items()},
             "slices": _slices(cases, found),
             "rows": len(cases),
             "rows_left_out": len(sample) - len(cases),
             "suites": list(names),
-            "about": {name: f.about for name, f in found.items() if f.about},
-            "examples": _examples(cases, answers),
+            "about": about,
+            "examples": _examples(setting),
         },
         rows=[case.row for case in cases],
         answers=[
@@ -144,18 +179,24 @@ def _slices(cases: Sequence[Case], found: dict[str, suites.Finding]) -> dict[str
     return slices
 
 
-def _examples(cases: Sequence[Case], answers: dict[str, list[Result]]) -> list[dict[str, Any]]:
+def _systems(system: str | None, *, prompt_alone: bool, beside: Serving | None) -> dict[str, str | None]:
+    """The versions that are asked with another system prompt than the candidate's, and which."""
+    systems = {"base": None if prompt_alone else system} | ({"champion": beside.system} if beside is not None else {})
+    return {who: own for who, own in systems.items() if own != system}
+
+
+def _examples(setting: Setting) -> list[dict[str, Any]]:
     """The candidate's worst answers first, by chrF, and of equals the least sure one."""
     chrf = scores.Chrf()
-    given = answers["candidate"]
-    order = sorted(range(len(cases)), key=lambda n: (chrf(given[n].text, cases[n].row.answer), given[n].mean_logprob))
+    given, texts = setting.answers["candidate"], setting.texts
+    rows = [case.row for case in setting.cases]
+    order = sorted(range(len(rows)), key=lambda n: (chrf(given[n].text, rows[n].answer), given[n].mean_logprob))
     return [
         {
-            "messages": list(cases[n].row.prompt),
-            "expected": cases[n].row.answer,
-            "candidate": answers["candidate"][n].text,
-            "base": answers["base"][n].text,
-            "champion": answers["champion"][n].text if "champion" in answers else None,
+            "messages": list(rows[n].prompt),
+            "expected": rows[n].answer,
+            "champion": None,
+            **{who: answers[n] for who, answers in texts.items()},
         }
         for n in order[:EXAMPLES]
     ]

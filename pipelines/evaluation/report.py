@@ -14,17 +14,20 @@ _VERDICTS = {
     "fail": ("bad", "Does not pass its gates"),
     "underpowered": ("unsure", "Too few rows to decide"),
 }
+_OTHERS = {"base": "Base", "champion": "Serving now", "hosted": "Hosted"}
 _SAID = {"pass": "holds", "fail": "does not hold", "underpowered": "cannot be told"}
 
 
 def render(model: str, evaluation: Mapping[str, Any], decision: Mapping[str, Any]) -> str:
     """The HTML page. `evaluation` as `suites.evaluate` gives it, `decision` as ``gates.Decision.to_json``."""
     kind, verdict = _VERDICTS[decision["decision"]]
-    parts = [{"name": "All rows", "rows": evaluation["rows"], "metrics": _table(evaluation["metrics"])}]
+    about = evaluation.get("about", {})
+    beside = {metric: text for part in about.values() for metric, text in part.get("beside", {}).items()}
+    parts = [{"name": "All rows", "rows": evaluation["rows"], "metrics": _table(evaluation["metrics"], beside)}]
     for name, measured in evaluation["slices"].items() if len(evaluation["slices"]) > 1 else ():
         rows = next(iter(measured.values()))["candidate"]["n"]
         title = {"source=train": "Rows of the team's files", "source=feedback": "Corrections that people sent"}
-        parts.append({"name": title.get(name, name), "rows": rows, "metrics": _table(measured)})
+        parts.append({"name": title.get(name, name), "rows": rows, "metrics": _table(measured, beside)})
     page: str = _template().render(
         model=model,
         kind=kind,
@@ -34,20 +37,19 @@ def render(model: str, evaluation: Mapping[str, Any], decision: Mapping[str, Any
             for gate in decision["gates"]
         ],
         parts=parts,
-        champion=any(m["champion"] for m in evaluation["metrics"].values()),
+        others=[who for who in _OTHERS if any(m.get(who) for m in evaluation["metrics"].values())],
+        names=_OTHERS,
         evaluation=evaluation,
+        unavailable=[(METRICS[name].title, why) for name, why in evaluation.get("unavailable", {}).items()],
+        notes=[note for part in about.values() for note in part.get("notes", [])],
         not_applicable=[(METRICS[name].title, why) for name, why in evaluation.get("not_applicable", {}).items()],
-        scorers=[
-            (name, scorer)
-            for about in evaluation.get("about", {}).values()
-            for name, scorer in about.get("scorers", {}).items()
-        ],
-        lost=evaluation.get("about", {}).get("compatibility", {}).get("lost", []),
+        scorers=[(name, scorer) for part in about.values() for name, scorer in part.get("scorers", {}).items()],
+        lost=about.get("compatibility", {}).get("lost", []),
     )
     return page
 
 
-def _table(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _table(measured: Mapping[str, Any], beside: Mapping[str, str]) -> list[dict[str, Any]]:
     lines = []
     for name, values in measured.items():
         about = METRICS.get(name) or Metric(title=name, unit="", form="{:.4g}")
@@ -56,8 +58,9 @@ def _table(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "title": about.title,
                 "unit": about.unit,
                 "better": "more is better" if values["candidate"]["higher_is_better"] else "less is better",
-                "values": {who: _value(values[who], about.form) for who in ("candidate", "base", "champion")},
-                "differences": {who: _difference(values[f"vs_{who}"], about.form) for who in ("base", "champion")},
+                "beside": beside.get(name),
+                "values": {who: _value(values.get(who), about.form) for who in ("candidate", *_OTHERS)},
+                "differences": {who: _difference(values.get(f"vs_{who}"), about.form) for who in _OTHERS},
             }
         )
     return lines

@@ -486,3 +486,78 @@ def test_what_a_policy_demands_must_make_sense(tmp_path: Path, more: str, words:
     right = "evaluation: {suites: [quality, privacy], required: [privacy]}\n"
     path.write_text(f"model: m\nbase: builtin:tiny\ndata: {{train: train.jsonl}}\n{right}")
     assert load(path).evaluation.required == ("privacy",)
+
+
+def test_a_judge_and_a_hosted_model_are_addresses_and_never_keys(tmp_path: Path) -> None:
+    secret = "sk-1234567890abcdef"
+    (tmp_path / "labelled.jsonl").write_text('{"question": "q", "answer": "a", "good": true}\n')
+    judge = f"""
+  judge:
+    url: https://me:{secret}@api.example.org/v1
+    model: big
+    key_env: {secret}
+    labelled: labelled.jsonl
+    prompt: "Is {{answer}} good?"
+    options: {{model: other}}
+"""
+    path = minimal(tmp_path, f"evaluation:\n  suites: [quality, judge]{judge}")
+    with pytest.raises(ConfigError) as error:
+        load(path)
+    assert [field for _, field, _ in problems(error)] == [
+        "evaluation.judge.url",
+        "evaluation.judge.key_env",
+        "evaluation.judge.prompt",
+        "evaluation.judge.options",
+    ]
+    assert secret not in str(error.value)
+    assert secret not in str(error.value.as_json())
+
+    config = load(
+        path,
+        [
+            "evaluation.judge.url=http://127.0.0.1:8080/v1/chat/completions",
+            "evaluation.judge.key_env=JUDGE_KEY",
+            "evaluation.judge.prompt=null",
+            "evaluation.judge.options={temperature: null}",
+            "evaluation.hosted={url: https://api.example.org/v1/, model: big, price: {input_per_million_usd: 2, "
+            "output_per_million_usd: 8}}",
+        ],
+    )
+    assert config.evaluation.judge is not None
+    assert config.evaluation.judge.url == "http://127.0.0.1:8080/v1"
+    assert config.evaluation.judge.labelled == tmp_path / "labelled.jsonl"
+    assert config.evaluation.hosted is not None
+    assert config.evaluation.hosted.url == "https://api.example.org/v1"
+    assert config.evaluation.hosted.price is not None
+    assert config.evaluation.hosted.price.tokens.cost_usd(1_000_000, 500_000, 0.0) == pytest.approx(6)
+    assert PipelineConfig.model_validate(config.jsonable()).jsonable() == config.jsonable()
+    with pytest.raises(ConfigError, match="needs good and bad answers"):
+        check(config)
+    before = config.fingerprint()
+    (tmp_path / "labelled.jsonl").write_text('{"question": "q", "answer": "b", "good": false}\n')
+    assert config.fingerprint() != before
+    (tmp_path / "labelled.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"evaluation\.judge\.labelled: there is no file"):
+        check(config)
+    with pytest.raises(ConfigError, match=r"evaluation\.judge: is asked by the suite judge; add it to suites"):
+        load(path, ["evaluation={suites: [quality], judge: {model: big}}"])
+
+
+def test_a_prompt_needs_a_prompt_and_no_search(tmp_path: Path) -> None:
+    path = minimal(tmp_path, "tuning: {method: prompt, trials: 3}\nretrain: {on: drift}\n")
+    with pytest.raises(ConfigError) as error:
+        load(path)
+    assert sorted(message for _, _, message in problems(error)) == [
+        "method: prompt is the base with a prompt; add system: and the prompt",
+        "method: prompt trains nothing; leave retrain out",
+        "method: prompt trains nothing; leave tuning.trials out",
+    ]
+    assert load(minimal(tmp_path, "tuning: {method: prompt}\nprompt: {system: Be brief.}\n")).tuning.method == "prompt"
+
+
+def test_the_judged_example_names_every_setting_of_an_address() -> None:
+    config = load(EXAMPLES / "judged.yaml")
+    text = (EXAMPLES / "judged.yaml").read_text()
+    for section in (config.evaluation.judge, config.evaluation.hosted):
+        assert section is not None
+        assert [name for name in type(section).model_fields if f"{name}:" not in text] == []

@@ -173,3 +173,15 @@ def test_worse_by_the_margin_passes_no_more_often_than_promised_and_equal_as_oft
     assert passes(case, rows, worse=case.margin).passed <= most_passes()
     equal = passes(case, rows, worse=0.0)
     assert equal.passed >= least_passes(equal.told)
+
+
+def test_what_is_unavailable_or_doubted_never_passes() -> None:
+    gate = Gate(metric="m", must="at_least", value=0.5, slice="source=feedback")
+    measured = {"m": {"candidate": _estimate(0.9, 0.8, 1.0)}}
+    for what in ("unavailable", "doubted"):
+        found = {"metrics": measured, "slices": {}, what: {"m": "no judge is named"}}
+        told = decide([gate], found, on_underpowered="refuse", first=False)
+        assert (told.decision, told.reasons) == (
+            "fail",
+            [f"m on source=feedback: is {what}, no judge is named"],
+        )

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from pipelines import config_address
+from pipelines.data.split import position
+from pipelines.evaluation import hosted as hosted_models
 from pipelines.evaluation.comparison import Measured
 from registry.datasets import Row
+from registry.pricing import MachinePrice
 
 if TYPE_CHECKING:
     from deploy.decoding import Result
     from pipelines.evaluation.answers import Bench, Case
 
 Progress = Callable[..., None]
+_ALONE, _SECONDS, _LEAST = 24, 30.0, 6  # rows that are asked one at a time, for how long, and how many at least
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """What suites have to work with. `cases` are the test rows, `training` those that the candidate learned from, in
-    no order; answers are at most `max_tokens` long."""
+    no order; answers are at most `max_tokens` long. `systems` has the versions whose system prompt is not `system`;
+    `machine` is the price of the machine that would serve."""
 
     bench: Bench
     cases: Sequence[Case]
@@ -30,11 +36,52 @@ class Setting:
     max_tokens: int
     seed: int
     say: Progress
+    systems: Mapping[str, str | None] = field(default_factory=dict)
+    judge: config_address.Judge | None = None
+    hosted_config: config_address.Hosted | None = None
+    machine: MachinePrice = field(default_factory=lambda: MachinePrice(per_machine_hour_usd=0.0))
 
     @cached_property
     def answers(self) -> dict[str, list[Result]]:
         """Every version's greedy answers to the test rows, asked when they are first wanted."""
         return self.ask(self.cases, "answers")
+
+    @cached_property
+    def hosted(self) -> hosted_models.Answers | None:
+        """The hosted model's answers to the test rows, asked when they are first wanted; None where none is named."""
+        if self.hosted_config is None:
+            return None
+        return hosted_models.ask(
+            self.hosted_config,
+            self.cases,
+            system=self.system,
+            max_tokens=self.max_tokens,
+            first=self.order[:_ALONE],
+            progress=lambda done: self.say("answers of the hosted model", done, len(self.cases)),
+        )
+
+    @property
+    def texts(self) -> dict[str, list[str | None]]:
+        """The texts of every version's answers to the test rows, and of the hosted model's where it is there; None
+        where a request to it failed."""
+        found: dict[str, list[str | None]] = {who: [a.text for a in given] for who, given in self.answers.items()}
+        if self.hosted is not None and self.hosted.said:
+            found["hosted"] = [said.text if said is not None else None for said in self.hosted.said]
+        return found
+
+    @cached_property
+    def order(self) -> list[int]:
+        """The numbers of the test rows in the order in which they are asked one at a time."""
+        return sorted(range(len(self.cases)), key=lambda n: position(self.cases[n].row.id, self.seed + 1))
+
+    @cached_property
+    def alone(self) -> dict[str, list[Result]]:
+        """Every version's answers to the first rows of `order`, one request at a time."""
+        self.say("latency")
+        chosen = [self.cases[n] for n in self.order[:_ALONE]]
+        # What the first request pays is nobody's latency
+        self.bench.alone(chosen[:1], max_tokens=4, seconds=0, least=1)
+        return self.bench.alone(chosen, max_tokens=self.max_tokens, seconds=_SECONDS, least=_LEAST)
 
     def ask(self, cases: Sequence[Case], what: str) -> dict[str, list[Result]]:
         """Every version's greedy answers to other cases; `what` is shown meanwhile."""
@@ -48,18 +95,21 @@ class Setting:
 
     def case(self, row: Row) -> Case | None:
         """A row of a suite's own in tokens; None when it does not fit the base's context."""
-        found = self.bench.cases([row], system=self.system, max_tokens=self.max_tokens)
+        found = self.bench.cases([row], system=self.system, max_tokens=self.max_tokens, own=self.systems)
         return found[0] if found else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
     """What a suite found. `metrics` are comparisons as JSON; `rows`, where its numbers are of the test rows, has them
-    for slices; `not_applicable` says of metrics why there is nothing to measure; `about` is shown in the report."""
+    for slices; `not_applicable` says of metrics why there is nothing to measure, `unavailable` why they could not be
+    measured, and `doubted` why no gate may pass by them; `about` is kept, and its `notes` are shown in the report."""
 
     metrics: dict[str, Any]
     rows: Measured = field(default_factory=dict)
     not_applicable: dict[str, str] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
+    doubted: dict[str, str] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
 
 
