@@ -108,24 +108,54 @@ def _tell(result: dict[str, Any], as_json: bool) -> None:
 
 
 def _evaluation_table(name: str, evaluation: dict[str, Any]) -> None:
+    """What was measured, then each comparison with what it can tell, then all that has to be said beside."""
     from rich.table import Table
 
+    from pipelines.evaluation import power
+    from pipelines.evaluation.catalogue import METRICS
     from registry.statistics import in_words
 
-    table = Table(title=f"{name} on untouched test rows, 95 % intervals", title_justify="left")
-    columns = ["candidate", "base", "champion", "vs base", "vs champion"]
-    if any("hosted" in m for m in evaluation["metrics"].values()):
-        columns += ["hosted", "vs hosted"]
-    for column in ("metric", *columns):
+    metrics = evaluation["metrics"]
+    versions = ("candidate", "base", "champion", "hosted")
+    measured = [who for who in versions if any(m.get(who) for m in metrics.values())]
+    table = Table(title=f"{name} on {evaluation['rows']} untouched test rows, 95 % intervals", title_justify="left")
+    for column in ("metric", *measured):
         table.add_column(column)
-    for metric, m in evaluation["metrics"].items():
-        table.add_row(metric, *(in_words(m.get(column.replace(" ", "_"))) for column in columns))
+    for metric, m in metrics.items():
+        table.add_row(metric, *(in_words(m.get(who)) for who in measured))
     out.print(table)
-    for metric, why in evaluation["unavailable"].items():
-        out.print(f"{metric} is unavailable: {safe(why)}.", markup=False)
-    for about in evaluation["about"].values():
-        for note in about.get("notes", []):
+    for who in measured[1:]:
+        table = Table(
+            title=f"{name} against the {who}{' model' if who == 'hosted' else ''}, paired", title_justify="left"
+        )
+        for column in ("metric", "difference", "told", "could show", "rows that would"):
+            table.add_column(column)
+        for metric, m in metrics.items():
+            if (difference := m.get(f"vs_{who}")) is None:
+                continue
+            told = power.of(difference)
+            form = METRICS[metric].form if metric in METRICS else "{:.3f}"
+            least = f"{form.format(told.least)} or more" if told.least is not None else "–"
+            rows = f"about {told.rows:,}" if told.rows is not None else ""
+            table.add_row(metric, in_words(difference), told.effect, least, rows)
+        out.print(table)
+    out.print(
+        "Could show: the smallest true difference that as many rows show in 80 % of all repetitions. "
+        "Rows that would: how many show a difference as large as the one seen.",
+        markup=False,
+    )
+    for each in evaluation.get("about", {}).values():
+        for scorer, found in each.get("scorers", {}).items():
+            out.print(
+                f"{scorer}: agrees with people on {100 * found['agreement']:.0f} % of {found['n']} labelled examples "
+                f"(kappa {found['kappa']:.2f}, {safe(found['set'])})",
+                markup=False,
+            )
+        for note in each.get("notes", []):
             out.print(safe(note), markup=False)
+    for kind, said in (("unavailable", "is unavailable"), ("not_applicable", "was not measured")):
+        for metric, why in evaluation.get(kind, {}).items():
+            out.print(f"{metric} {said}: {safe(why)}.", markup=False)
 
 
 @click.group()
@@ -369,7 +399,11 @@ def study_clone_trial(name: str, trial: int, settings: tuple[str, ...], as_json:
 @click.argument("version", metavar="MODEL:N")
 @click.option("--suite", "suites", multiple=True, help="A suite, such as quality; may be given more than once.")
 @click.option(
-    "-c", "--config", "path", type=click.Path(path_type=Path), help="Take judge and hosted model from this file."
+    "-c",
+    "--config",
+    "path",
+    type=click.Path(path_type=Path),
+    help="Take schema, classifier, judge and hosted model from this file.",
 )
 @json_option
 def evaluate(version: str, suites: tuple[str, ...], path: Path | None, as_json: bool) -> None:

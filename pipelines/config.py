@@ -32,8 +32,9 @@ from infra.storage import file_digest, text_digest
 from pipelines import config_file
 from pipelines.config_address import Hosted, Judge, Section
 from pipelines.config_file import Problem, Source
+from pipelines.config_scorers import Schema, Toxicity
 from pipelines.config_space import Space, did_you_mean, refused
-from pipelines.evaluation.catalogue import DEFAULT, METRICS, SUITES, suite_of
+from pipelines.evaluation.catalogue import DEFAULT, LENGTHS, METRICS, SUITES, suite_of
 from pipelines.tuning.objectives import MEASURES
 from registry.gates import CONTAMINATION
 from registry.names import MODEL_NAME
@@ -240,13 +241,16 @@ class Tuning(Section):
 
 class Evaluation(Section):
     """The judgement on test rows. `limit` bounds how many of them are answered (a seeded sample). The suites of
-    `required` must have measured something, or the version is not promoted. `judge` is for the suite of that name;
-    `hosted` is one more column of quality, latency, cost and judge."""
+    `required` must have measured something, or the version is not promoted. `answer_schema`, ``schema`` in the file, is
+    what answers must be valid by; `judge` is for the suite of that name; `hosted` is one more column of quality,
+    latency, cost and judge."""
 
     suites: tuple[str, ...] = DEFAULT
     required: tuple[str, ...] = ()
     limit: int = Field(default=200, ge=1, le=1_000_000)
     seed: int = Field(default=0, ge=0, lt=2**31)
+    answer_schema: Schema | None = Field(default=None, alias="schema")  # pydantic's models have a `schema` of their own
+    toxicity: Toxicity | None = None
     judge: Judge | None = None
     hosted: Hosted | None = None
 
@@ -269,6 +273,12 @@ class Evaluation(Section):
             if name not in info.data.get("suites", SUITES):
                 raise ValueError(f"{name} does not run; add it to suites")
         return tuple(dict.fromkeys(value))
+
+    @property
+    def labelled(self) -> list[tuple[str, Path]]:
+        """What people labelled, and the sections that name it."""
+        named = (("judge", self.judge), ("toxicity", self.toxicity))
+        return [(name, section.labelled) for name, section in named if section is not None and section.labelled]
 
     @model_validator(mode="after")
     def _judges(self) -> Evaluation:
@@ -298,8 +308,15 @@ class Gate(Section):
     @field_validator("slice")
     @classmethod
     def _slice(cls, value: str | None) -> str | None:
-        if value not in (None, "source=train", "source=feedback"):
-            raise ValueError(f"{value!r} is no slice; there are source=train and source=feedback")
+        if value is None or value in ("source=train", "source=feedback"):
+            return value
+        kind, _, name = value.partition("=")
+        if kind not in ("label", "language", "length") or not name:
+            raise ValueError(
+                f"{value!r} is no slice; there are source=train, source=feedback, label=, language= and length="
+            )
+        if kind == "length" and name not in LENGTHS:
+            raise ValueError(f"{name!r} is no length; {did_you_mean(name, LENGTHS)}")
         return value
 
     @model_validator(mode="after")
@@ -412,6 +429,13 @@ class PipelineConfig(Section):
                 continue
             if (suite := suite_of(gate.metric)) not in evaluation.suites:
                 raise ValueError(f"{gate.metric} is measured by the suite {suite}; add it to evaluation.suites")
+            for metric, setting, given in (
+                ("schema_valid", "schema", evaluation.answer_schema),
+                ("toxic_answers", "toxicity", evaluation.toxicity),
+                ("judged_good", "judge", evaluation.judge),
+            ):
+                if gate.metric == metric and given is None:
+                    raise ValueError(f"{metric} cannot be measured without evaluation.{setting}")
         return value
 
     @model_validator(mode="after")
@@ -448,8 +472,11 @@ class PipelineConfig(Section):
         values = self.jsonable()
         for name in ("train", "validation", "test"):
             values["data"][name] = [file_digest(path) for path in getattr(self.data, name)]
-        if (judge := self.evaluation.judge) is not None and judge.labelled is not None:
-            values["evaluation"]["judge"]["labelled"] = file_digest(judge.labelled)
+        for section, labelled in self.evaluation.labelled:
+            values["evaluation"][section]["labelled"] = file_digest(labelled)
+        if self.evaluation.toxicity is not None:
+            weights = sorted(self.evaluation.toxicity.model.glob("*.safetensors"))
+            values["evaluation"]["toxicity"]["model"] = [file_digest(path) for path in weights]
         return text_digest(orjson.dumps(values, option=orjson.OPT_SORT_KEYS).decode())
 
 
@@ -483,9 +510,9 @@ def check_files(config: PipelineConfig) -> None:
             field: config_file.Field = ("data", name) if len(paths) == 1 else ("data", name, index)
             if message := _unreadable(path):
                 problems.append(config.problem(field, message))
-    labelled = config.evaluation.judge.labelled if config.evaluation.judge is not None else None
-    if labelled is not None and (message := _unreadable(labelled)):
-        problems.append(config.problem(("evaluation", "judge", "labelled"), message))
+    for section, labelled in config.evaluation.labelled:
+        if message := _unreadable(labelled):
+            problems.append(config.problem(("evaluation", section, "labelled"), message))
     if problems:
         raise config_file.failure(_path_of(config), problems)
 
@@ -594,7 +621,7 @@ def _keys(at: tuple[str | int, ...]) -> list[str]:
     for part in at:
         if isinstance(part, str) and part in section.model_fields:  # not the keys of a mapping such as constraints
             section = _section(section.model_fields[part].annotation) or section
-    return list(section.model_fields)
+    return [field.alias or name for name, field in section.model_fields.items()]
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:

@@ -16,12 +16,15 @@ PLACES = ("rubric", "question", "expected", "answer")
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, validate_default=False, serialize_by_alias=True
+    )
 
 
-def _labelled(value: Any, info: ValidationInfo) -> Path:
+def absolute(value: Any, info: ValidationInfo) -> Path:
+    """A path as written, made absolute: relative ones start at the file's folder."""
     if not isinstance(value, str | Path) or not str(value).strip():
-        raise ValueError(f"must be a path such as labelled.jsonl, not {value!r}")
+        raise ValueError(f"must be a path, not {value!r}")
     return Path((info.context or {}).get("folder", Path.cwd()), Path(value).expanduser()).absolute()
 
 
@@ -77,7 +80,7 @@ class Judge(Address):
     people said of answers of this kind. `rubric` says what a good answer is; `prompt` replaces the whole question to
     the judge. Where it agrees with people by a kappa under `least_kappa`, no gate passes by it."""
 
-    labelled: Annotated[Path, BeforeValidator(_labelled)] | None = None
+    labelled: Annotated[Path, BeforeValidator(absolute)] | None = None
     rubric: str | None = Field(default=None, min_length=1, max_length=20_000)
     prompt: str | None = Field(default=None, min_length=1, max_length=20_000)
     least_kappa: float = Field(default=0.4, ge=-1, le=1)

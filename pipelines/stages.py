@@ -316,9 +316,12 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
             names=config.evaluation.suites,
             limit=config.evaluation.limit,
             seed=config.evaluation.seed,
+            schema=config.evaluation.answer_schema,
+            toxicity=config.evaluation.toxicity,
             judge=config.evaluation.judge,
             hosted=config.evaluation.hosted,
             machine=_machine(config.monitoring.price),
+            wanted=[gate.slice for gate in config.gates],
             progress=_progress(run, "evaluate"),
         )
         evaluation = judged.evaluation | {"contamination": contamination.of_dataset(dataset)} | served
@@ -485,8 +488,8 @@ def _promote(plan: Plan, version: versions.Version, judged: dict[str, Any]) -> t
 
 def evaluate_again(name: str, suites: Sequence[str] = (), config: Path | None = None) -> dict[str, Any]:
     """The evaluation of a registered version on the test rows it was judged on, beside its base and, if it is another
-    version of the same base, the champion, and what the gate says that is always there. Nothing is changed. The judge
-    and the hosted model are those of the run that made it, or of a pipeline file::
+    version of the same base, the champion, and what the gate says that is always there. Nothing is changed. Schema,
+    classifier, judge and hosted model are those of the run that made it, or of a pipeline file::
 
         {"evaluation": ..., "gate": the contamination's entry of a gate decision}
 
@@ -508,8 +511,9 @@ def evaluate_again(name: str, suites: Sequence[str] = (), config: Path | None = 
     dataset = datasets.open_dataset(version.dataset_digest)
     given = configs.load(config) if config is not None else None
     own = configs.Evaluation.model_validate(made["evaluation"]) if made else configs.Evaluation()
-    addresses = given.evaluation if given is not None else own
+    scorers = given.evaluation if given is not None else own
     price = given.monitoring.price if given is not None else made["price"] if made else None
+    policy = (made or {}).get("gates") or ()
     champion = _champion(model)
     beside = champion is not None and champion.number != number and champion.base_digest == version.base_digest
     adapter = version.adapter()
@@ -524,11 +528,14 @@ def evaluate_again(name: str, suites: Sequence[str] = (), config: Path | None = 
         names=wanted,
         limit=own.limit,
         seed=own.seed,
-        judge=addresses.judge,
-        hosted=addresses.hosted,
+        schema=scorers.answer_schema,
+        toxicity=scorers.toxicity,
+        judge=scorers.judge,
+        hosted=scorers.hosted,
         machine=_machine(price),
+        wanted=[gate.get("slice") for gate in policy],
         progress=partial(report, "evaluate"),
     ).evaluation | {"contamination": contamination.of_dataset(dataset)}
-    policy = [gates.Gate(**gate) for gate in (made or {}).get("gates") or () if gate["metric"] == gates.CONTAMINATION]
-    decision = gates.decide(policy, evaluation, on_underpowered="refuse", first=champion is None)
+    clean = [gates.Gate(**gate) for gate in policy if gate["metric"] == gates.CONTAMINATION]
+    decision = gates.decide(clean, evaluation, on_underpowered="refuse", first=champion is None)
     return {"evaluation": evaluation, "gate": decision.gates[0]}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from pipelines.evaluation.catalogue import METRICS
 from registry.statistics import Estimate, mean_ci, paired_difference
 
+Value = TypeVar("Value")
 Measured = dict[str, dict[str, Sequence[float | None]]]
 """metric -> version -> one number a row, None where there is none"""
 
@@ -37,12 +38,13 @@ def means(
 
 
 def compare(
-    values: Mapping[str, Sequence[float | None]],
-    estimate: Callable[[Sequence[float]], Estimate],
-    difference: Callable[[Sequence[float], Sequence[float]], Estimate],
+    values: Mapping[str, Sequence[Value | None]],
+    estimate: Callable[[Sequence[Value]], Estimate],
+    difference: Callable[[Sequence[Value], Sequence[Value]], Estimate],
 ) -> dict[str, Any]:
-    """One metric of all versions, as JSON: their own values, and the candidate's difference from the others, on the
-    rows on which both have a number. The hosted model has its two only where it was measured."""
+    """One metric of all versions, as JSON: their own values, and the candidate's difference from the others on the rows
+    on which both have one. A value is what a row has to say to the metric, mostly a number. The hosted model has its
+    two only where it was measured."""
 
     def own(who: str) -> dict[str, Any] | None:
         given = [value for value in values.get(who, ()) if value is not None]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 SUITES = frozenset({"quality", "latency", "cost", "judge"})
 NOT_APPLICABLE = {
     "loss": "needs the probabilities of a given text, which a chat address does not tell",
+    "perplexity": "needs them too",
     "tokens_per_second": "counts tokens of its own",
 }
 MISSING = 0.1  # of what was asked: with more missing there are no numbers

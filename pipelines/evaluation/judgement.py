@@ -8,32 +8,29 @@
      "not_applicable": {name: "why there is nothing to measure"},
      "unavailable": {name: "why it could not be measured"},
      "doubted": {name: "why no gate may pass by it"},
-     "slices": {"source=train": {the same as metrics}, "source=feedback": {the same}},
+     "slices": {"source=train": {the same as metrics}, "label=refund": {the same}, ...},
      "rows": 200, "suites": ["quality", "latency"], "about": {suite: what else it has to say},
      "examples": [{"messages", "expected", "candidate", "base", "champion"}]}
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from infra.errors import UsageError
 from pipelines import config_address
+from pipelines.config_scorers import Toxicity
 from pipelines.data.split import position
 from pipelines.evaluation import hosted as hosted_models
-from pipelines.evaluation import scores, suites
-from pipelines.evaluation.comparison import means
+from pipelines.evaluation import scores, slices, suites
 from pipelines.evaluation.suites import Progress, Setting
 from registry.bases import Base
 from registry.datasets import Row
 from registry.pricing import MachinePrice
 from registry.profile import Answer
-
-if TYPE_CHECKING:
-    from pipelines.evaluation.answers import Case
 
 EXAMPLES = 12
 
@@ -43,6 +40,8 @@ class Lengths(Protocol):
 
     @property
     def max_tokens(self) -> int: ...
+    @property
+    def temperature(self) -> float: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,15 +75,18 @@ def evaluate(
     names: Sequence[str],
     limit: int = 200,
     seed: int = 0,
+    schema: Mapping[str, Any] | None = None,
+    toxicity: Toxicity | None = None,
     judge: config_address.Judge | None = None,
     hosted: config_address.Hosted | None = None,
     machine: MachinePrice | None = None,
+    wanted: Sequence[str | None] = (),
     progress: Progress | None = None,
 ) -> Evaluation:
     """Judge an adapter, or the base with a prompt (None), by the suites of these `names`, on at most `limit` of the
     rows; `training` are those that it learned from. The base is asked with the same system prompt, so that the
     difference is the adapter's; where there is none, without one, so that it is the prompt's. A champion that is a path
-    has the same prompt. `machine` is the price of the machine that would serve.
+    has the same prompt. `machine` is the price of the machine that would serve, and `wanted` slices are not left out.
 
     Raises UsageError when there is no row, or none that fits the base's context.
     """
@@ -109,8 +111,11 @@ def evaluate(
         system=system,
         systems=systems,
         max_tokens=generation.max_tokens,
+        temperature=generation.temperature,
         seed=seed,
         say=say,
+        schema=schema,
+        toxicity=toxicity,
         judge=judge,
         hosted_config=hosted if hosted_models.SUITES & set(names) else None,
         machine=machine or MachinePrice(per_machine_hour_usd=0.0),
@@ -127,7 +132,12 @@ def evaluate(
             "not_applicable": {metric: why for f in found.values() for metric, why in f.not_applicable.items()},
             "unavailable": {metric: why for f in found.values() for metric, why in f.unavailable.items()},
             "doubted": {metric: why for f in found.values() for metric, why in f.doubted.items()},
-            "slices": _slices(cases, found),
+            "slices": slices.measure(
+                [case.row for case in cases],
+                {metric: values for f in found.values() for metric, values in f.rows.items()},
+                {metric: values for f in found.values() for metric, values in f.metrics.items()},
+                wanted,
+            ),
             "rows": len(cases),
             "rows_left_out": len(sample) - len(cases),
             "suites": list(names),
@@ -166,17 +176,6 @@ def choose(rows: Sequence[Row], limit: int, seed: int) -> list[Row]:
         if row.id in chosen:
             kept.setdefault(row.id, row)
     return list(kept.values())
-
-
-def _slices(cases: Sequence[Case], found: dict[str, suites.Finding]) -> dict[str, Any]:
-    """The metrics that have a number a test row, of the rows of each source."""
-    slices: dict[str, Any] = {}
-    for source in dict.fromkeys(case.row.source for case in cases):
-        chosen = [n for n, case in enumerate(cases) if case.row.source == source]
-        slices[f"source={source}"] = {
-            metric: values for f in found.values() for metric, values in means(f.rows, chosen).items()
-        }
-    return slices
 
 
 def _systems(system: str | None, *, prompt_alone: bool, beside: Serving | None) -> dict[str, str | None]:

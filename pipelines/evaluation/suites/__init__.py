@@ -9,10 +9,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pipelines import config_address
+from pipelines.config_scorers import Toxicity
 from pipelines.data.split import position
 from pipelines.evaluation import hosted as hosted_models
-from pipelines.evaluation.comparison import Measured
-from registry.datasets import Row
+from pipelines.evaluation.comparison import Measured, means
+from registry.datasets import Row, make_row
 from registry.pricing import MachinePrice
 
 if TYPE_CHECKING:
@@ -26,8 +27,9 @@ _ALONE, _SECONDS, _LEAST = 24, 30.0, 6  # rows that are asked one at a time, for
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """What suites have to work with. `cases` are the test rows, `training` those that the candidate learned from, in
-    no order; answers are at most `max_tokens` long. `systems` has the versions whose system prompt is not `system`;
-    `machine` is the price of the machine that would serve."""
+    no order; answers are at most `max_tokens` long, and sampled ones are served at `temperature`. `systems` has the
+    versions whose system prompt is not `system`; `schema`, `toxicity`, `judge` and `hosted_config` are those of the
+    pipeline file, `machine` is the price of the machine that would serve."""
 
     bench: Bench
     cases: Sequence[Case]
@@ -36,7 +38,10 @@ class Setting:
     max_tokens: int
     seed: int
     say: Progress
+    temperature: float = 0.0
     systems: Mapping[str, str | None] = field(default_factory=dict)
+    schema: Mapping[str, Any] | None = None
+    toxicity: Toxicity | None = None
     judge: config_address.Judge | None = None
     hosted_config: config_address.Hosted | None = None
     machine: MachinePrice = field(default_factory=lambda: MachinePrice(per_machine_hour_usd=0.0))
@@ -83,15 +88,21 @@ class Setting:
         self.bench.alone(chosen[:1], max_tokens=4, seconds=0, least=1)
         return self.bench.alone(chosen, max_tokens=self.max_tokens, seconds=_SECONDS, least=_LEAST)
 
-    def ask(self, cases: Sequence[Case], what: str) -> dict[str, list[Result]]:
-        """Every version's greedy answers to other cases; `what` is shown meanwhile."""
+    def ask(self, cases: Sequence[Case], what: str, *, temperature: float = 0.0) -> dict[str, list[Result]]:
+        """Every version's answers to other cases, greedy unless there is a `temperature`; `what` is shown meanwhile."""
         most = dict.fromkeys(self.bench.versions, self.max_tokens)
         # The untuned base seldom ends by itself; twice the longest expected answer is enough to judge it by. Versions
         # that are to serve are given what they would be given in serving.
         if self.bench.versions["candidate"] is not None:
             most["base"] = min(self.max_tokens, 2 * max(case.completion_length for case in self.cases) + 8)
         asked = len(cases) * len(most)
-        return self.bench.answers(cases, max_tokens=most, progress=lambda done: self.say(what, done, asked))
+        return self.bench.answers(
+            cases,
+            max_tokens=most,
+            temperature=temperature,
+            seed=self.seed,
+            progress=lambda done: self.say(what, done, asked),
+        )
 
     def case(self, row: Row) -> Case | None:
         """A row of a suite's own in tokens; None when it does not fit the base's context."""
@@ -111,6 +122,21 @@ class Finding:
     unavailable: dict[str, str] = field(default_factory=dict)
     doubted: dict[str, str] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+
+
+def asking(row: Row, text: str) -> Row:
+    """The row with another question in its last turn."""
+    return make_row([*row.prompt[:-1], {"role": row.prompt[-1]["role"], "content": text}, row.messages[-1]])
+
+
+def of_own_questions(measured: Mapping[str, Mapping[str, Sequence[float]]], about: Mapping[str, Any]) -> Finding:
+    """What was found by questions of a suite's own, of which none may fit a base's short context."""
+    none = [name for name, values in measured.items() if not values["candidate"]]
+    return Finding(
+        metrics=means({name: values for name, values in measured.items() if name not in none}),
+        not_applicable=dict.fromkeys(none, "no such question fits the base's context"),
+        about=dict(about),
+    )
 
 
 def measure(name: str, setting: Setting) -> Finding:
