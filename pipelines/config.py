@@ -30,13 +30,11 @@ from infra.durations import format_duration, parse_duration
 from infra.errors import TunesmithError
 from infra.storage import file_digest, text_digest
 from pipelines import config_file
-from pipelines.config_address import Hosted, Judge, Section
+from pipelines.config_address import Section
+from pipelines.config_evaluation import Evaluation, Gate
 from pipelines.config_file import Problem, Source
-from pipelines.config_scorers import Schema, Toxicity
 from pipelines.config_space import Space, did_you_mean, refused
-from pipelines.evaluation.catalogue import DEFAULT, LENGTHS, METRICS, SUITES, suite_of
 from pipelines.tuning.objectives import MEASURES
-from registry.gates import CONTAMINATION
 from registry.names import MODEL_NAME
 
 BUILTIN_BASES = ("builtin:smollm2-135m", "builtin:tiny")
@@ -239,106 +237,6 @@ class Tuning(Section):
         return self
 
 
-class Evaluation(Section):
-    """The judgement on test rows. `limit` bounds how many of them are answered (a seeded sample). The suites of
-    `required` must have measured something, or the version is not promoted. `answer_schema`, ``schema`` in the file, is
-    what answers must be valid by; `judge` is for the suite of that name; `hosted` is one more column of quality,
-    latency, cost and judge."""
-
-    suites: tuple[str, ...] = DEFAULT
-    required: tuple[str, ...] = ()
-    limit: int = Field(default=200, ge=1, le=1_000_000)
-    seed: int = Field(default=0, ge=0, lt=2**31)
-    answer_schema: Schema | None = Field(default=None, alias="schema")  # pydantic's models have a `schema` of their own
-    toxicity: Toxicity | None = None
-    judge: Judge | None = None
-    hosted: Hosted | None = None
-
-    @field_validator("suites")
-    @classmethod
-    def _built(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for name in value:
-            if name not in SUITES:
-                raise ValueError(f"{name!r} is no suite; {did_you_mean(name, SUITES)}")
-        if "quality" not in value:
-            raise ValueError("has no suite that judges answers; add quality")
-        return tuple(dict.fromkeys(value))
-
-    @field_validator("required")
-    @classmethod
-    def _runs(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        for name in value:
-            if name not in SUITES:
-                raise ValueError(f"{name!r} is no suite; {did_you_mean(name, SUITES)}")
-            if name not in info.data.get("suites", SUITES):
-                raise ValueError(f"{name} does not run; add it to suites")
-        return tuple(dict.fromkeys(value))
-
-    @property
-    def labelled(self) -> list[tuple[str, Path]]:
-        """What people labelled, and the sections that name it."""
-        named = (("judge", self.judge), ("toxicity", self.toxicity))
-        return [(name, section.labelled) for name, section in named if section is not None and section.labelled]
-
-    @model_validator(mode="after")
-    def _judges(self) -> Evaluation:
-        if self.judge is not None and "judge" not in self.suites:
-            raise refused([("judge", "is asked by the suite judge; add it to suites")])
-        return self
-
-
-class Gate(Section):
-    """One condition for promotion; see registry/gates.py for how it is decided."""
-
-    metric: str
-    must: Literal["not_worse", "better", "at_most", "at_least"]
-    against: Literal["champion", "base"] | None = None
-    margin: float = Field(default=0.0, ge=0)
-    value: float | None = None
-    slice: str | None = None
-    min_rows: int = Field(default=0, ge=0)
-
-    @field_validator("metric")
-    @classmethod
-    def _metric(cls, value: str) -> str:
-        if value not in METRICS and value != CONTAMINATION:
-            raise ValueError(f"{value!r} is no metric; {did_you_mean(value, [*METRICS, CONTAMINATION])}")
-        return value
-
-    @field_validator("slice")
-    @classmethod
-    def _slice(cls, value: str | None) -> str | None:
-        if value is None or value in ("source=train", "source=feedback"):
-            return value
-        kind, _, name = value.partition("=")
-        if kind not in ("label", "language", "length") or not name:
-            raise ValueError(
-                f"{value!r} is no slice; there are source=train, source=feedback, label=, language= and length="
-            )
-        if kind == "length" and name not in LENGTHS:
-            raise ValueError(f"{name!r} is no length; {did_you_mean(name, LENGTHS)}")
-        return value
-
-    @model_validator(mode="after")
-    def _whole(self) -> Gate:
-        if self.metric == CONTAMINATION and (self.must != "at_most" or self.slice or self.min_rows):
-            raise ValueError(
-                "contamination is a number of rows; write {metric: contamination, must: at_most, value: 5}"
-            )
-        if self.must in ("at_most", "at_least"):
-            if self.value is None:
-                raise ValueError(f"{self.must} needs a limit; add value: 0.8, say")
-            if self.against is not None or self.margin:
-                raise ValueError(f"{self.must} compares with a value; leave against and margin out")
-        elif self.value is not None:
-            raise ValueError(f"{self.must} compares two versions; leave value out, or use at_least")
-        elif self.against is None:
-            raise ValueError(f"{self.must} needs something to compare with; add against: champion, or base")
-        if self.slice is not None and not METRICS[self.metric].by_row:
-            raise ValueError(f"{self.metric} is measured over all rows; leave slice out")
-        return self
-
-
 class Retrain(Section):
     """A verdict starts it; the guards stop it from running away. `replay` is the number of old rows for each new
     one, so that the old world is not forgotten."""
@@ -425,17 +323,8 @@ class PipelineConfig(Section):
     def _measured(cls, value: tuple[Gate, ...], info: ValidationInfo) -> tuple[Gate, ...]:
         evaluation: Evaluation | None = info.data.get("evaluation")  # None when it has problems of its own
         for gate in value:
-            if evaluation is None or gate.metric == CONTAMINATION:
-                continue
-            if (suite := suite_of(gate.metric)) not in evaluation.suites:
-                raise ValueError(f"{gate.metric} is measured by the suite {suite}; add it to evaluation.suites")
-            for metric, setting, given in (
-                ("schema_valid", "schema", evaluation.answer_schema),
-                ("toxic_answers", "toxicity", evaluation.toxicity),
-                ("judged_good", "judge", evaluation.judge),
-            ):
-                if gate.metric == metric and given is None:
-                    raise ValueError(f"{metric} cannot be measured without evaluation.{setting}")
+            if evaluation is not None and (message := evaluation.lacks(gate.metric)):
+                raise ValueError(message)
         return value
 
     @model_validator(mode="after")
@@ -472,11 +361,7 @@ class PipelineConfig(Section):
         values = self.jsonable()
         for name in ("train", "validation", "test"):
             values["data"][name] = [file_digest(path) for path in getattr(self.data, name)]
-        for section, labelled in self.evaluation.labelled:
-            values["evaluation"][section]["labelled"] = file_digest(labelled)
-        if self.evaluation.toxicity is not None:
-            weights = sorted(self.evaluation.toxicity.model.glob("*.safetensors"))
-            values["evaluation"]["toxicity"]["model"] = [file_digest(path) for path in weights]
+        values["evaluation"] = self.evaluation.by_content()
         return text_digest(orjson.dumps(values, option=orjson.OPT_SORT_KEYS).decode())
 
 

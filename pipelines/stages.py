@@ -23,7 +23,7 @@ from infra.db import transaction
 from infra.errors import NotFound, TunesmithError, UsageError
 from infra.settings import get_settings
 from pipelines import config as configs
-from pipelines import runs, schedules
+from pipelines import config_evaluation, runs, schedules
 from pipelines.config_space import largest_rank
 from pipelines.evaluation.catalogue import DEFAULT, SUITES
 from pipelines.progress import report
@@ -510,7 +510,7 @@ def evaluate_again(name: str, suites: Sequence[str] = (), config: Path | None = 
         raise UsageError(f"{version.name} was not trained here: there are no test rows.", hint="Import its data set.")
     dataset = datasets.open_dataset(version.dataset_digest)
     given = configs.load(config) if config is not None else None
-    own = configs.Evaluation.model_validate(made["evaluation"]) if made else configs.Evaluation()
+    own = config_evaluation.Evaluation.model_validate(made["evaluation"]) if made else config_evaluation.Evaluation()
     scorers = given.evaluation if given is not None else own
     price = given.monitoring.price if given is not None else made["price"] if made else None
     policy = (made or {}).get("gates") or ()
