@@ -152,9 +152,9 @@ def _write_files(folder: Path, size: Size) -> tuple[list[Pair], list[Pair], Path
     old, new = standard_library(), packages(*NEW_WORLD)
     random.Random(5).shuffle(old)
     random.Random(2).shuffle(new)
-    for name, pairs in (("train", old[: size.train]), ("test", old[size.train : size.train + size.test])):
-        lines = [json.dumps({"messages": [*_messages(p), {"role": "assistant", "content": p.summary}]}) for p in pairs]
-        (folder / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines))
+    learned = old[: size.train + size.test]
+    lines = [json.dumps({"messages": [*_messages(p), {"role": "assistant", "content": p.summary}]}) for p in learned]
+    (folder / "train.jsonl").write_text("".join(line + "\n" for line in lines))
     config = folder / "demo.yaml"
     config.write_text(
         f"""# tunesmith run -c {config.name}
@@ -162,7 +162,7 @@ model: {MODEL}
 base: {{path: "{size.base}"}}
 data:
   train: train.jsonl
-  test: test.jsonl
+  split: {{test: {size.test / (size.train + size.test):.3f}}}   # alike signatures stay in one split
   quality: {{dedup: near, max_tokens: 192}}
 generation: {{max_tokens: 24, temperature: 0}}
 tuning:

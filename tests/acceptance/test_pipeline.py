@@ -243,36 +243,28 @@ def test_an_interrupted_run_goes_on_where_it_stopped(stack: Stack, data: Path) -
         assert steps == sorted(set(steps))  # sent again by the next coordinator, and not there twice
 
 
-def test_a_gate_that_refuses_registers_all_the_same(stack: Stack, data: Path) -> None:
-    done = stack.tunesmith("run", "-c", pipeline(data, "refused", steps=1, trials=1, rungs=1, most_loss=0.001))
-    assert done.returncode == 3, done.stderr
-    assert "Not promoted: the gate's decision is fail" in done.stderr
-    listed = json.loads(stack.tunesmith("versions", "refused", "--json").stdout)["versions"]
-    assert [(v["version"], v["serving"]) for v in listed] == [(1, None)]
-
-
-def test_a_test_file_with_rows_of_the_training_file_stops_the_promotion(stack: Stack, data: Path) -> None:
-    """Fault 23, by `run`, `promote` and `evaluate` alike."""
+def test_rows_of_the_training_file_in_the_test_file_stop_the_promotion(stack: Stack, data: Path) -> None:
+    """Fault 23, by `run`, which registers all the same, by `promote`, and by `evaluate`."""
     lines = data.read_text().splitlines(keepends=True)
     data.with_name("apart.jsonl").write_text("".join(lines[:160]))
     data.with_name("judging.jsonl").write_text("".join([*lines[160:], lines[20], lines[3]]))
     config = pipeline(data, "leaking", steps=1, trials=1, rungs=1)
     files = (f"--set=data.train={data.with_name('apart.jsonl')}", f"--set=data.test={data.with_name('judging.jsonl')}")
     named = "apart.jsonl:4 exactly in judging.jsonl:42, apart.jsonl:21 exactly in judging.jsonl:41"
-    run = stack.tunesmith("run", "-c", config, *files, "--json")
+    run = stack.tunesmith("run", "-c", config, *files)
     assert run.returncode == 3, run.stderr
-    gate = json.loads(run.stdout)["gate"]
-    (failed,) = [entry for entry in gate["gates"] if entry["decision"] == "fail"]
-    assert (failed["metric"], failed["rows"]) == ("contamination", 2)
-    assert named in failed["reason"]
-    shown = json.loads(stack.tunesmith("show", "leaking:1", "--json").stdout)
-    assert failed["reason"] in shown["gate"]["reasons"]
-    promote = stack.tunesmith("promote", "leaking:1", "--reason", "it looks good")
+    assert "Not promoted: the gate's decision is fail" in run.stderr
+    assert named in run.stdout
+    listed = json.loads(stack.tunesmith("versions", "leaking", "--json").stdout)["versions"]
+    assert [(v["version"], v["serving"]) for v in listed] == [(1, None)]
+    promote = stack.tunesmith("promote", "leaking:1", "--reason", "it looks good", "--json")
     assert promote.returncode == 3
-    assert named in promote.stderr
-    again = stack.tunesmith("evaluate", "leaking:1")
+    assert named in json.loads(promote.stdout)["error"]["hint"]
+    again = stack.tunesmith("evaluate", "leaking:1", "--suite", "quality", "--json")
     assert again.returncode == 3, again.stderr
-    assert named in again.stdout
+    judged = json.loads(again.stdout)
+    assert (judged["gate"]["metric"], judged["gate"]["rows"]) == ("contamination", 2)
+    assert judged["evaluation"]["contamination"]["of"] == 160
 
 
 def test_errors_are_one_sentence(stack: Stack, data: Path, tmp_path: Path) -> None:
