@@ -10,6 +10,7 @@ from starlette.responses import Response
 from infra.db import transaction
 from infra.errors import NotFound, TunesmithError
 from infra.settings import get_settings
+from monitoring.console.figures import words
 from monitoring.console.model import HEADLINES, differences, look
 from monitoring.console.render import SQL, Visit, draw, whole
 from registry import deployments
@@ -45,7 +46,8 @@ def show(visit: Visit) -> Response:
         entries=list(reversed(entries)),
         gate=v["gate_body"],
         estimates=_estimates(evaluation.get("metrics", {})),
-        against={who: differences(evaluation.get("metrics", {}), who) for who in ("champion", "base")},
+        against={who: differences(evaluation.get("metrics", {}), who) for who in ("champion", "base", "hosted")},
+        notes=_notes(evaluation),
         slices={
             label: {who: differences(metrics, who) for who in ("champion", "base")}
             for label, metrics in evaluation.get("slices", {}).items()
@@ -62,6 +64,12 @@ def _estimates(metrics: Mapping[str, Any]) -> list[tuple[str, Estimate]]:
     order = {name: i for i, name in enumerate(HEADLINES)}
     found = [(name, Estimate.from_json(both["candidate"])) for name, both in metrics.items() if both.get("candidate")]
     return sorted(found, key=lambda pair: order.get(pair[0], 99))
+
+
+def _notes(evaluation: Mapping[str, Any]) -> list[str]:
+    """What the evaluation says of its own figures."""
+    found = [f"{words(name)} is unavailable: {why}." for name, why in evaluation.get("unavailable", {}).items()]
+    return found + [note for about in evaluation.get("about", {}).values() for note in about.get("notes", [])]
 
 
 def _mlflow_page(model: str, number: int) -> str | None:

@@ -23,11 +23,14 @@ def render(model: str, evaluation: Mapping[str, Any], decision: Mapping[str, Any
     kind, verdict = _VERDICTS[decision["decision"]]
     about = evaluation.get("about", {})
     beside = {metric: text for part in about.values() for metric, text in part.get("beside", {}).items()}
-    parts = [{"name": "All rows", "rows": evaluation["rows"], "metrics": _table(evaluation["metrics"], beside)}]
+    doubted = evaluation.get("doubted", {})
+    parts = [
+        {"name": "All rows", "rows": evaluation["rows"], "metrics": _table(evaluation["metrics"], beside, doubted)}
+    ]
     for name, measured in evaluation["slices"].items() if len(evaluation["slices"]) > 1 else ():
         rows = next(iter(measured.values()))["candidate"]["n"]
         title = {"source=train": "Rows of the team's files", "source=feedback": "Corrections that people sent"}
-        parts.append({"name": title.get(name, name), "rows": rows, "metrics": _table(measured, beside)})
+        parts.append({"name": title.get(name, name), "rows": rows, "metrics": _table(measured, beside, doubted)})
     page: str = _template().render(
         model=model,
         kind=kind,
@@ -38,7 +41,7 @@ def render(model: str, evaluation: Mapping[str, Any], decision: Mapping[str, Any
         ],
         parts=parts,
         others=[who for who in _OTHERS if any(m.get(who) for m in evaluation["metrics"].values())],
-        names=_OTHERS,
+        names={"candidate": "New version", **_OTHERS},
         evaluation=evaluation,
         unavailable=[(METRICS[name].title, why) for name, why in evaluation.get("unavailable", {}).items()],
         notes=[note for part in about.values() for note in part.get("notes", [])],
@@ -49,7 +52,7 @@ def render(model: str, evaluation: Mapping[str, Any], decision: Mapping[str, Any
     return page
 
 
-def _table(measured: Mapping[str, Any], beside: Mapping[str, str]) -> list[dict[str, Any]]:
+def _table(measured: Mapping[str, Any], beside: Mapping[str, str], doubted: Mapping[str, str]) -> list[dict[str, Any]]:
     lines = []
     for name, values in measured.items():
         about = METRICS.get(name) or Metric(title=name, unit="", form="{:.4g}")
@@ -59,6 +62,7 @@ def _table(measured: Mapping[str, Any], beside: Mapping[str, str]) -> list[dict[
                 "unit": about.unit,
                 "better": "more is better" if values["candidate"]["higher_is_better"] else "less is better",
                 "beside": beside.get(name),
+                "doubted": name in doubted,
                 "values": {who: _value(values.get(who), about.form) for who in ("candidate", *_OTHERS)},
                 "differences": {who: _difference(values.get(f"vs_{who}"), about.form) for who in _OTHERS},
             }
