@@ -108,6 +108,7 @@ METRICS = {
     "chrf": "chrF",
     "p95_latency_ms": "p95 latency",
     "tokens_per_second": "Tokens per second",
+    "cost_per_1000_usd": "Cost of 1,000 requests",
 }
 
 

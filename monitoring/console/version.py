@@ -10,6 +10,7 @@ from starlette.responses import RedirectResponse, Response
 from infra.db import transaction
 from infra.errors import NotFound, TunesmithError
 from infra.settings import get_settings
+from monitoring.console.figures import words
 from monitoring.console.model import HEADLINES, differences, look
 from monitoring.console.render import SQL, Visit, draw, whole
 from registry import approvals, deployments
@@ -48,7 +49,8 @@ def show(visit: Visit) -> Response:
         agreed=agreed,
         approved=any(given.person == approvals.person(visit.actor) for given in agreed.given),
         estimates=_estimates(evaluation.get("metrics", {})),
-        against={who: differences(evaluation.get("metrics", {}), who) for who in ("champion", "base")},
+        against={who: differences(evaluation.get("metrics", {}), who) for who in ("champion", "base", "hosted")},
+        notes=_notes(evaluation),
         slices={
             label: {who: differences(metrics, who) for who in ("champion", "base")}
             for label, metrics in evaluation.get("slices", {}).items()
@@ -75,6 +77,12 @@ def _estimates(metrics: Mapping[str, Any]) -> list[tuple[str, Estimate]]:
     order = {name: i for i, name in enumerate(HEADLINES)}
     found = [(name, Estimate.from_json(both["candidate"])) for name, both in metrics.items() if both.get("candidate")]
     return sorted(found, key=lambda pair: order.get(pair[0], 99))
+
+
+def _notes(evaluation: Mapping[str, Any]) -> list[str]:
+    """What the evaluation says of its own figures."""
+    found = [f"{words(name)} is unavailable: {why}." for name, why in evaluation.get("unavailable", {}).items()]
+    return found + [note for about in evaluation.get("about", {}).values() for note in about.get("notes", [])]
 
 
 def _mlflow_page(model: str, number: int) -> str | None:

@@ -114,8 +114,8 @@ SUITES: dict[str, dict[str, Metric]] = {
     "cost": {
         "cost_per_1000_usd": Metric(
             title="Cost of 1,000 requests",
-            unit="USD, one request at a time; hosted by its tokens",
-            form="{:,.4f}",
+            unit="USD, one at a time; of a hosted model by its tokens",
+            form="{:,.3g}",
             lower_is_better=True,
         ),
     },

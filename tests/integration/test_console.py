@@ -144,6 +144,9 @@ def test_pages_say_what_happened(app: TestClient) -> None:
     version, _ = check(app, f"/models/{MODEL}/versions/2")
     assert "Corrections that people sent" in version
     assert '<span class="tag ">unclear</span>' in version
+    assert "Against the hosted model" in version
+    assert "<li>Judged good is unavailable: no judge is named.</li>" in version
+    assert "<li>The hosted model is big-2026 at https://api.example.org/v1.</li>" in version
     live = app.get(f"/models/{MODEL}", headers={"x-live": "1"})
     assert live.status_code == 200
     assert "<html" not in live.text
