@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from pipelines.evaluation.comparison import Measured
-from registry.datasets import Row
+from pipelines.evaluation.comparison import Measured, means
+from registry.datasets import Row, make_row
 
 if TYPE_CHECKING:
     from deploy.decoding import Result
@@ -61,6 +61,21 @@ class Finding:
     rows: Measured = field(default_factory=dict)
     not_applicable: dict[str, str] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+
+
+def asking(row: Row, text: str) -> Row:
+    """The row with another question in its last turn."""
+    return make_row([*row.prompt[:-1], {"role": row.prompt[-1]["role"], "content": text}, row.messages[-1]])
+
+
+def of_own_questions(measured: Mapping[str, Mapping[str, Sequence[float]]], about: Mapping[str, Any]) -> Finding:
+    """What was found by questions of a suite's own, of which none may fit a base's short context."""
+    none = [name for name, values in measured.items() if not values["candidate"]]
+    return Finding(
+        metrics=means({name: values for name, values in measured.items() if name not in none}),
+        not_applicable=dict.fromkeys(none, "no such question fits the base's context"),
+        about=dict(about),
+    )
 
 
 def measure(name: str, setting: Setting) -> Finding:

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pipelines.data.split import position
 from pipelines.evaluation import scores
 from pipelines.evaluation.comparison import means
-from pipelines.evaluation.suites import Finding, Setting
-from registry.datasets import Row, make_row
+from pipelines.evaluation.suites import Finding, Setting, asking
+from registry.datasets import Row
 
 _ROWS = 24
 
@@ -68,11 +68,7 @@ def variants(row: Row, seed: int) -> dict[str, Row]:
         "punctuation": text.rstrip(" .?!") + ("?" if text.rstrip().endswith(".") else " ."),
         "polite": f"Please: {text}",
     }
-    return {
-        kind: make_row([*row.prompt[:-1], {"role": row.prompt[-1]["role"], "content": changed}, row.messages[-1]])
-        for kind, changed in found.items()
-        if changed != text
-    }
+    return {kind: asking(row, changed) for kind, changed in found.items() if changed != text}
 
 
 def _mistyped(text: str, draw: random.Random) -> str:
