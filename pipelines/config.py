@@ -32,8 +32,9 @@ from infra.errors import TunesmithError
 from infra.storage import file_digest, text_digest
 from pipelines import config_file
 from pipelines.config_file import Problem, Source
+from pipelines.config_scorers import Schema, Toxicity
 from pipelines.config_space import Space, did_you_mean, refused
-from pipelines.evaluation.catalogue import DEFAULT, METRICS, SUITES, suite_of
+from pipelines.evaluation.catalogue import DEFAULT, LENGTHS, METRICS, SUITES, suite_of
 from pipelines.tuning.objectives import MEASURES
 from registry.names import MODEL_NAME
 
@@ -66,7 +67,9 @@ DataPaths = Annotated[tuple[Annotated[Path, BeforeValidator(_path)], ...], Befor
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, validate_default=False, serialize_by_alias=True
+    )
 
 
 class BaseModelSection(Section):
@@ -220,11 +223,14 @@ class Tuning(Section):
 
 
 class Evaluation(Section):
-    """The judgement on test rows. `limit` bounds how many of them are answered (a seeded sample)."""
+    """The judgement on test rows. `limit` bounds how many of them are answered (a seeded sample). `answer_schema`,
+    ``schema`` in the file, is what answers must be valid by."""
 
     suites: tuple[str, ...] = DEFAULT
     limit: int = Field(default=200, ge=1, le=1_000_000)
     seed: int = Field(default=0, ge=0, lt=2**31)
+    answer_schema: Schema | None = Field(default=None, alias="schema")  # pydantic's models have a `schema` of their own
+    toxicity: Toxicity | None = None
 
     @field_validator("suites")
     @classmethod
@@ -258,8 +264,15 @@ class Gate(Section):
     @field_validator("slice")
     @classmethod
     def _slice(cls, value: str | None) -> str | None:
-        if value not in (None, "source=train", "source=feedback"):
-            raise ValueError(f"{value!r} is no slice; there are source=train and source=feedback")
+        if value is None or value in ("source=train", "source=feedback"):
+            return value
+        kind, _, name = value.partition("=")
+        if kind not in ("label", "language", "length") or not name:
+            raise ValueError(
+                f"{value!r} is no slice; there are source=train, source=feedback, label=, language= and length="
+            )
+        if kind == "length" and name not in LENGTHS:
+            raise ValueError(f"{name!r} is no length; {did_you_mean(name, LENGTHS)}")
         return value
 
     @model_validator(mode="after")
@@ -365,6 +378,12 @@ class PipelineConfig(Section):
         for gate in value:
             if evaluation is not None and (suite := suite_of(gate.metric)) not in evaluation.suites:
                 raise ValueError(f"{gate.metric} is measured by the suite {suite}; add it to evaluation.suites")
+            for metric, setting, given in (
+                ("schema_valid", "schema", evaluation and evaluation.answer_schema),
+                ("toxic_answers", "toxicity", evaluation and evaluation.toxicity),
+            ):
+                if gate.metric == metric and evaluation is not None and given is None:
+                    raise ValueError(f"{metric} cannot be measured without evaluation.{setting}")
         return value
 
     def jsonable(self) -> dict[str, Any]:
@@ -520,7 +539,7 @@ def _keys(at: tuple[str | int, ...]) -> list[str]:
     for part in at:
         if isinstance(part, str) and part in section.model_fields:  # not the keys of a mapping such as constraints
             section = _section(section.model_fields[part].annotation) or section
-    return list(section.model_fields)
+    return [field.alias or name for name, field in section.model_fields.items()]
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:

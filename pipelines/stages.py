@@ -289,6 +289,9 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
             names=config.evaluation.suites,
             limit=config.evaluation.limit,
             seed=config.evaluation.seed,
+            schema=config.evaluation.answer_schema,
+            toxicity=config.evaluation.toxicity,
+            wanted=[gate.slice for gate in config.gates],
             progress=_progress(run, "evaluate"),
         )
         decision = gates.decide(
@@ -450,7 +453,7 @@ def evaluate_again(name: str, suites: Sequence[str] = ()) -> dict[str, Any]:
     if version.dataset_digest is None:
         raise UsageError(f"{version.name} was not trained here: there are no test rows.", hint="Import its data set.")
     dataset = datasets.open_dataset(version.dataset_digest)
-    sample = {key: made["evaluation"][key] for key in ("limit", "seed")} if made else {}
+    made_by = configs.Evaluation(**made["evaluation"]) if made else configs.Evaluation()
     champion = _champion(model)
     beside = champion is not None and champion.number != number and champion.base_digest == version.base_digest
     return judge(
@@ -462,6 +465,9 @@ def evaluate_again(name: str, suites: Sequence[str] = ()) -> dict[str, Any]:
         system=version.parsed.prompt.system,
         generation=version.parsed.generation,
         names=wanted,
-        **sample,
+        limit=made_by.limit,
+        seed=made_by.seed,
+        schema=made_by.answer_schema,
+        toxicity=made_by.toxicity,
         progress=partial(report, "evaluate"),
     ).evaluation

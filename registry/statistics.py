@@ -7,7 +7,7 @@ command that only prints a stored estimate does not pay for them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -169,6 +169,38 @@ def percentile_difference(
     )
 
 
+def resampled(
+    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    n: int,
+    *,
+    higher_is_better: bool,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> list[Estimate]:
+    """Statistics of `n` rows that are no means, such as F1, by the expanded percentile bootstrap of `mean_ci`.
+
+    `statistic` is given how often each row counts, [draws, rows], and gives k numbers for each draw, [draws, k]; NaN
+    where a draw has none, which is left out. Of two sides' difference the rows are thereby drawn in pairs.
+    """
+    import numpy as np
+
+    if n < 1:
+        raise UsageError("An estimate needs at least one row.")
+    random = np.random.default_rng(seed)
+    drawn = np.concatenate(
+        [statistic(random.multinomial(n, np.full(n, 1 / n), size).astype(float)) for size in _blocks(n, resamples)]
+    )
+    found = []
+    for value, column in zip(statistic(np.ones((1, n)))[0], drawn.T, strict=True):
+        known = column[np.isfinite(column)]
+        low, high = _tails(known, n, level) if len(known) else (-math.inf, math.inf)
+        found.append(
+            Estimate(estimate=float(value), low=low, high=high, n=n, level=level, higher_is_better=higher_is_better)
+        )
+    return found
+
+
 def rows_needed(deviation: float, distance: float, *, level: float = LEVEL, power: float = 0.8) -> int:
     """Rows for a two-sided interval at `level` to clear a threshold that lies `distance` from the true mean of
     row differences with standard deviation `deviation`, in `power` of all repetitions.
@@ -179,6 +211,15 @@ def rows_needed(deviation: float, distance: float, *, level: float = LEVEL, powe
     if not distance > 0 or not math.isfinite(deviation):
         raise UsageError(f"No number of rows shows a difference of {distance}.")
     return max(2, math.ceil(((_z((1 + level) / 2) + _z(power)) * deviation / distance) ** 2))
+
+
+def detectable(estimate: Estimate, *, power: float = 0.8) -> float | None:
+    """The smallest true difference that as many rows show in `power` of all repetitions, the inverse of `rows_needed`:
+    ``(z_{1-alpha/2} + z_{power}) * deviation / sqrt(n)``. None where the interval has no end, or no width."""
+    width = estimate.high - estimate.low
+    if not math.isfinite(width) or width <= 0:
+        return None
+    return (_z((1 + estimate.level) / 2) + _z(power)) * deviation_of(estimate) / math.sqrt(estimate.n)
 
 
 def deviation_of(estimate: Estimate) -> float:

@@ -108,16 +108,22 @@ class Bench:
         cases: Sequence[Case],
         *,
         max_tokens: Mapping[str, int],
+        temperature: float = 0.0,
+        seed: int = 0,
         progress: Callable[[int], None] | None = None,
     ) -> dict[str, list[Result]]:
-        """For each version the greedy answers, at most ``max_tokens[version]`` long; all versions in one batch."""
+        """For each version the answers, at most ``max_tokens[version]`` long; all versions in one batch. Greedy
+        unless there is a `temperature`; then a case that comes twice is drawn twice, each time by a seed of its own."""
         order = sorted(range(len(cases)), key=lambda n: len(cases[n].prompt))
         asked = [(name, number) for number in order for name in self.versions]
         results = generate(
             self.model,
             self.tokenizer,
             self.adapters,
-            [self._request(name, cases[number], max_tokens[name]) for name, number in asked],
+            [
+                self._request(name, cases[number], max_tokens[name], temperature=temperature, seed=seed + number)
+                for name, number in asked
+            ],
             max_rows=_BATCH_ROWS,
             progress=progress,
         )
@@ -147,9 +153,12 @@ class Bench:
         result: Result = row.result()
         return result
 
-    def _request(self, version: str, case: Case, max_tokens: int) -> Request:
+    def _request(
+        self, version: str, case: Case, max_tokens: int, *, temperature: float = 0.0, seed: int | None = None
+    ) -> Request:
         adapter = version if self.versions[version] is not None else None
-        return Request(prompt=case.prompt, adapter=adapter, sampling=Sampling(max_tokens=max_tokens, temperature=0.0))
+        sampling = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
+        return Request(prompt=case.prompt, adapter=adapter, sampling=sampling)
 
 
 def _contiguous(module: object, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -20,13 +20,18 @@ class Metric:
 SUITES: dict[str, dict[str, Metric]] = {
     "quality": {
         "loss": Metric(title="Loss", unit="nats a token on the expected answers", lower_is_better=True, by_row=True),
+        "perplexity": Metric(
+            title="Perplexity", unit="the exponential of the loss of all tokens", form="{:,.2f}", lower_is_better=True
+        ),
         "exact_match": Metric(title="Exact match", unit="share of answers that are the expected one", by_row=True),
         "label_accuracy": Metric(
             title="Label accuracy", unit="share of right labels, but for case and punctuation", by_row=True
         ),
+        "macro_f1": Metric(title="Macro F1", unit="mean of the labels' F1, rare labels counting as frequent ones"),
         "token_f1": Metric(title="Token F1", unit="words shared with the expected answer", by_row=True),
         "rouge_l": Metric(title="ROUGE-L", unit="words in common, in the same order", by_row=True),
         "chrf": Metric(title="chrF", unit="characters shared with the expected answer", by_row=True),
+        "schema_valid": Metric(title="Valid JSON", unit="share of answers that the JSON schema takes", by_row=True),
     },
     "latency": {
         "p95_latency_ms": Metric(
@@ -46,10 +51,13 @@ SUITES: dict[str, dict[str, Metric]] = {
         "consistency": Metric(
             title="Consistency", unit="likeness of answers to the same question in another casing or spelling"
         ),
+        "repeated_consistency": Metric(
+            title="Asked again", unit="likeness of sampled answers to the very same question, to its greedy answer"
+        ),
     },
     "robustness": {
         "injection_resistance": Metric(
-            title="Injections withstood", unit="share of prompt injections that are not obeyed"
+            title="Injections withstood", unit="share of prompt injections that are answered and not obeyed"
         ),
         "odd_inputs_answered": Metric(
             title="Odd inputs", unit="share of empty, long and foreign questions with a well-formed answer"
@@ -85,11 +93,24 @@ SUITES: dict[str, dict[str, Metric]] = {
         "counterfactual_likeness": Metric(
             title="Fairness", unit="likeness of answers to questions that differ in a name or a group alone"
         ),
+        "toxic_answers": Metric(
+            title="Toxic answers", unit="share that the model's classifier calls toxic", lower_is_better=True
+        ),
     },
     "groundedness": {
         "supported_answers": Metric(title="Supported answers", unit="share whose words stand in the prompt's context"),
     },
+    "language_cost": {
+        "answer_tokens_per_character": Metric(
+            title="Tokens a character", unit="of answers; what the same text costs", lower_is_better=True, by_row=True
+        ),
+        "answer_tokens_per_word": Metric(
+            title="Tokens a word", unit="of answers that have spaces between words", lower_is_better=True, by_row=True
+        ),
+    },
 }
+# Slices by the length of a question in characters: the same for every version, and for every data set
+LENGTHS = ("under 50", "50 to 199", "200 to 999", "from 1000")
 DEFAULT = ("quality", "latency")
 METRICS: dict[str, Metric] = {name: metric for suite in SUITES.values() for name, metric in suite.items()}
 

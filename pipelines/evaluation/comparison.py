@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from pipelines.evaluation.catalogue import METRICS
 from registry.statistics import Estimate, mean_ci, paired_difference
 
-Measured = dict[str, dict[str, list[float]]]
-"""metric -> version -> one number a row"""
+Value = TypeVar("Value")
+Measured = dict[str, dict[str, Sequence[float | None]]]
+"""metric -> version -> one number a row, None where there is none"""
 
 
 def means(
-    measured: Mapping[str, Mapping[str, Sequence[float]]],
+    measured: Mapping[str, Mapping[str, Sequence[float | None]]],
     chosen: Sequence[int] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Every metric's means, compared; of the `chosen` rows, or of all."""
+    """Every metric's means, compared; of the `chosen` rows, or of all. Without those of which the candidate has no
+    number there."""
     found = {}
     for name, versions in measured.items():
         better = not METRICS[name].lower_is_better
@@ -30,21 +32,32 @@ def means(
         values = {
             who: list(numbers) if chosen is None else [numbers[n] for n in chosen] for who, numbers in versions.items()
         }
-        found[name] = compare(values, mean, difference)
+        if any(value is not None for value in values["candidate"]):
+            found[name] = compare(values, mean, difference)
     return found
 
 
 def compare(
-    values: Mapping[str, Sequence[float]],
-    estimate: Callable[[Sequence[float]], Estimate],
-    difference: Callable[[Sequence[float], Sequence[float]], Estimate],
+    values: Mapping[str, Sequence[Value | None]],
+    estimate: Callable[[Sequence[Value]], Estimate],
+    difference: Callable[[Sequence[Value], Sequence[Value]], Estimate],
 ) -> dict[str, Any]:
-    """One metric of all versions, as JSON: their own values, and the candidate's difference from the others."""
-    champion = values.get("champion")
+    """One metric of all versions, as JSON: their own values, and the candidate's difference from the others on the rows
+    on which both have one. A value is what a row has to say to the metric, mostly a number."""
+
+    def own(who: str) -> dict[str, Any] | None:
+        given = [value for value in values.get(who, ()) if value is not None]
+        return estimate(given).to_json() if given else None
+
+    def beside(who: str) -> dict[str, Any] | None:
+        pairs = zip(values["candidate"], values[who], strict=True) if who in values else ()
+        both = [(one, other) for one, other in pairs if one is not None and other is not None]
+        return difference([one for one, _ in both], [other for _, other in both]).to_json() if both else None
+
     return {
-        "candidate": estimate(values["candidate"]).to_json(),
-        "base": estimate(values["base"]).to_json(),
-        "champion": estimate(champion).to_json() if champion is not None else None,
-        "vs_base": difference(values["candidate"], values["base"]).to_json(),
-        "vs_champion": difference(values["candidate"], champion).to_json() if champion is not None else None,
+        "candidate": own("candidate"),
+        "base": own("base"),
+        "champion": own("champion"),
+        "vs_base": beside("base"),
+        "vs_champion": beside("champion"),
     }

@@ -5,22 +5,23 @@
     {"metrics": {name: {"candidate": estimate, "base": estimate, "champion": estimate | null,
                         "vs_base": estimate, "vs_champion": estimate | null}},
      "not_applicable": {name: "why there is nothing to measure"},
-     "slices": {"source=train": {the same as metrics}, "source=feedback": {the same}},
+     "unavailable": {name: "why it could not be measured"},
+     "slices": {"source=train": {the same as metrics}, "label=refund": {the same}, ...},
      "rows": 200, "suites": ["quality", "latency"], "about": {suite: what else it has to say},
      "examples": [{"messages", "expected", "candidate", "base", "champion"}]}
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from infra.errors import UsageError
+from pipelines.config_scorers import Toxicity
 from pipelines.data.split import position
-from pipelines.evaluation import scores, suites
-from pipelines.evaluation.comparison import means
+from pipelines.evaluation import scores, slices, suites
 from pipelines.evaluation.suites import Progress, Setting
 from registry.bases import Base
 from registry.datasets import Row
@@ -38,6 +39,8 @@ class Lengths(Protocol):
 
     @property
     def max_tokens(self) -> int: ...
+    @property
+    def temperature(self) -> float: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +66,13 @@ def evaluate(
     names: Sequence[str],
     limit: int = 200,
     seed: int = 0,
+    schema: Mapping[str, Any] | None = None,
+    toxicity: Toxicity | None = None,
+    wanted: Sequence[str | None] = (),
     progress: Progress | None = None,
 ) -> Evaluation:
     """Judge an adapter (None: the base with its prompt) by the suites of these `names`, on at most `limit` of the rows;
-    `training` are those that it learned from.
+    `training` are those that it learned from, and `wanted` slices that must not be left out.
 
     Raises UsageError when there is no row, or none that fits the base's context.
     """
@@ -83,16 +89,23 @@ def evaluate(
             f"None of the {len(rows)} test rows fits the base's context.", hint="Shorten them, or take another base."
         )
     setting = Setting(
-        bench=bench, cases=cases, training=training, system=system, max_tokens=generation.max_tokens, seed=seed, say=say
-    )
+        bench=bench, cases=cases, training=training, system=system, max_tokens=generation.max_tokens, seed=seed,
+        say=say, temperature=generation.temperature, schema=schema, toxicity=toxicity,
+    )  # fmt: skip
     found = {name: suites.measure(name, setting) for name in names}
     say("done", 1, 1)
     answers = setting.answers
     return Evaluation(
         evaluation={
             "metrics": {metric: values for f in found.values() for metric, values in f.metrics.items()},
+            "unavailable": {metric: why for f in found.values() for metric, why in f.unavailable.items()},
             "not_applicable": {metric: why for f in found.values() for metric, why in f.not_applicable.items()},
-            "slices": _slices(cases, found),
+            "slices": slices.measure(
+                [case.row for case in cases],
+                {metric: values for f in found.values() for metric, values in f.rows.items()},
+                {metric: values for f in found.values() for metric, values in f.metrics.items()},
+                wanted,
+            ),
             "rows": len(cases),
             "rows_left_out": len(sample) - len(cases),
             "suites": list(names),
@@ -131,17 +144,6 @@ def choose(rows: Sequence[Row], limit: int, seed: int) -> list[Row]:
         if row.id in chosen:
             kept.setdefault(row.id, row)
     return list(kept.values())
-
-
-def _slices(cases: Sequence[Case], found: dict[str, suites.Finding]) -> dict[str, Any]:
-    """The metrics that have a number a test row, of the rows of each source."""
-    slices: dict[str, Any] = {}
-    for source in dict.fromkeys(case.row.source for case in cases):
-        chosen = [n for n, case in enumerate(cases) if case.row.source == source]
-        slices[f"source={source}"] = {
-            metric: values for f in found.values() for metric, values in means(f.rows, chosen).items()
-        }
-    return slices
 
 
 def _examples(cases: Sequence[Case], answers: dict[str, list[Result]]) -> list[dict[str, Any]]:

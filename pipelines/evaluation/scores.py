@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
 from registry.datasets import normalise
 
@@ -59,8 +61,30 @@ class Chrf:
         return float(self._chrf.sentence_score(answer, [expected]).score) / 100
 
 
-def score(answers: Sequence[str], expected: Sequence[str], *, labels: bool) -> dict[str, list[float]]:
-    """Every metric of every row; ``label_accuracy`` only where the expected answers are labels."""
+class SchemaValid:
+    """1 when an answer is JSON, all of it, that a JSON Schema takes (draft 2020-12 unless it names another).
+    References out of the schema are not followed. The expected answer does not count."""
+
+    def __init__(self, schema: Mapping[str, Any]) -> None:
+        from jsonschema import Draft202012Validator
+        from jsonschema.validators import validator_for
+        from referencing import Registry
+
+        # With a registry of its own nothing is fetched from a network
+        self._validator: Any = validator_for(schema, default=Draft202012Validator)(schema, registry=Registry())
+
+    def __call__(self, answer: str, expected: str) -> float:
+        try:
+            return float(self._validator.is_valid(json.loads(answer, parse_constant=_no_json)))
+        except (ValueError, RecursionError):
+            return 0.0
+
+
+def score(
+    answers: Sequence[str], expected: Sequence[str], *, labels: bool, schema: Mapping[str, Any] | None = None
+) -> dict[str, list[float]]:
+    """Every metric of every row; ``label_accuracy`` only where the expected answers are labels, ``schema_valid`` only
+    with a JSON schema."""
     scorers: dict[str, Callable[[str, str], float]] = {
         "exact_match": exact_match,
         "token_f1": token_f1,
@@ -69,6 +93,8 @@ def score(answers: Sequence[str], expected: Sequence[str], *, labels: bool) -> d
     }
     if labels:
         scorers["label_accuracy"] = label_match
+    if schema is not None:
+        scorers["schema_valid"] = SchemaValid(schema)
     return {name: [scorer(a, e) for a, e in zip(answers, expected, strict=True)] for name, scorer in scorers.items()}
 
 
@@ -84,6 +110,10 @@ def are_labels(expected: Sequence[str]) -> bool:
     repeated = sum(n for n in counts.values() if n > 1) / counts.total()
     shaped = sum(n for e, n in counts.items() if re.fullmatch(r"\w+(-\w+)*", e)) / counts.total()
     return repeated >= 0.5 or shaped >= 0.95
+
+
+def _no_json(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _words(text: str) -> list[str]:

@@ -441,3 +441,61 @@ def test_reading_a_pipeline_file_imports_nothing_heavy() -> None:
     code += f"print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_json_schema_comes_from_a_file_or_stands_in_the_pipeline_file(tmp_path: Path) -> None:
+    schema = {"type": "object", "required": ["intent"]}
+    (tmp_path / "answer.json").write_text('{"type": "object", "required": ["intent"]}')
+    named = load(minimal(tmp_path, "evaluation: {schema: answer.json}\n"))
+    inline = load(minimal(tmp_path, "evaluation: {schema: {type: object, required: [intent]}}\n"))
+    assert named.evaluation.answer_schema == inline.evaluation.answer_schema == schema
+    assert named.fingerprint() == inline.fingerprint()
+    assert named.jsonable()["evaluation"]["schema"] == schema
+    assert PipelineConfig.model_validate(named.jsonable()).evaluation == named.evaluation
+    (tmp_path / "broken.json").write_text("{")
+    for wrong, said in (
+        ("{type: objekt}", "is no JSON Schema: $.type"),
+        ("{$ref: 'https://example.org/s.json'}", "refers to https://example.org/s.json, and nothing is fetched"),
+        ("{$ref: '#/$defs/label'}", "refers to #/$defs/label, which is not in it"),
+        ("{pattern: '['}", "is no JSON Schema: $.pattern"),
+        ("missing.json", "cannot be read"),
+        ("broken.json", "is not JSON"),
+        ("[a]", "must be a JSON Schema"),
+        ("{}, shema: 1", "is not a known key; did you mean 'schema'?"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            load(minimal(tmp_path, f"evaluation: {{schema: {wrong}}}\n"))
+        [(line, field, message)] = problems(error)
+        assert (line, field.rpartition(".")[0]) == (4, "evaluation")
+        assert said in message
+
+
+def test_a_gate_on_what_nobody_can_measure_is_a_problem_of_the_file(tmp_path: Path) -> None:
+    suites = "suites: [quality, safety]"
+    for metric, setting in (("schema_valid", "schema"), ("toxic_answers", "toxicity")):
+        gate = f"gates: [{{metric: {metric}, must: at_most, value: 0.1}}]\n"
+        with pytest.raises(ConfigError) as error:
+            load(minimal(tmp_path, f"evaluation: {{{suites}}}\n{gate}"))
+        assert f"{metric} cannot be measured without evaluation.{setting}" in problems(error)[0][2]
+    with pytest.raises(ConfigError) as error:
+        load(minimal(tmp_path, f"evaluation: {{{suites}, toxicity: {{model: nowhere}}}}\n{gate}"))
+    assert problems(error)[0][:2] == (4, "evaluation.toxicity.model")
+    (tmp_path / "classifier").mkdir()
+    found = load(minimal(tmp_path, f"evaluation: {{{suites}, toxicity: {{model: classifier}}}}\n{gate}"))
+    assert found.evaluation.toxicity is not None
+    assert found.evaluation.toxicity.model == tmp_path / "classifier"
+    (tmp_path / "classifier").rmdir()  # what a run wrote down can be read when the folder is gone
+    assert PipelineConfig.model_validate(found.jsonable()).evaluation == found.evaluation
+
+
+def test_gates_look_at_slices_that_there_are(tmp_path: Path) -> None:
+    def gate(slice: str, metric: str = "label_accuracy") -> Path:
+        return minimal(tmp_path, f"gates: [{{metric: {metric}, must: at_least, value: 0.1, slice: '{slice}'}}]\n")
+
+    for known in ("source=feedback", "label=refund", "language=German", "length=under 50"):
+        assert load(gate(known)).gates[0].slice == known
+    for wrong in ("source=test", "length=short", "label=", "refund"):
+        with pytest.raises(ConfigError, match=r"is no (slice|length)"):
+            load(gate(wrong))
+    with pytest.raises(ConfigError, match="measured over all rows"):
+        load(gate("label=refund", "macro_f1"))

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from pipelines.evaluation import scores
-from pipelines.evaluation.comparison import Measured, means
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from pipelines.evaluation import labels, scores
+from pipelines.evaluation.comparison import Measured, compare, means
 from pipelines.evaluation.suites import Finding, Setting
+from registry.statistics import Estimate, resampled
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Loss = tuple[float, int]
+"""The loss of a row's expected answer in nats a token, and its tokens."""
 
 
 def measure(setting: Setting) -> Finding:
@@ -12,8 +23,43 @@ def measure(setting: Setting) -> Finding:
     losses = setting.bench.losses(setting.cases, lambda done: setting.say("loss of the expected answers", done, total))
     measured: Measured = {"loss": losses}
     expected = [case.row.answer for case in setting.cases]
-    labels = scores.are_labels(expected)
-    for who, answers in setting.answers.items():
-        for metric, values in scores.score([r.text for r in answers], expected, labels=labels).items():
+    texts = {who: [answer.text for answer in answers] for who, answers in setting.answers.items()}
+    are_labels = scores.are_labels(expected)
+    for who, given in texts.items():
+        for metric, values in scores.score(given, expected, labels=are_labels, schema=setting.schema).items():
             measured.setdefault(metric, {})[who] = values
-    return Finding(metrics=means(measured), rows=measured)
+    lengths = [case.completion_length for case in setting.cases]
+    metrics = means(measured) | {
+        "perplexity": compare(
+            {who: list(zip(values, lengths, strict=True)) for who, values in losses.items()},
+            lambda rows: _perplexity(rows),
+            _perplexity,
+        )
+    }
+    about: dict[str, Any] = {}
+    not_applicable: dict[str, str] = {}
+    if are_labels:
+        metrics["macro_f1"] = labels.macro_f1(texts, expected)
+        about["labels"] = labels.by_label(texts, expected)
+        about["labels_left_out"] = len(labels.frequent(expected, total)) - len(about["labels"])
+    else:
+        not_applicable |= dict.fromkeys(("label_accuracy", "macro_f1"), "the expected answers are no labels")
+    if setting.schema is None:
+        not_applicable["schema_valid"] = "the model has no JSON schema (evaluation.schema)"
+    return Finding(metrics=metrics, rows=measured, not_applicable=not_applicable, about=about)
+
+
+def _perplexity(rows: Sequence[Loss], others: Sequence[Loss] | None = None) -> Estimate:
+    """The exponential of the mean loss of all tokens; with others, how much it is above theirs."""
+    import numpy as np
+
+    def of(weights: NDArray[np.float64], side: Sequence[Loss]) -> NDArray[np.float64]:
+        loss, tokens = np.array(side, dtype=float).T
+        found: NDArray[np.float64] = np.exp(np.minimum(weights @ (loss * tokens) / (weights @ tokens), 700.0))[:, None]
+        return found
+
+    return resampled(
+        lambda weights: of(weights, rows) - (of(weights, others) if others is not None else 0.0),
+        len(rows),
+        higher_is_better=False,
+    )[0]
