@@ -108,17 +108,51 @@ def _tell(result: dict[str, Any], as_json: bool) -> None:
 
 
 def _evaluation_table(name: str, evaluation: dict[str, Any]) -> None:
+    """What was measured, then each comparison with what it can tell, then all that has to be said beside."""
     from rich.table import Table
 
+    from pipelines.evaluation import power
+    from pipelines.evaluation.catalogue import METRICS
     from registry.statistics import in_words
 
-    table = Table(title=f"{name} on untouched test rows, 95 % intervals", title_justify="left")
-    for column in ("metric", "candidate", "base", "champion", "vs base", "vs champion"):
+    metrics = evaluation["metrics"]
+    measured = [who for who in ("candidate", "base", "champion") if any(m.get(who) for m in metrics.values())]
+    table = Table(title=f"{name} on {evaluation['rows']} untouched test rows, 95 % intervals", title_justify="left")
+    for column in ("metric", *measured):
         table.add_column(column)
-    for metric, m in evaluation["metrics"].items():
-        cells = (in_words(m.get(k)) for k in ("candidate", "base", "champion", "vs_base", "vs_champion"))
-        table.add_row(metric, *cells)
+    for metric, m in metrics.items():
+        table.add_row(metric, *(in_words(m.get(who)) for who in measured))
     out.print(table)
+    for who in measured[1:]:
+        table = Table(title=f"{name} against the {who}, paired", title_justify="left")
+        for column in ("metric", "difference", "told", "could show", "rows that would"):
+            table.add_column(column)
+        for metric, m in metrics.items():
+            if (difference := m.get(f"vs_{who}")) is None:
+                continue
+            told = power.of(difference)
+            form = METRICS[metric].form if metric in METRICS else "{:.3f}"
+            least = f"{form.format(told.least)} or more" if told.least is not None else "–"
+            rows = f"about {told.rows:,}" if told.rows is not None else ""
+            table.add_row(metric, in_words(difference), told.effect, least, rows)
+        out.print(table)
+    out.print(
+        "Could show: the smallest true difference that as many rows show in 80 % of all repetitions. "
+        "Rows that would: how many show a difference as large as the one seen.",
+        markup=False,
+    )
+    for each in evaluation.get("about", {}).values():
+        for scorer, found in each.get("scorers", {}).items():
+            out.print(
+                f"{scorer}: agrees with people on {100 * found['agreement']:.0f} % of {found['n']} labelled examples "
+                f"(kappa {found['kappa']:.2f}, {safe(found['set'])})",
+                markup=False,
+            )
+        for note in each.get("notes", []):
+            out.print(safe(note), markup=False)
+    for said in ("unavailable", "not_applicable"):
+        for metric, why in evaluation.get(said, {}).items():
+            out.print(f"{metric}: {said.replace('_', ' ')}: {safe(why)}", markup=False)
 
 
 @click.group()

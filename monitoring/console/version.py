@@ -49,6 +49,7 @@ def show(visit: Visit) -> Response:
         slices={
             label: {who: differences(metrics, who) for who in ("champion", "base")}
             for label, metrics in evaluation.get("slices", {}).items()
+            if label.startswith("source=")  # the others stand in the report, one line each
         },
         rows=evaluation.get("rows"),
         suites=evaluation.get("suites", []),

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pipelines.evaluation.catalogue import METRICS, Metric
+from pipelines.evaluation import power
+from pipelines.evaluation.catalogue import LENGTHS, METRICS, Metric, suite_of
 
 _VERDICTS = {
     "pass": ("good", "Passes its gates"),
     "fail": ("bad", "Does not pass its gates"),
     "underpowered": ("unsure", "Too few rows to decide"),
 }
+_HEADLINES = ("label_accuracy", "chrf", "loss")
+_SOURCES = {"train": "Rows of the team's files", "feedback": "Corrections that people sent"}
+_DIVIDED = {
+    "source": "where they come from",
+    "label": "the most frequent ones",
+    "language": "of the question, guessed by script and common words",
+    "length": "characters of the question",
+}
+_ORDER = ("source=train", "source=feedback", *(f"length={length}" for length in LENGTHS))
+_LABELS = 20
+_COSTS = ("questions_per_character", "questions_per_word", "answers_per_character", "answers_per_word")
 _SAID = {"pass": "holds", "fail": "does not hold", "underpowered": "cannot be told"}
 
 
 def render(model: str, evaluation: Mapping[str, Any], decision: Mapping[str, Any]) -> str:
-    """The HTML page. `evaluation` as `suites.evaluate` gives it, `decision` as ``gates.Decision.to_json``."""
+    """The HTML page. `evaluation` as `judgement.evaluate` gives it, `decision` as ``gates.Decision.to_json``."""
     kind, verdict = _VERDICTS[decision["decision"]]
-    parts = [{"name": "All rows", "rows": evaluation["rows"], "metrics": _table(evaluation["metrics"])}]
-    for name, measured in evaluation["slices"].items() if len(evaluation["slices"]) > 1 else ():
-        rows = next(iter(measured.values()))["candidate"]["n"]
-        title = {"source=train": "Rows of the team's files", "source=feedback": "Corrections that people sent"}
-        parts.append({"name": title.get(name, name), "rows": rows, "metrics": _table(measured)})
+    about = evaluation.get("about", {})
+    labels = sorted(about.get("quality", {}).get("labels", []), key=lambda line: line["candidate"]["estimate"] or 0.0)
+    whole = _table(evaluation["metrics"])
     page: str = _template().render(
         model=model,
         kind=kind,
@@ -33,26 +43,85 @@ def render(model: str, evaluation: Mapping[str, Any], decision: Mapping[str, Any
             {"reason": gate["reason"], "kind": _VERDICTS[gate["decision"]][0], "said": _SAID[gate["decision"]]}
             for gate in decision["gates"]
         ],
-        parts=parts,
+        parts=[
+            {"name": "All rows", "what": "Metric", "rows": f"{evaluation['rows']} rows", "metrics": whole},
+            *_slices(evaluation),
+        ],
+        unsure=[
+            (who, sum(line["differences"][who] is not None for line in whole), few)
+            for who in ("champion", "base")
+            if (few := [line for line in whole if (line["differences"][who] or {}).get("rows")])
+        ],
         champion=any(m["champion"] for m in evaluation["metrics"].values()),
         evaluation=evaluation,
-        not_applicable=[(METRICS[name].title, why) for name, why in evaluation.get("not_applicable", {}).items()],
-        scorers=[
-            (name, scorer)
-            for about in evaluation.get("about", {}).values()
-            for name, scorer in about.get("scorers", {}).items()
+        labels=[
+            {
+                "label": line["label"],
+                "rows": line["rows"],
+                "values": {who: _value(line.get(who), "{:.2f}") for who in ("candidate", "base", "champion")},
+            }
+            for line in labels[:_LABELS]
         ],
-        lost=evaluation.get("about", {}).get("compatibility", {}).get("lost", []),
+        labels_left_out=about.get("quality", {}).get("labels_left_out", 0) + len(labels[_LABELS:]),
+        variants=[line | _cells(line, ("likeness",)) for line in about.get("consistency", {}).get("variants", [])],
+        languages=[line | _cells(line, _COSTS) for line in about.get("language_cost", {}).get("languages", [])],
+        missing=[
+            (METRICS[name].title if name in METRICS else name, said, why)
+            for said in ("unavailable", "not_applicable")
+            for name, why in evaluation.get(said, {}).items()
+        ],
+        notes=[note for each in about.values() for note in each.get("notes", [])],
+        scorers=[(name, scorer) for each in about.values() for name, scorer in each.get("scorers", {}).items()],
+        lost=about.get("compatibility", {}).get("lost", []),
     )
     return page
 
 
+def _slices(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A table for each way to divide the rows, by the metric that says most of an answer; with two parts at least."""
+    kinds: dict[str, list[str]] = {}
+    for name in evaluation["slices"]:
+        kinds.setdefault(name.partition("=")[0], []).append(name)
+    parts = []
+    for kind in _DIVIDED:
+        if len(names := kinds.get(kind, [])) < 2:
+            continue
+        lines = []
+        for name in sorted(names, key=lambda name: [*_ORDER, name].index(name)):
+            measured = evaluation["slices"][name]
+            metric = next((m for m in _HEADLINES if m in measured), None)
+            if metric is not None:
+                value = name.partition("=")[2]
+                title = _SOURCES.get(value, value) if kind == "source" else value
+                rows = measured[metric]["candidate"]["n"]
+                [line] = _table({metric: measured[metric]})
+                lines.append(
+                    {
+                        **line,
+                        "suite": None,
+                        "title": title,
+                        "unit": f"{line['title']}, {rows} {'row' if rows == 1 else 'rows'}",
+                        "better": "",
+                    }
+                )
+        parts.append({"name": f"By {kind}", "what": kind.capitalize(), "rows": _DIVIDED[kind], "metrics": lines})
+    return parts
+
+
+def _cells(line: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: _value(line[name], "{:.2f}") for name in names}
+
+
 def _table(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
     lines = []
-    for name, values in measured.items():
+    last = None
+    # In the catalogue's order, since JSON that was stored has none
+    for name, values in sorted(measured.items(), key=lambda item: [*METRICS, item[0]].index(item[0])):
+        suite = suite_of(name) if name in METRICS else None
         about = METRICS.get(name) or Metric(title=name, unit="", form="{:.4g}")
         lines.append(
             {
+                "suite": suite.replace("_", " ").capitalize() if suite and suite != last else None,
                 "title": about.title,
                 "unit": about.unit,
                 "better": "more is better" if values["candidate"]["higher_is_better"] else "less is better",
@@ -60,6 +129,7 @@ def _table(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "differences": {who: _difference(values[f"vs_{who}"], about.form) for who in ("base", "champion")},
             }
         )
+        last = suite
     return lines
 
 
@@ -76,15 +146,17 @@ def _difference(estimate: Mapping[str, Any] | None, form: str) -> dict[str, Any]
     sign = 1.0 if estimate["higher_is_better"] else -1.0
     signed = form.replace(":", ":+", 1)
     value, low, high = estimate["estimate"], estimate["low"], estimate["high"]
-    known = low is not None and high is not None
-    ends = sorted((sign * low, sign * high)) if known else [sign * value, sign * value]
+    ends = sorted((sign * low, sign * high)) if low is not None and high is not None else [sign * value, sign * value]
     reach = max(abs(ends[0]), abs(ends[1]), 1e-12) * 1.15
-    effect = "better" if known and ends[0] > 0 else "worse" if known and ends[1] < 0 else "not shown"
+    told = power.of(estimate)
     return {
         "estimate": _show(value, signed),
         "interval": _interval(estimate, signed),
-        "effect": effect,
-        "kind": {"better": "good", "worse": "bad"}.get(effect, "unsure"),
+        "effect": told.effect,
+        "rows": told.rows,
+        "n": estimate["n"],
+        "power": power.in_words(told, form),
+        "kind": {"better": "good", "worse": "bad"}.get(told.effect, "unsure"),
         "left": 50 + 50 * ends[0] / reach,
         "width": max(1.0, 50 * (ends[1] - ends[0]) / reach),
         "at": 50 + 50 * sign * value / reach,
@@ -92,6 +164,8 @@ def _difference(estimate: Mapping[str, Any] | None, form: str) -> dict[str, Any]
 
 
 def _interval(estimate: Mapping[str, Any], form: str) -> str:
+    if estimate["low"] is None and estimate["high"] is None:
+        return "no interval"
     return f"{_show(estimate['low'], form)} to {_show(estimate['high'], form)}"
 
 

@@ -40,6 +40,7 @@ ASKED = [
 @dataclass(frozen=True)
 class Lengths:
     max_tokens: int = 24
+    temperature: float = 0.0
 
 
 def row(number: int, source: str = "train") -> Row:
@@ -131,16 +132,26 @@ def test_a_trained_adapter_is_told_from_base_and_champion(world: World) -> None:
     )
     found = judged.evaluation
     assert set(found["metrics"]) == {
-        "loss", "exact_match", "token_f1", "rouge_l", "chrf", "label_accuracy", "p95_latency_ms", "tokens_per_second",
+        "loss", "perplexity", "exact_match", "token_f1", "rouge_l", "chrf", "label_accuracy", "macro_f1",
+        "p95_latency_ms", "tokens_per_second",
     }  # fmt: skip
     assert found["metrics"]["loss"]["vs_base"]["high"] < 0
     assert found["metrics"]["loss"]["vs_champion"]["high"] < 0
     assert found["metrics"]["label_accuracy"]["vs_base"]["low"] > 0
     assert found["metrics"]["chrf"]["vs_champion"]["low"] > 0
+    assert found["metrics"]["perplexity"]["candidate"]["estimate"] < found["metrics"]["perplexity"]["base"]["low"]
+    assert found["metrics"]["macro_f1"]["vs_champion"]["low"] > 0
     assert {name: part["loss"]["candidate"]["n"] for name, part in found["slices"].items()} == {
         "source=train": 36,
         "source=feedback": 12,
+        **{f"label={label}": 16 for label in LABELS},
+        "language=English": 32,
+        "language=unknown": 16,
+        "length=under 50": 48,
     }
+    told = found["about"]["quality"]["labels"]
+    assert {line["label"]: line["rows"] for line in told} == dict.fromkeys(LABELS, 16)
+    assert all(line["candidate"]["low"] > line["base"]["estimate"] for line in told)
     assert found["rows"] == len(judged.answers) == len(judged.rows) == len(judged.prompt_tokens) == 48
     ended = [answer for answer in judged.answers if answer.finish_reason == "stop"]
     assert ended
@@ -186,6 +197,8 @@ def test_the_report_shows_what_was_found_and_escapes_it(world: World) -> None:
     assert "<b>" not in page
     assert "http://" not in page
     assert "https://" not in page
+    assert "these could show" in page
+    assert "By length" in page
 
 
 def test_a_sample_is_stable_and_keeps_small_slices() -> None:
