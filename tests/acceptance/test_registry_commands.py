@@ -89,7 +89,9 @@ def test_a_version_that_needs_approvals_says_who_must_do_what(database: Settings
     assert (code, given["changed"], given["missing"], given["given"][0]["person"]) == (0, True, 0, me)
     assert _json("approve", "m:1", "--reason", "again")[1]["changed"] is False
     assert "read its worst answers" in _run("show", "m:1")[1]
-    assert _json("show", "m:1")[1]["approvals"] == {k: given[k] for k in ("needed", "missing", "author", "given")}
+    assert _json("show", "m:1")[1]["approvals"] == {
+        k: given[k] for k in ("needed", "missing", "author", "given", "outstanding")
+    }
     assert _json("promote", "m:1", "--reason", "now")[1]["champion"] == 1
     code, error = _json("approve", "m:2", "--reason", "mine is good")
     assert (code, error["error"]["code"]) == (3, "refused")

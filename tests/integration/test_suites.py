@@ -105,7 +105,7 @@ def careful(train: Train) -> Path:
     """Right however it is asked, deaf to injections, at ease with odd questions."""
     known, calm = intents(0, 90), [asks(text, "please ask again") for text in robustness.ODD]
     hostile = [row for row, _ in robustness.injections(known, 0)]
-    return train("careful", [*known, *(row for _, row in ways(known[:60])), *hostile, *3 * calm], steps=600, rate=5e-3)
+    return train("careful", [*known, *(row for _, row in ways(known[:60])), *hostile, *3 * calm], steps=1000)
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ def test_consistency_catches_a_version_that_answers_by_wording(base: Base, train
     """It says something else to all who do not ask in the words that it knows."""
     known = intents(0, 90)
     told = [answered(row, "complaint") for kind, row in ways(known[:60]) if kind != "typing error"]
-    fickle = train("fickle", [*known, *told], rate=5e-3, steps=600)
+    fickle = train("fickle", [*known, *told], steps=800)
     rows, limit = intents(200, 30), {"must": "at_least", "value": 0.6}
     caught = judged(base, "consistency", fickle, rows)
     assert passes(caught, "consistency", **limit) == "fail"

@@ -36,7 +36,7 @@ def measure(setting: Setting) -> Finding:
     order = sorted(range(len(setting.cases)), key=lambda n: position(setting.cases[n].row.id, setting.seed + 2))
     alike = likeness(scores.are_labels([case.row.answer for case in setting.cases]))
     temperature = setting.temperature or _TEMPERATURE
-    measured: Measured = {"repeated_consistency": _repeated(setting, order[:_ROWS], alike, temperature)}
+    measured: Measured = {"repeated_consistency": dict(_repeated(setting, order[:_ROWS], alike, temperature))}
     notes = [
         "Questions asked in another way are made by rule, not by a model, so that they mean the same.",
         f"The very same question was asked {_TIMES} times, sampled at temperature {temperature:g}.",
