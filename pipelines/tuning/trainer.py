@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 _MEGABATCH = 16  # batches whose rows are sorted by length together: little padding, still random
 _FORWARD_TOKENS = 4096  # an adapter's tokens in one forward pass, padding included; larger batches are accumulated
+_SCORED_TOKENS = 1024  # the same in validation on a processor: less padding, and layers' results stay in its cache
 PACKS = (1, 2, 4, 8)  # how many adapters in one pass are tried
 _WORTH = 1.05  # a larger pack must bring this much more, since it delays what it could tell
 
@@ -334,8 +335,9 @@ class _Run:
         lengths = [len(tokens.row(i)) for i in range(len(tokens))]
         order = sorted(range(len(tokens)), key=lengths.__getitem__)
         totals, count = torch.zeros(copies, dtype=torch.float64), 0
+        most = _SCORED_TOKENS if trainer.model.device.type == "cpu" else _FORWARD_TOKENS
         with torch.inference_mode():
-            for piece in _pieces(lengths, order, most=max(1, _FORWARD_TOKENS // copies)):
+            for piece in _pieces(lengths, order, most=max(1, most // copies)):
                 self._drop(lost())
                 losses = trainer.forward.loss(*trainer.forward.batch(tokens, piece, copies), copies)
                 totals += losses.double().sum(1).cpu()
