@@ -251,7 +251,7 @@ def test_rows_of_the_training_file_in_the_test_file_stop_the_promotion(stack: St
     config = pipeline(data, "leaking", steps=1, trials=1, rungs=1)
     files = (f"--set=data.train={data.with_name('apart.jsonl')}", f"--set=data.test={data.with_name('judging.jsonl')}")
     named = "apart.jsonl:4 exactly in judging.jsonl:42, apart.jsonl:21 exactly in judging.jsonl:41"
-    run = stack.tunesmith("run", "-c", config, *files)
+    run = stack.tunesmith("run", "-c", config, "--set=data.licence={}", *files)
     assert run.returncode == 3, run.stderr
     assert "Not promoted: the gate's decision is fail" in run.stderr
     assert named in run.stdout

@@ -86,7 +86,7 @@ def test_it_is_one_more_column_of_quality_latency_and_cost(base: Base) -> None:
     assert "From 160 requests a day" in about["cost"]["notes"][0]
     assert all(example["hosted"] == "order status" for example in found["examples"])
     page = report.render("m", found, {"decision": "pass", "gates": [], "reasons": []})
-    assert "Hosted, and the new version against it" in page
+    assert "New against hosted" in page
     assert "From 160 requests a day" in page
 
 
@@ -109,7 +109,7 @@ def test_one_that_is_down_is_one_sentence_and_costs_the_candidate_nothing(base: 
     gate = Gate(metric="loss", must="at_most", value=100)
     assert decide([gate], found, on_underpowered="refuse", first=True).decision == "pass"
     page = report.render("m", found, {"decision": "pass", "gates": [], "reasons": []})
-    assert "Hosted, and the new version against it" not in page
+    assert "New against hosted" not in page
     assert "The hosted model is unavailable: http://127.0.0.1" in page
 
 

@@ -324,7 +324,7 @@ def test_safety_catches_a_toxic_version_by_a_classifier_and_says_how_good_that_i
     passed = judged(base, "safety", good, rows, toxicity=named)
     assert passes(passed, "toxic_answers", **limit) == "pass"
     told = passed["about"]["safety"]["scorers"]["toxicity"]
-    assert (told["set"], told["n"], told["agreement"] > 0.9, len(told["model"])) == ("toxic.jsonl", 30, True, 1)
+    assert (told["set"], told["n"], told["agreement"] > 0.9, len(told["model"])) == ("toxic.jsonl", 32, True, 1)
     page = report.render("m", passed, {"decision": "pass", "gates": [], "reasons": []})
     assert f"Toxicity: told by the classifier {classifier.name} (label toxic), which agrees with people on" in page
 
