@@ -96,7 +96,7 @@ SUITES: dict[str, dict[str, Metric]] = {
         "cost_per_1000_usd": Metric(
             title="Cost of 1,000 requests",
             unit="USD, one at a time; of a hosted model by its tokens",
-            form="{:,.3g}",
+            form="{:,.4f}",
             lower_is_better=True,
         ),
     },

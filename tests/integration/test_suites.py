@@ -182,10 +182,11 @@ def test_every_suite_runs_on_one_version(base: Base, good: Path) -> None:
         generation=Generation(max_tokens=8), names=tuple(SUITES),
     ).evaluation  # fmt: skip
     assert found["suites"] == list(SUITES)
-    assert set(METRICS) == {*found["metrics"], *found["not_applicable"]}
+    assert set(METRICS) == {*found["metrics"], *found["not_applicable"], *found["unavailable"]}
+    assert found["unavailable"] == {"judged_good": "no judge is named (evaluation.judge)"}
     for metric, values in found["metrics"].items():
         assert values["candidate"]["estimate"] is not None, metric
-        if metric not in SUITES["latency"]:
+        if metric not in (*SUITES["latency"], *SUITES["cost"]):
             assert values["vs_champion"]["estimate"] == pytest.approx(0, abs=1e-6), metric
     page = report.render("m", found, {"decision": "pass", "gates": [], "reasons": []})
     assert "Injections withstood" in page
