@@ -151,7 +151,7 @@ def test_a_trained_adapter_is_told_from_base_and_champion(world: World) -> None:
     }
     told = found["about"]["quality"]["labels"]
     assert {line["label"]: line["rows"] for line in told} == dict.fromkeys(LABELS, 16)
-    assert all(line["candidate"]["estimate"] > line["base"]["estimate"] for line in told)
+    assert any(line["candidate"]["low"] > line["base"]["estimate"] for line in told)
     assert found["rows"] == len(judged.answers) == len(judged.rows) == len(judged.prompt_tokens) == 48
     ended = [answer for answer in judged.answers if answer.finish_reason == "stop"]
     assert ended
