@@ -67,9 +67,9 @@ def decide(
       from the rows, and the interval of a 95th percentile has no upper end on fewer than 72 rows.
     - Against the champion means against the base for a model's `first` version, and where no champion was measured
       nothing can be compared: fail.
-    - A metric that was not measured, or that the evaluation calls unavailable or doubted, fails. A slice in which
-      there are no rows (unless the gate wants some), and a metric of which the evaluation says that there is nothing to
-      measure, are said so and do not count.
+    - A metric that was not measured, or that the evaluation calls unavailable or doubted, fails. A source
+      without rows (unless the gate wants some), and a metric of which the evaluation says that there is nothing to
+      measure, are said so and do not count. Another slice without rows is underpowered: its name may be misspelt.
     - Each suite of `required` (suite -> its metrics) must have run and measured something, or it fails by name.
     - Contamination (``evaluation["contamination"]``, of pipelines/data/contamination.py) is judged whatever the policy:
       no row may have stood in rows that judge, or no more than a gate ``{metric: contamination, must: at_most}`` says.
@@ -113,6 +113,8 @@ def _judge(gate: Gate, evaluation: Mapping[str, Any], first: bool) -> dict[str, 
     part = evaluation["slices"].get(gate.slice) if gate.slice else evaluation["metrics"]
     if part is None and gate.min_rows:
         return say("underpowered", f"{name}: was measured on 0 rows, must be on {gate.min_rows}")
+    if part is None and gate.slice and not gate.slice.startswith("source="):  # may well be misspelt
+        return say("underpowered", f"{name}: there are no such rows; is the slice spelt as the rows have it?")
     if part is None:
         return say("pass", f"{name}: no rows, does not count")
     measured = part.get(gate.metric)

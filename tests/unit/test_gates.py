@@ -90,6 +90,12 @@ def test_slices_are_judged_by_themselves_and_empty_ones_are_named() -> None:
     bad, empty = (decide([gate], evaluation, on_underpowered="refuse", first=False) for gate in on)
     assert bad.decision == "fail"
     assert (empty.decision, empty.reasons) == ("pass", ["m on source=other: no rows, does not count"])
+    misspelt = Gate(metric="m", must="better", against="base", slice="label=refnud")
+    doubtful = decide([misspelt], evaluation, on_underpowered="refuse", first=False)
+    assert (doubtful.decision, doubtful.reasons) == (
+        "underpowered",
+        ["m on label=refnud: there are no such rows; is the slice spelt as the rows have it?"],
+    )
     missing = decide([Gate(metric="x", must="better")], evaluation, on_underpowered="refuse", first=False)
     assert (missing.decision, missing.reasons) == ("fail", ["x: was not measured"])
 
