@@ -25,7 +25,8 @@ def revision() -> str:
 
 
 def make(folder: Path) -> None:
-    """Train the tokenizer and the model into an empty folder; the same interpreter gives the same model."""
+    """Train the tokenizer and the model into an empty folder. Two makings may differ in tokens and weights, on one
+    machine too; a home makes it once, and knows it by digest."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
