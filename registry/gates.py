@@ -161,8 +161,11 @@ def _clean(gate: Gate, found: Mapping[str, Any]) -> dict[str, Any]:
     if found["rows"]:
         named = [f"{one['row']} {one['how']} in {one['stands_in']}" for one in found["examples"]]
         more = "" if len(named) == found["rows"] else f", and {found['rows'] - len(named)} more"
-        text += f", at most {allowed:g} may: {', '.join(named)}{more}. Take them out of the file"
+        text += f", at most {allowed:g} may: {', '.join(named)}{more}"
     decision: Outcome = "pass" if found["rows"] <= allowed else "fail"
+    if decision == "fail":
+        allowing = f"{{metric: {CONTAMINATION}, must: at_most, value: {found['rows']}}}"
+        text += f". Take them out of the file, or allow them with the gate {allowing}"
     return {**asdict(gate), "decision": decision, "reason": text, "estimate": None, **found}
 
 
