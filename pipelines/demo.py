@@ -36,8 +36,8 @@ SYSTEM = "Write the one-line docstring of this Python function."
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How much of everything; the quick one is for a tiny model. `limit` is so small that version 2 is judged on as many
-    rows of the new world as of the old one: its drift's reference is then of the same mixture as the traffic."""
+    """How much of everything; the quick one is for a tiny model. `limit` is so small that version 2 is judged on as
+    many rows of the new world as of the old one: its drift's reference is then of the same mixture as the traffic."""
 
     base: str
     train: int
