@@ -7,6 +7,7 @@ cannot change it. Whether a model's answers are the same that way is tried when 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -74,21 +75,32 @@ class Forward:
         shared = 0 if self.prefix is None or rows < 2 else len(self.prefix)
         return shared + rows * (length - shared)
 
-    def loss(self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor, copies: int) -> torch.Tensor:
+    def beginning(self, copies: int) -> Any:
+        """Keys and values of `prefix`, once for each of `copies`; None where it is not shared."""
+        from transformers import DynamicCache
+
+        if self.prefix is None:
+            return None
+        cache = DynamicCache(config=self.model.config)
+        first = self.prefix.expand(copies, -1)
+        self.model.get_decoder()(input_ids=first, past_key_values=cache, use_cache=True)
+        return cache
+
+    def loss(
+        self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor, copies: int, beginning: Any = None
+    ) -> torch.Tensor:
         """The negative log-likelihood of each completion token in fp32, `[copies, tokens]`.
 
         `ids`, mask and labels are `[copies * rows, length]`, padded on the right; labels stand where they are
-        predicted and are IGNORED elsewhere. All rows begin with `prefix`.
+        predicted and are IGNORED elsewhere. All rows begin with `prefix`; its `beginning` is made anew unless given.
         """
         import torch
-        from transformers import DynamicCache
 
         given: dict[str, Any] = {"use_cache": False}
         rows = len(ids) // copies
-        if self.prefix is not None and rows > 1:
-            cache = DynamicCache(config=self.model.config)
-            first = self.prefix.expand(copies, -1)
-            self.model.get_decoder()(input_ids=first, past_key_values=cache, use_cache=True)
+        if self.prefix is not None and (rows > 1 or beginning is not None):
+            # What follows is added to a cache
+            cache = self.beginning(copies) if beginning is None else copy.deepcopy(beginning)
             cache.batch_repeat_interleave(rows)
             given = {"use_cache": True, "past_key_values": cache}
             ids, labels = ids[:, len(self.prefix) :], labels[:, len(self.prefix) :]

@@ -103,6 +103,8 @@ def packs(members: Sequence[tuple[int, Mapping[str, Any]]], *, most: int, worker
     found: list[list[int]] = []
     for group in alike.values():
         count = -(-len(group) // most)
+        if count > workers:  # so that all have about as much
+            count = min(-(-count // workers) * workers, len(group))
         found += [group[n::count] for n in range(count)]
     while len(found) < workers and len(largest := max(found, key=len, default=[])) > 1:
         found.remove(largest)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.tuning.spec import packs
+from pipelines.tuning.trainer import shares
 
 TRIAL = st.fixed_dictionaries(
     {"per_device_train_batch_size": st.sampled_from([4, 8]), "gradient_accumulation_steps": st.sampled_from([1, 2])},
@@ -34,7 +37,18 @@ def test_packs_hold_like_trials_and_leave_no_worker_idle(params: list[dict[str, 
     assert packs(members, most=most, workers=workers) == leaders
 
 
-def test_packs_are_as_large_as_they_may_be() -> None:
+def test_packs_are_as_large_as_they_may_be_and_all_workers_have_as_many() -> None:
     alike = [(n, {"per_device_train_batch_size": 8}) for n in range(9)]
-    assert sorted(list(packs(alike, most=4, workers=2).values()).count(n) for n in range(3)) == [3, 3, 3]
+    assert sizes(packs(alike, most=5, workers=2)) == [4, 5]
+    assert sizes(packs(alike, most=4, workers=2)) == [2, 2, 2, 3]
+    assert sizes(packs(alike, most=1, workers=4)) == [1] * 9
     assert set(packs(alike, most=16, workers=1).values()) == {0}
+
+
+def sizes(leaders: dict[int, int]) -> list[int]:
+    return sorted(Counter(leaders.values()).values())
+
+
+@pytest.mark.parametrize(("most", "expected"), [(0, [1]), (1, [1]), (2, [1, 2]), (5, [1, 2, 3, 5]), (8, [1, 2, 4, 8])])
+def test_the_numbers_that_are_measured_divide_a_group_well(most: int, expected: list[int]) -> None:
+    assert shares(most) == expected
