@@ -29,6 +29,7 @@ _DROPPED = 256  # dropout's rate is a whole number of these parts, since masks a
 class _Place:
     """Where a layer's A `[r, inputs]` and B `[outputs, r]` stand in each adapter's line."""
 
+    number: int
     name: str
     module: Any
     a: int
@@ -61,8 +62,8 @@ class Pack:
             outputs, inputs = module.weight.shape
             self.places.append(
                 _Place(
-                    name=name, module=module, a=size, b=size + self.rank * inputs, inputs=inputs, outputs=outputs,
-                    members=tuple(name in layers for layers in wanted),
+                    number=len(self.places), name=name, module=module, a=size, b=size + self.rank * inputs,
+                    inputs=inputs, outputs=outputs, members=tuple(name in layers for layers in wanted),
                 )
             )  # fmt: skip
             size += self.rank * (inputs + outputs)
@@ -79,7 +80,7 @@ class Pack:
         scales = [_scale(params) for params in members]
         self._scales = torch.tensor(scales, device=device, dtype=torch.float32).to(self.dtype)[:, None, None]
         self._rates = [round(float(params["lora_dropout"]) * _DROPPED) for params in members]
-        self._shadow = self.values.to(self.dtype)
+        self._shadow = self._make_shadow()
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._generators: list[torch.Generator] = []
         for k, seed in enumerate(seeds):
@@ -123,9 +124,25 @@ class Pack:
                 del module.forward  # the class's own is found again
                 assert module.forward == forward  # noqa: S101 - somebody else's patch would be lost
 
+    def _make_shadow(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Of each place A and B of all adapters, each in one piece: products of parts of lines would copy them first,
+        every time."""
+        import torch
+
+        count, rank = len(self.members), self.rank
+        return [
+            (
+                torch.empty(count, rank, place.inputs, device=self.values.device, dtype=self.dtype),
+                torch.empty(count, place.outputs, rank, device=self.values.device, dtype=self.dtype),
+            )
+            for place in self.places
+        ]
+
     def changed(self) -> None:
-        """Bring the copy that the products are made with up to the values."""
-        self._shadow.copy_(self.values)
+        """Bring the copies that the products are made with up to the values."""
+        for place, (a, b) in zip(self.places, self._shadow, strict=True):
+            a.copy_(self._a(self.values, place))
+            b.copy_(self._b(self.values, place))
 
     def begin_step(self, step: int, *, mix: Any) -> None:
         """The masks of the forward passes that follow are a function of each adapter's seed and this step."""
@@ -142,8 +159,9 @@ class Pack:
         flat = x.reshape(len(self.members), -1, place.inputs)
         if not torch.is_grad_enabled():
             y = torch.nn.functional.linear(flat, module.weight, module.bias)
-            h = torch.bmm(flat, self._a(self._shadow, place).transpose(1, 2)) * self._scales
-            y.baddbmm_(h, self._b(self._shadow, place).transpose(1, 2))
+            a, b = self._shadow[place.number]
+            h = torch.bmm(flat, a.transpose(1, 2)).mul_(self._scales)
+            y.baddbmm_(h, b.transpose(1, 2))
         else:
             y = _function().apply(flat, self._anchor, self, place)
         return y.view(*shape[:-1], place.outputs)
@@ -154,14 +172,16 @@ class Pack:
 
         if not self.model.training or not any(self._rates[k] for k in range(len(self)) if place.members[k]):
             return None
-        mask = torch.ones_like(x)
+        mask = torch.empty_like(x)
         size = x[0].numel()
         for k, rate in enumerate(self._rates):
             if rate and place.members[k]:
                 words = torch.empty(-(-size // 8), dtype=torch.int64, device=x.device)
                 words.random_(-(2**63), None, generator=self._generators[k])
                 kept = words.view(torch.uint8)[:size].view(x.shape[1:]) >= rate
-                mask[k] = kept * (_DROPPED / (_DROPPED - rate))
+                mask[k].copy_(kept).mul_(_DROPPED / (_DROPPED - rate))
+            else:
+                mask[k] = 1
         return mask
 
     # ------------------------------------------------------------ an adapter alone
@@ -269,8 +289,9 @@ def _function() -> Any:
             mask = pack._mask(place, x)
             dropped = x if mask is None else x * mask
             y = torch.nn.functional.linear(x, module.weight, module.bias)
-            h = torch.bmm(dropped, pack._a(pack._shadow, place).transpose(1, 2)).mul_(pack._scales)
-            y.baddbmm_(h, pack._b(pack._shadow, place).transpose(1, 2))
+            a, b = pack._shadow[place.number]
+            h = torch.bmm(dropped, a.transpose(1, 2)).mul_(pack._scales)
+            y.baddbmm_(h, b.transpose(1, 2))
             ctx.save_for_backward(dropped, h, mask)
             ctx.pack, ctx.place = pack, place
             return y
@@ -279,16 +300,17 @@ def _function() -> Any:
         def backward(ctx: Any, *grads: torch.Tensor) -> Any:
             pack, place, g = ctx.pack, ctx.place, grads[0]
             dropped, h, mask = ctx.saved_tensors
-            u = torch.bmm(g, pack._b(pack._shadow, place)).mul_(pack._scales)
+            a, b = pack._shadow[place.number]
+            u = torch.bmm(g, b).mul_(pack._scales)
             pack._a(pack.gradients, place).add_(torch.bmm(u.transpose(1, 2), dropped))
             pack._b(pack.gradients, place).add_(torch.bmm(g.transpose(1, 2), h))
             if not ctx.needs_input_grad[0]:
                 return None, None, None, None
             x_grad = torch.matmul(g, place.module.weight)
             if mask is None:
-                x_grad.baddbmm_(u, pack._a(pack._shadow, place))
+                x_grad.baddbmm_(u, a)
             else:
-                x_grad.add_(torch.bmm(u, pack._a(pack._shadow, place)).mul_(mask))
+                x_grad.add_(torch.bmm(u, a).mul_(mask))
             return x_grad, None, None, None
 
     return PackedLinear

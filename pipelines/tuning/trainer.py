@@ -173,7 +173,8 @@ class Trainer:
         answers = max(n - int(p) for n, p in zip(self.lengths, self.train.prompt_lengths, strict=True))
         vocabulary = int(self.model.get_output_embeddings().weight.shape[0])
         # Logits, their softmax and the gradient of both, in fp32; of an adapter values, gradients, two moments, a copy
-        a_copy = self._cell[packable(params)] * self.forward.cells(rows, longest) + 16 * rows * answers * vocabulary
+        cells = self.forward.cells(rows, longest, len(members))
+        a_copy = self._cell[packable(params)] * cells + 16 * rows * answers * vocabulary
         layers = {name for m in members for name in self.targets.layers(m)}
         sides = sum(sum(self.model.get_submodule(name).weight.shape) for name in layers)
         numbers = max(int(m["r"]) for m in members) * sides
@@ -206,7 +207,7 @@ class Trainer:
         return total // self.forward.cells(2, self.lengths[longest])
 
     def _time(self, members: Sequence[Mapping[str, Any]]) -> float:
-        """Seconds a step, the shortest of some after one to warm up."""
+        """Seconds a step, the shorter of two after one to warm up."""
         adapters = self._adapters(members, list(range(len(members))))
         seconds: list[float] = []
         with adapters.attached():
@@ -215,7 +216,7 @@ class Trainer:
                                seed=self.seed, epoch=0)  # fmt: skip
             batch = sorted(batches, key=lambda rows: max(self.lengths[i] for i in rows))[len(batches) // 2]
             self.model.train()
-            while len(seconds) < 3 or (len(seconds) < 5 and sum(seconds) < 1):
+            while len(seconds) < 3:
                 begun = time.perf_counter()
                 adapters.begin_step(0, mix=_mix)
                 run.gradients(batch, 1, 0)
@@ -365,11 +366,8 @@ class _Run:
 
 
 def shares(most: int) -> list[int]:
-    """Numbers of adapters that are tried in one pass, by which a group divides well: 1, ..., a half, the whole."""
-    counts = {max(1, most)}
-    while min(counts) > 1:
-        counts.add(-(-min(counts) // 2))
-    return sorted(counts)
+    """Numbers of adapters that are tried in one pass, by which a group divides well: 1, a half, the whole."""
+    return sorted({1, -(-most // 2), most} - {0})
 
 
 def _as_it_came(hidden_states: Any, *_: Any, **__: Any) -> Any:

@@ -134,6 +134,8 @@ def test_the_common_beginning_taken_once_changes_no_loss_and_no_gradient(trainer
     rows = [trainer.train.row(i) for i in range(len(trainer.train))]
     prefix = forward.prefix
     assert prefix is not None
+    assert forward.cells(6, 60, 2) < 6 * 60, "it is worth a pass of its own here"
+    assert forward.cells(1, 60, 8) == 60
     assert all(row[: len(prefix)].tolist() == prefix.tolist() for row in rows)
     assert len({int(row[len(prefix)]) for row in rows}) > 1  # and there it ends
     pack = Pack(trainer.model, [PARAMS | {"lora_dropout": 0.0}] * 2, [1, 2], trainer.targets)
