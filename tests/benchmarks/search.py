@@ -325,8 +325,8 @@ def run_ours(bench: Bench, world: World, **other: Any) -> Run:
     size = bench.size
     spec = StudySpec(
         study=f"study-{world.seed}", model="m", base=bench.base.digest, dataset=world.dataset, system=None,
-        max_tokens=MAX_TOKENS, trials=size.trials + size.more, rungs=size.rungs, reduction=3, space=SPACE, seed=world.seed,
-        workers=CORES,
+        max_tokens=MAX_TOKENS, trials=size.trials + size.more, rungs=size.rungs, reduction=3, space=SPACE,
+        seed=world.seed, workers=CORES,
     )  # fmt: skip
     spec = replace(spec, **other)
     (best,) = bench.ours("search", spec.to_json())
