@@ -25,7 +25,7 @@ from deploy.auth import Identity, Needed, Role, check_force, require
 from deploy.errors import crashed, explain, json_response
 from infra.db import transaction
 from infra.errors import NotFound, TunesmithError, UsageError
-from registry import approvals, bundle, deployments, lineage, verification, versions, views
+from registry import approvals, bundle, deletion, deployments, lineage, verification, versions, views
 from registry.deployments import Change
 from registry.names import Ref, parse_ref, parse_version
 
@@ -269,6 +269,16 @@ def _changes(app: FastAPI) -> None:
         with transaction() as conn:
             new, now = approvals.approve(conn, model, number, actor=who.actor, role=who.role, reason=body.reason)
         return json_response({"model": model, "version": number, "changed": new, **now.to_json()})
+
+    @app.delete("/models/{model}/versions/{number}", summary="Delete a version that never held a slot")
+    def delete(
+        model: str,
+        number: int,
+        who: Admin,
+        reason: Annotated[str, Query(min_length=1, max_length=2000, description="why; it stays on the record")],
+    ) -> Response:
+        new, record = deletion.delete(model, number, actor=who.actor, reason=reason)
+        return json_response({"changed": new, **record.to_json()})
 
     @app.post("/models/{model}/rollback", summary="Take the last promotion back")
     def rollback(model: str, body: Rollback, who: Operator) -> Response:

@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "approve": ("registry.commands:approve", "Agree that a version may serve."),
     "promote": ("registry.commands:promote", "Make a version serve."),
     "rollback": ("registry.commands:rollback", "Take the last promotion back."),
+    "delete": ("registry.commands:delete", "Delete a version that never served."),
     "canary": ("registry.commands:canary", "Give a version a share of the traffic."),
     "shadow": ("registry.commands:shadow", "Send a version copies of the traffic."),
     "history": ("registry.commands:history", "Who changed what serves, when and why."),

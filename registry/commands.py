@@ -1,5 +1,5 @@
-"""Commands on versions: models, versions, show, compare, verify, import, export, approve, promote, rollback, canary,
-shadow, history."""
+"""Commands on versions: models, versions, show, compare, verify, import, export, delete, approve, promote, rollback,
+canary, shadow, history."""
 
 from __future__ import annotations
 
@@ -170,6 +170,22 @@ def export(version: str, path: Path, as_json: bool) -> None:
         print_json({**done, "path": str(path.absolute())})
     else:
         out.print(f"{done['model']}:{done['version']} is in {path}.", markup=False)
+
+
+@click.command()
+@click.argument("version")
+@click.option("--reason", required=True, help="Why; it stays on the record.")
+@json_option
+def delete(version: str, reason: str, as_json: bool) -> None:
+    """Delete MODEL:N, its files and its copy in MLflow. Exit 3: it serves or served, so one could roll back to it."""
+    model, number = parse_version(version)
+    done = desk().delete(model, number, reason=reason)
+    if as_json:
+        print_json(done)
+    elif done["changed"]:
+        out.print(f"{version} is deleted; its evidence and this deletion stay on record.", markup=False)
+    else:
+        out.print(f"{version} was deleted by {done['actor']} at {_time(done['at'])}: {done['reason']}", markup=False)
 
 
 @click.command()

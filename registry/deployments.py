@@ -140,7 +140,7 @@ def promote(
     decision is not a pass or approvals are missing, unless `force`, which the ledger shows for ever. Promoting what
     serves changes nothing.
     """
-    _text(reason, required=True)
+    check_reason(reason, required=True)
     now = _lock(conn, model, expect_generation, done=lambda d: d.champion == number)
     version = _version(conn, model, number)
     if now.champion == number:
@@ -182,7 +182,7 @@ def rollback(
     back; a version that never served is Refused, since that would be a promotion around its gate.
     Raises Conflict as `promote` does, and NotFound.
     """
-    _text(reason, required=True)
+    check_reason(reason, required=True)
     now = _lock(conn, model, expect_generation, done=lambda d: to is not None and d.champion == to)
     if to is not None:
         _version(conn, model, to)
@@ -379,6 +379,13 @@ def verify_chain(conn: Connection, model: str) -> list[str]:
     return problems
 
 
+def lock(conn: Connection, model: str) -> None:
+    """Keep every other change of a model's deployment waiting until the transaction ends. Raises NotFound."""
+    if read(conn, model).generation == 0:
+        conn.execute(SQL["create"], {"model": model})
+    conn.execute(SQL["lock"], {"model": model})
+
+
 def _lock(conn: Connection, model: str, expected: int | None, *, done: Any) -> Deployment:
     """The locked row. An explicit generation is compared first; the implicit one only if there is still work."""
     now = read(conn, model)
@@ -467,7 +474,7 @@ def _change(
         from_version=getattr(now, slot),
         to_version=getattr(after, slot),
         share=share,
-        reason=_text(reason, required=action in ("promote", "rollback")),
+        reason=check_reason(reason, required=action in ("promote", "rollback")),
         forced=forced,
         evidence=evidence,
         previous_hash=follows["hash"] or FIRST_HASH,
@@ -481,10 +488,11 @@ def _change(
     return Change(changed=True, deployment=after, entry=entry)
 
 
-def _text(reason: str, *, required: bool) -> str:
+def check_reason(reason: str, *, required: bool) -> str:
+    """The reason, stripped. Raises UsageError for an empty one where it is required, and for what is no text."""
     text = reason.strip()
     if required and not text:
-        raise UsageError("A change of what serves needs a reason.", hint="Say why with --reason.")
+        raise UsageError("This needs a reason, which stays on the record.", hint="Say why with --reason.")
     if len(text) > 2000 or "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
         raise UsageError("A reason is at most 2000 characters of text.")
     return text

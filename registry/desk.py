@@ -41,6 +41,9 @@ class Desk(Protocol):
     def approve(self, model: str, number: int, *, reason: str) -> Json:
         """Agree that a version may serve: ``{"changed"}`` and how its approvals stand. Raises Refused, UsageError."""
 
+    def delete(self, model: str, number: int, *, reason: str) -> Json:
+        """Delete a version that never held a slot: ``{"changed"}`` and the record of it. Raises Refused, UsageError."""
+
     def promote(self, model: str, number: int, *, reason: str, expect: int | None, force: bool) -> Json: ...
     def rollback(self, model: str, *, reason: str, to: int | None, expect: int | None) -> Json: ...
     def canary(
@@ -130,6 +133,12 @@ class Here:
                 conn, model, number, actor=deployments.actor_here(), role="admin", reason=reason
             )
         return {"model": model, "version": number, "changed": new, **now.to_json()}
+
+    def delete(self, model: str, number: int, *, reason: str) -> Json:
+        from registry import deletion
+
+        new, record = deletion.delete(model, number, actor=deployments.actor_here(), reason=reason)
+        return {"changed": new, **record.to_json()}
 
     def promote(self, model: str, number: int, *, reason: str, expect: int | None, force: bool) -> Json:
         with transaction() as conn:
@@ -225,6 +234,9 @@ class There:
 
     def approve(self, model: str, number: int, *, reason: str) -> Json:
         return self._call("POST", f"{_of(model)}/versions/{number}/approve", {"reason": reason})
+
+    def delete(self, model: str, number: int, *, reason: str) -> Json:
+        return self._call("DELETE", f"{_of(model)}/versions/{number}?{urlencode({'reason': reason})}")
 
     def promote(self, model: str, number: int, *, reason: str, expect: int | None, force: bool) -> Json:
         body = {"champion": number, "reason": reason, "force": force}

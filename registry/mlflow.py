@@ -7,6 +7,7 @@ MLflow's client.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -217,6 +218,19 @@ def register_version(
 def _without_front_matter(card: str) -> str:
     """A card's prose: its YAML head is for model hubs, and MLflow's page would show it as a heap of lists."""
     return card.split("\n---\n", 1)[-1].lstrip() if card.startswith("---\n") else card
+
+
+def delete_version(model: str, number: int, model_id: str | None) -> None:
+    """Delete a version and the logged model behind it, as MLflow does it: neither is listed any more, and its number
+    is given to no other. What is not there is no error. Raises Unreachable."""
+    check_model_name(model)
+    with _rest() as rest:
+        for path, body in (
+            ("model-versions/delete", {"name": model, "version": str(number)}),
+            *([(f"logged-models/{model_id}", {})] if model_id else []),
+        ):
+            with contextlib.suppress(NotFound):
+                _call(rest, "DELETE", path, body)
 
 
 def download_version(model: str, number: int, folder: Path) -> Path:

@@ -209,7 +209,9 @@ def get(conn: Connection, model: str, number: int) -> Version:
     check_model_name(model)
     row = conn.execute(SQL["get"], {"model": model, "number": number}).fetchone()
     if row is None:
-        raise NotFound(f"There is no version {model}:{number}.", hint=f"See `tunesmith versions {model}`.")
+        gone = conn.execute(SQL["deleted"], {"model": model, "number": number}).fetchone()
+        was = f": {gone['actor']} deleted it ({gone['reason']})" if gone else ""
+        raise NotFound(f"There is no version {model}:{number}{was}.", hint=f"See `tunesmith versions {model}`.")
     return Version(**row)
 
 

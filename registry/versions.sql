@@ -36,3 +36,6 @@ select 1 as yes from model where name = %(model)s
 
 -- name: dataset_exists
 select 1 as yes from dataset where digest = %(digest)s
+
+-- name: deleted
+select actor, reason from deletion where model = %(model)s and number = %(number)s

@@ -27,7 +27,7 @@ from infra.db import one, transaction
 from infra.errors import Conflict, NotFound, Refused, TunesmithError, Unreachable, UsageError
 from infra.settings import Settings, get_settings
 from monitoring import watch
-from registry import bases, deployments, mlflow, versions
+from registry import bases, deletion, deployments, mlflow, versions
 from registry.exchange import export_version, import_from_mlflow, import_version
 from registry.gates import Gate, decide
 from registry.profile import build
@@ -496,3 +496,17 @@ def test_the_commands_around_a_version(
         assert code == 0
         assert "loss" in out
         print(out)
+
+
+def test_a_deleted_version_leaves_store_and_mlflow_and_its_number_is_not_given_again(
+    base: bases.Base, adapter: Path, model: str, mlflow_server: str
+) -> None:
+    first, second = (_register(_draft(model, base, adapter, seed=seed)) for seed in (1, 2))
+    assert deletion.delete(model, second.number, **WHO)[0] is True
+    assert not storage.has("bundle", second.bundle_digest)
+    assert storage.has("bundle", first.bundle_digest)
+    client = MlflowClient(mlflow_server)
+    assert [int(v.version) for v in client.search_model_versions(f"name = '{model}'")] == [first.number]
+    with pytest.raises(Exception, match=f"{second.mlflow_model_id}|not found|deleted"):
+        client.get_logged_model(str(second.mlflow_model_id))
+    assert _register(_draft(model, base, adapter, seed=3)).number == second.number + 1
