@@ -358,8 +358,8 @@ def history(conn: Connection, model: str, at: datetime | None = None) -> list[En
 def verify_chain(conn: Connection, model: str) -> list[str]:
     """What is wrong with a model's ledger, a sentence each; an empty list when it is whole.
 
-    Generations run from 1 without a gap, each hash is its entry's and chained to the one before, and the deployment
-    row is what the entries lead to.
+    Generations run from 1 without a gap, each hash is its entry's and chained to the one before, what the entries rest
+    on has the digests they name, and the deployment row is what they lead to.
     """
     now = read(conn, model)
     # Read after the row, the ledger may be ahead of it while others promote; it is never behind.
@@ -374,6 +374,9 @@ def verify_chain(conn: Connection, model: str) -> list[str]:
         if entry.hash != entry.sealed():
             problems.append(f"Generation {entry.generation} of {model} was changed after it was written.")
         previous = entry.hash
+    for row in conn.execute(SQL["evidence"], {"model": model}):
+        if text_digest(canonical_json(row["body"])) != row["digest"]:
+            problems.append(f"The evidence that generation {row['generation']} of {model} rests on was changed.")
     if (led_to := replay(model, entries)) != now:
         problems.append(f"The deployment of {model} is {now.to_json()}, but its ledger leads to {led_to.to_json()}.")
     return problems

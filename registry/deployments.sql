@@ -49,3 +49,9 @@ select model, generation, at, actor, action, slot, from_version, to_version, sha
        previous_hash, hash
 from ledger
 where model = %(model)s and (%(at)s::timestamptz is null or at <= %(at)s) order by generation
+
+-- name: evidence
+-- Each once, with the first entry that rests on it
+select e.digest, e.body, min(l.generation) as generation
+from ledger l join evidence e on e.digest = l.evidence
+where l.model = %(model)s group by e.digest order by generation
