@@ -111,7 +111,7 @@ def _evaluation_table(name: str, evaluation: dict[str, Any]) -> None:
     """What was measured, then each comparison with what it can tell, then all that has to be said beside."""
     from rich.table import Table
 
-    from pipelines.evaluation import power
+    from pipelines.evaluation import agreement, power
     from pipelines.evaluation.catalogue import METRICS
     from registry.statistics import in_words
 
@@ -148,7 +148,7 @@ def _evaluation_table(name: str, evaluation: dict[str, Any]) -> None:
         for scorer, found in each.get("scorers", {}).items():
             out.print(
                 f"{scorer}: agrees with people on {100 * found['agreement']:.0f} % of {found['n']} labelled examples "
-                f"(kappa {found['kappa']:.2f}, {safe(found['set'])})",
+                f"({agreement.kappa_in_words(found)}, {safe(found['set'])})",
                 markup=False,
             )
         for note in each.get("notes", []):

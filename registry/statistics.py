@@ -75,7 +75,7 @@ def mean_ci(
     x = _clean(values)
     mean, n = float(x.mean()), len(x)
     if _binary(x):
-        low, high = _wilson(mean, n, level)
+        low, high = wilson(mean, n, level)
     else:
         low, high = _bootstrap(x, level, resamples, seed)
     return Estimate(estimate=mean, low=low, high=high, n=n, level=level, higher_is_better=higher_is_better)
@@ -263,7 +263,8 @@ def _z(probability: float) -> float:
     return NormalDist().inv_cdf(probability)
 
 
-def _wilson(p: float, n: int, level: float) -> tuple[float, float]:
+def wilson(p: float, n: int, level: float = LEVEL) -> tuple[float, float]:
+    """The score interval of a share (Wilson 1927)."""
     z2 = _z((1 + level) / 2) ** 2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = math.sqrt(z2) / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
@@ -275,7 +276,7 @@ def _newcombe(x: NDArray[np.float64], y: NDArray[np.float64], level: float) -> t
     both, only_x = float((x * y).sum()), float((x * (1 - y)).sum())
     only_y, neither = float((y * (1 - x)).sum()), float(((1 - x) * (1 - y)).sum())
     p, q = float(x.mean()), float(y.mean())
-    (p_low, p_high), (q_low, q_high) = _wilson(p, n, level), _wilson(q, n, level)
+    (p_low, p_high), (q_low, q_high) = wilson(p, n, level), wilson(q, n, level)
     product = (both + only_x) * (only_y + neither) * (both + only_y) * (only_x + neither)
     phi = 0.0
     if product > 0:  # the correlation of the pairs, corrected for continuity where it is positive

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from registry.statistics import wilson
+
 
 def agreement(file: Path, scorer: Callable[[Mapping[str, Any]], bool], label: str) -> dict[str, Any]:
     """Of the labelled lines of a JSONL file, as `agree`: how far the scorer says what `label` says."""
@@ -15,10 +17,24 @@ def agreement(file: Path, scorer: Callable[[Mapping[str, Any]], bool], label: st
 
 
 def agree(said: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
-    """Of pairs of what a scorer and what people say: ``{"n", "agreement", "kappa"}``, the share that is equal, and
-    Cohen's kappa (1960), which takes off what chance would give."""
+    """Of pairs of what a scorer and what people say: ``{"n", "agreement", "kappa", "kappa_low", "kappa_high"}``, the
+    share that is equal, and Cohen's kappa (1960), which takes off what chance would give. Its 95 % interval is
+    Cohen's, with what chance gives taken as known, but with Wilson's interval (1927) of the share instead of the
+    normal one: a few labels that all agree leave room below 1."""
     share = sum(a == b for a, b in said) / len(said)
     ours, theirs = (sum(pair[side] for pair in said) / len(said) for side in (0, 1))
     chance = ours * theirs + (1 - ours) * (1 - theirs)
-    kappa = (share - chance) / (1 - chance) if chance < 1 else 1.0
-    return {"n": len(said), "agreement": share, "kappa": kappa}
+
+    def kappa(agreed: float) -> float:
+        return (agreed - chance) / (1 - chance) if chance < 1 else 1.0
+
+    low, high = wilson(share, len(said))
+    return {
+        "n": len(said), "agreement": share, "kappa": kappa(share), "kappa_low": kappa(low), "kappa_high": kappa(high)
+    }  # fmt: skip
+
+
+def kappa_in_words(found: Mapping[str, Any]) -> str:
+    """Such as ``kappa 0.95 [0.80, 0.99]``; without the interval where an older evaluation has none."""
+    between = f" [{found['kappa_low']:.2f}, {found['kappa_high']:.2f}]" if "kappa_low" in found else ""
+    return f"kappa {found['kappa']:.2f}{between}"

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pipelines.evaluation import power
+from pipelines.evaluation import agreement, power
 from pipelines.evaluation.catalogue import LENGTHS, METRICS, Metric, suite_of
 
 _VERDICTS = {
@@ -71,7 +71,11 @@ def render(model: str, evaluation: Mapping[str, Any], decision: Mapping[str, Any
         unavailable=_named(evaluation.get("unavailable", {})),
         not_applicable=_named(evaluation.get("not_applicable", {})),
         notes=[note for each in about.values() for note in each.get("notes", [])],
-        scorers=[(name, scorer) for each in about.values() for name, scorer in each.get("scorers", {}).items()],
+        scorers=[
+            (name, scorer | {"kappa_words": agreement.kappa_in_words(scorer)})
+            for each in about.values()
+            for name, scorer in each.get("scorers", {}).items()
+        ],
         lost=about.get("compatibility", {}).get("lost", []),
     )
     return page

@@ -109,10 +109,10 @@ def test_its_numbers_stand_beside_its_agreement_with_people(
     assert found["unavailable"] == found["doubted"] == {}
     assert gate(found)[0] == "pass"
     page = report.render("m", found, {"decision": "pass", "gates": [], "reasons": []})
-    assert "kappa 1.00 with people on 10 labelled answers" in page
-    assert "agrees with people on 100 % of 10 labelled answers (kappa 1.00, labelled.jsonl)" in page
+    assert "kappa 1.00 [0.44, 1.00] with people on 10 labelled answers" in page
+    assert "agrees with people on 100 % of 10 labelled answers (kappa 1.00 [0.44, 1.00], labelled.jsonl)" in page
     sealed = card.render(manifest(base), found, None)
-    assert "kappa 1.00, labelled.jsonl" in sealed
+    assert "kappa 1.00 [0.44, 1.00], labelled.jsonl" in sealed
     assert SECRET not in json.dumps(found) + page + sealed + caplog.text
 
 
@@ -131,7 +131,8 @@ def test_a_judge_that_is_wrong_on_purpose_is_said_to_be_and_passes_no_gate(base:
     decision, reason = gate(found)
     assert decision == "fail"
     assert reason == (
-        "judged_good: is doubted, the judge's kappa -1.00 with people on 10 labelled answers is under 0.4"
+        "judged_good: is doubted, the judge's kappa -1.00 [-1.00, -0.44] with people on 10 labelled answers is under"
+        " 0.4"
     )
     page = report.render("m", found, {"decision": "pass", "gates": [], "reasons": []})
     assert "too little to decide by" in page

@@ -24,7 +24,7 @@ from typing import Any
 from infra.storage import file_digest, text_digest
 from pipelines import config_address
 from pipelines.evaluation.address import Client, Unavailable
-from pipelines.evaluation.agreement import agree
+from pipelines.evaluation.agreement import agree, kappa_in_words
 from pipelines.evaluation.comparison import Measured, means
 from pipelines.evaluation.hosted import MISSING
 from pipelines.evaluation.suites import Finding, Setting
@@ -98,11 +98,12 @@ def _measure(setting: Setting, config: config_address.Judge, judge: Judge) -> Fi
     measured: Measured = {
         METRIC: {who: [number(who, n, text) for n, text in enumerate(texts)] for who, texts in setting.texts.items()}
     }
+    kappa = kappa_in_words(agreement)
     trusted = agreement["kappa"] >= config.least_kappa
-    beside = f"kappa {agreement['kappa']:.2f} with people on {agreement['n']} labelled answers"
+    beside = f"{kappa} with people on {agreement['n']} labelled answers"
     notes = [
         f"The judge is {judge.served} at {config.url}, shown one answer at a time; it agrees with people on "
-        f"{100 * agreement['agreement']:.0f} % of {agreement['n']} labelled answers (kappa {agreement['kappa']:.2f}, "
+        f"{100 * agreement['agreement']:.0f} % of {agreement['n']} labelled answers ({kappa}, "
         f"{agreement['set']})."
     ]
     if not trusted:
