@@ -122,13 +122,13 @@ def search(spec: StudySpec, *, progress: Progress, mlflow_parent: str | None = N
     if row["best"] is not None:
         return Best(**row["best"])
     crew = Crew(spec.study, min(spec.workers, spec.trials))
-    store = open_store()
-    try:
+    with contextlib.ExitStack() as over:
+        over.callback(crew.dismiss)
+        crew.muster()  # they load the base while Optuna's tables are opened
+        store = open_store()
+        over.callback(store.engine.dispose)
         study = open_study(spec, store)
         return _Coordinator(spec, crew, study, Mirror(spec, study, mlflow_parent), progress).run()
-    finally:
-        crew.dismiss()
-        store.engine.dispose()
 
 
 class _Coordinator:
