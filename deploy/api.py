@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypedDict
 
 from fastapi import Depends, FastAPI, Header, Query, Request
+from fastapi import Path as PathParam
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -273,7 +274,7 @@ def _changes(app: FastAPI) -> None:
     @app.delete("/models/{model}/versions/{number}", summary="Delete a version that never held a slot")
     def delete(
         model: str,
-        number: int,
+        number: Annotated[int, PathParam(ge=1, le=999_999_999)],
         who: Admin,
         reason: Annotated[str, Query(min_length=1, max_length=2000, description="why; it stays on the record")],
     ) -> Response:

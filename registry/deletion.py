@@ -60,9 +60,9 @@ def delete(model: str, number: int, *, actor: str, reason: str) -> tuple[bool, D
             hint="Run the same command again when it does.",
         ) from error
     with transaction() as conn:
-        used = one(conn, SQL["still_used"], {"digest": now.bundle_digest})["used"]
-    if not used:
-        storage.remove("bundle", now.bundle_digest)
+        conn.execute(SQL["no_new_versions"])
+        if not one(conn, SQL["still_used"], {"digest": now.bundle_digest})["used"]:
+            storage.remove("bundle", now.bundle_digest)
     return new, now
 
 
@@ -89,8 +89,6 @@ def _take_away(conn: Connection, model: str, number: int, *, actor: str, reason:
             hint=f"Wait for it, or use `tunesmith study stop {study['name']}`.",
         )
     kept = {name: getattr(version, name) for name in ("bundle_digest", "mlflow_model_id", "evaluation", "gate")}
-    conn.execute(SQL["note"], {**place, **kept, "actor": actor, "reason": said})
+    record = one(conn, SQL["note"], {**place, **kept, "actor": actor, "reason": said})
     conn.execute(SQL["delete"], place)
-    record = read(conn, model, number)
-    assert record is not None  # noqa: S101  just written
-    return record
+    return Deletion(**record)

@@ -196,6 +196,7 @@ def register(
             },
         )
         version = get(conn, model, registered.number)
+        version.folder()  # a deletion of the same bundle may have taken it away meanwhile
     if version.run_id != run_id:
         raise TunesmithError(
             f"MLflow gave {version.name} to a second registration: its registry was emptied or swapped.",

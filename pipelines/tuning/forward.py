@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label of a position that nothing is asked of
 _SHORTEST = 4  # tokens; a shorter common beginning is not worth its own pass
-# Tokens that a pass of its own must save. Measured in bf16 with AMX: 60 saved cost a step a tenth, 120 cost and gained
-# nothing, 300 gained 7 %; where products are slower, it pays earlier
+# Tokens that a pass of its own must save where products are fast. Measured in bf16 with AMX: 60 saved cost a step a
+# tenth, 120 cost and gained nothing, 300 gained 7 %. In fp32 it always paid
 _SAVED = 120
 _TRIED = 4  # rows
 
@@ -80,7 +80,8 @@ class Forward:
 
     def _shares(self, rows: int, copies: int) -> bool:
         """Whether what all begin with gets a pass of its own, for so many rows of each copy."""
-        return self.prefix is not None and copies * (rows - 1) * len(self.prefix) >= _SAVED
+        least = 1 if self.model.dtype.itemsize == 4 else _SAVED
+        return self.prefix is not None and copies * (rows - 1) * len(self.prefix) >= least
 
     def beginning(self, copies: int) -> Any:
         """Keys and values of `prefix`, once for each of `copies`; None where it is not shared."""
@@ -99,19 +100,19 @@ class Forward:
         """The negative log-likelihood of each completion token in fp32, `[copies, tokens]`.
 
         `ids`, mask and labels are `[copies * rows, length]`, padded on the right; labels stand where they are
-        predicted and are IGNORED elsewhere. All rows begin with `prefix`; its `beginning` is made anew unless given.
+        predicted and are IGNORED elsewhere. All rows begin with `prefix`; its `beginning`, where that
+        is worth it, is made anew unless given.
         """
         import torch
 
         given: dict[str, Any] = {"use_cache": False}
         rows = len(ids) // copies
-        if beginning is not None or self._shares(rows, copies):
+        if (prefix := self.prefix) is not None and (beginning is not None or self._shares(rows, copies)):
             # What follows is added to a cache
             cache = self.beginning(copies) if beginning is None else copy.deepcopy(beginning)
             cache.batch_repeat_interleave(rows)
-            assert self.prefix is not None  # noqa: S101  it has a beginning
             given = {"use_cache": True, "past_key_values": cache}
-            ids, labels = ids[:, len(self.prefix) :], labels[:, len(self.prefix) :]
+            ids, labels = ids[:, len(prefix) :], labels[:, len(prefix) :]
         chosen = labels != IGNORED
         if self.direct:
             hidden = self.model.get_decoder()(input_ids=ids, attention_mask=mask, **given).last_hidden_state

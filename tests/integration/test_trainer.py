@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from infra.errors import Conflict
 from pipelines.data.tokenise import tokenised
+from pipelines.tuning.forward import Forward
 from pipelines.tuning.methods import fixed_by
 from pipelines.tuning.trainer import Member, Outcome, Trainer, TrialFailed, epoch_of, learning_rate
 from registry import bases, datasets
@@ -136,6 +137,9 @@ def test_the_common_beginning_taken_once_changes_no_loss_and_no_gradient(trainer
     assert prefix is not None
     assert forward.cells(20, 60, 2) < 20 * 60, "it is worth a pass of its own here"
     assert forward.cells(1, 60, 8) == 60
+    fast = Forward(bases.load_model(Path(str(trainer.model.name_or_path)), "bfloat16"), trainer.train, pad=0)
+    assert fast.cells(2, 60) == 2 * 60, "too little is saved where products are fast"
+    assert fast.cells(20, 60, 2) < 20 * 60
     assert all(row[: len(prefix)].tolist() == prefix.tolist() for row in rows)
     assert len({int(row[len(prefix)]) for row in rows}) > 1  # and there it ends
     pack = Pack(trainer.model, [PARAMS | {"lora_dropout": 0.0}] * 2, [1, 2], trainer.targets)
