@@ -33,6 +33,7 @@ _MEGABATCH = 16  # batches whose rows are sorted by length together: little padd
 _FORWARD_TOKENS = 4096  # an adapter's tokens in one forward pass, padding included; larger batches are accumulated
 _SCORED_TOKENS = 1024  # the same in validation on a processor: less padding, and layers' results stay in its cache
 _MEASURED = 6  # layers, or a few more, that are measured with
+_MANY = 8  # adapters, of which half as many are measured too
 _WORTH = 1.05  # a larger pack must bring this much more, since it delays what it could tell
 
 
@@ -141,9 +142,10 @@ class Trainer:
         as long as a tenth of the `steps` that a worker has before it would take with one."""
         if not packable(params):
             return 1
-        best, rate, begun, allowed = 1, 0.0, time.monotonic(), math.inf
+        rates: dict[int, float] = {}
+        begun, allowed, rate = time.monotonic(), math.inf, math.inf
         for count in shares(most):
-            if rate and time.monotonic() - begun + 2 * count / rate > allowed:
+            if time.monotonic() - begun + 2 * count / rate > allowed:
                 break
             if count > 1 and self.room is not None and self.needs([params] * count) > self.room:
                 break
@@ -154,12 +156,11 @@ class Trainer:
                 log.info("%d adapters in one pass: %s", count, (str(error).splitlines() or [repr(error)])[0])
                 break
             log.info("%d adapters in one pass: %.3f s a step of %.0f %% of the base", count, seconds, 100 * share)
-            if count / seconds < rate * _WORTH:
-                break
-            best, rate = count, count / seconds
+            rate = rates[count] = count / seconds
             if count == 1:
                 allowed = steps * seconds / share / 10
-        return best
+        best = max(rates, key=rates.__getitem__, default=1)
+        return best if best == 1 or rates[best] > rates[1] * _WORTH else 1
 
     def needs(self, members: Sequence[Mapping[str, Any]]) -> int:
         """Bytes of memory that the process has while it trains configurations together: an estimate, from what
@@ -207,8 +208,9 @@ class Trainer:
         return total // self.forward.cells(2, self.lengths[longest])
 
     def _time(self, members: Sequence[Mapping[str, Any]]) -> float:
-        """Seconds a step, the shorter of two after one to warm up."""
+        """Seconds a step, the shorter of two after one to warm up; on a processor its own, whoever else works on it."""
         adapters = self._adapters(members, list(range(len(members))))
+        clock = time.process_time if self.model.device.type == "cpu" else time.perf_counter
         seconds: list[float] = []
         with adapters.attached():
             run = _Run(self, adapters, [])
@@ -217,14 +219,14 @@ class Trainer:
             batch = sorted(batches, key=lambda rows: max(self.lengths[i] for i in rows))[len(batches) // 2]
             self.model.train()
             while len(seconds) < 3:
-                begun = time.perf_counter()
+                begun = clock()
                 adapters.begin_step(0, mix=_mix)
                 run.gradients(batch, 1, 0)
                 for k, params in enumerate(members):
                     adapters.step(k, rate=0.0, max_norm=float(params["max_grad_norm"]))
                 adapters.clear()
                 adapters.changed()
-                seconds.append(time.perf_counter() - begun)
+                seconds.append(clock() - begun)
         return min(seconds[1:])
 
     @contextlib.contextmanager
@@ -366,8 +368,8 @@ class _Run:
 
 
 def shares(most: int) -> list[int]:
-    """Numbers of adapters that are tried in one pass, by which a group divides well: 1, a half, the whole."""
-    return sorted({1, -(-most // 2), most} - {0})
+    """Numbers of adapters that are tried in one pass, by which a group divides well: 1, all, and a half of many."""
+    return sorted({1, most} | ({-(-most // 2)} if most >= _MANY else set()))
 
 
 def _as_it_came(hidden_states: Any, *_: Any, **__: Any) -> Any:
@@ -433,8 +435,8 @@ def epoch_of(lengths: Sequence[int], size: int, *, seed: int, epoch: int) -> lis
     return batches
 
 
-def _mix(*numbers: int) -> int:
-    """One seed from several numbers."""
+def _mix(*numbers: int | str) -> int:
+    """One seed from several numbers and names."""
     import hashlib
 
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest(), "big")

@@ -329,18 +329,33 @@ def test_one_of_a_pack_fails_or_is_lost_and_the_others_go_on(trainer: Trainer, t
 
 def test_dropout_drops_its_share_and_is_the_trials_own(trainer: Trainer) -> None:
     from pipelines.tuning.pack import Pack
+    from pipelines.tuning.trainer import _mix
 
-    pack = Pack(trainer.model, [PARAMS, PARAMS | {"lora_dropout": 0.0}, PARAMS], [1, 2, 3], trainer.targets)
+    def masks(pack: Pack, *, step: int) -> list[torch.Tensor]:
+        """Of the layers that all adapters have."""
+        pack.begin_step(step, mix=_mix)
+        found = [pack._mask(place, torch.ones(len(pack), 500, place.inputs)) for place in pack.places]
+        return [m.clone() for m, place in zip(found, pack.places, strict=True) if m is not None and all(place.members)]
+
+    wide = PARAMS | {"lora_dropout": 0.0, "target_modules": "all-linear"}
+    pack = Pack(trainer.model, [PARAMS, wide, PARAMS], [1, 2, 3], trainer.targets)
     trainer.model.train()
-    pack.begin_step(5, mix=lambda *numbers: sum(numbers))
-    place = pack.places[0]
-    mask = pack._mask(place, torch.ones(3, 500, place.inputs))
-    assert mask is not None
+    first, *more = masks(pack, step=5)
+    second = next(mask for mask in more if mask.shape == first.shape)
     rate = round(0.2 * 256) / 256
-    assert torch.allclose(mask.unique(), torch.tensor([0.0, 1.0, 1 / (1 - rate)]))
-    assert float((mask[0] == 0).float().mean()) == pytest.approx(rate, abs=0.01)
-    assert bool((mask[1] == 1).all())
-    assert not torch.equal(mask[0], mask[2])
+    assert torch.allclose(first.unique(), torch.tensor([0.0, 1.0, 1 / (1 - rate)]))
+    assert float((first[0] == 0).float().mean()) == pytest.approx(rate, abs=0.01)
+    assert bool((first[1] == 1).all())
+    for one, other in [
+        (first[0], first[2]),  # another seed
+        (first[0], second[0]),  # another layer
+        (first[0], masks(pack, step=6)[0][0]),  # another step
+        (first[0][:250], first[0][250:]),  # other rows
+    ]:
+        assert float((one == other).float().mean()) == pytest.approx(rate**2 + (1 - rate) ** 2, abs=0.02)
+    alone = Pack(trainer.model, [PARAMS], [3], trainer.targets)
+    for one, other in zip(masks(pack, step=7), masks(alone, step=7), strict=True):
+        assert torch.equal(one[2], other[0])
 
 
 def test_accumulation_and_pieces_change_nothing_but_memory(
