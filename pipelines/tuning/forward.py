@@ -41,8 +41,9 @@ class Forward:
         common = common_beginning(*data)
         if len(common) >= _SHORTEST:
             self.prefix = torch.tensor(common, device=model.device)
-            # Some models keep no cache of the usual kind. In bf16 a product of another shape rounds otherwise
-            allowed = 1e-3 if self.model.dtype.itemsize == 4 else 0.05
+            # Some models keep no cache of the usual kind. In bf16 a product of another shape rounds otherwise: 0.05 to
+            # 0.07 were measured with SmolLM2-135M, without a sign, and a wrong cache is off by ten times that
+            allowed = 1e-3 if self.model.dtype.itemsize == 4 else 0.2
             if (self._try(data[0]) - whole).abs().mean() > allowed:
                 self.prefix = None
 
