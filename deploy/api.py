@@ -6,13 +6,15 @@ Endpoints are plain functions, so that the framework runs them in threads beside
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypedDict
 
-from fastapi import Depends, FastAPI, Header, Query, Request
+from fastapi import Depends, FastAPI, File, Header, Query, Request, UploadFile
 from fastapi import Path as PathParam
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
@@ -24,9 +26,21 @@ from starlette.routing import Mount
 from deploy import auth
 from deploy.auth import Identity, Needed, Role, check_force, require
 from deploy.errors import crashed, explain, json_response
+from infra import storage
 from infra.db import transaction
 from infra.errors import NotFound, TunesmithError, UsageError
-from registry import approvals, bundle, deletion, deployments, lineage, verification, versions, views
+from registry import (
+    approvals,
+    bundle,
+    deletion,
+    deployments,
+    exchange,
+    lineage,
+    rollouts,
+    verification,
+    versions,
+    views,
+)
 from registry.deployments import Change
 from registry.names import Ref, parse_ref, parse_version
 
@@ -84,6 +98,23 @@ class Patch(_Body):
         if (self.challenger is not None) != (self.challenger_share is not None):
             raise ValueError("challenger and challenger_share go together")
         return self
+
+
+class PlanWish(_Body):
+    """What is left out is as usual."""
+
+    steps: list[float] | None = Field(default=None, max_length=100)
+    min_requests: int | None = Field(default=None, le=10**9)
+    min_minutes: float | None = Field(default=None, allow_inf_nan=False)
+    max_hours: float | None = Field(default=None, allow_inf_nan=False)
+    alpha: float | None = Field(default=None, allow_inf_nan=False)
+
+
+class Beginning(_Body):
+    version: Number
+    plan: PlanWish = PlanWish()
+    reason: Reason = ""
+    expect_generation: Generation = None
 
 
 class _Common(TypedDict):
@@ -177,9 +208,11 @@ def _models(app: FastAPI) -> None:
     def read_file(model: str, number: int, name: str, who: Operator) -> Response:
         with transaction() as conn:
             found = versions.get(conn, *parse_version(f"{model}:{number}"))
-        if name != bundle.MANIFEST and name not in found.parsed.files:
+        if name not in (bundle.MANIFEST, bundle.SIGNATURE) and name not in found.parsed.files:
             raise NotFound(f"{found.name} has no file of that name.", hint="version.json names all of them.")
-        return FileResponse(found.folder() / name, media_type="application/octet-stream")
+        if not (path := found.folder() / name).is_file():
+            raise NotFound(f"{found.name} has no {name}.", hint="It is not signed.")
+        return FileResponse(path, media_type="application/octet-stream")
 
     @app.get("/models/{model}/versions/{which}/lineage", summary="All that it was made of")
     def read_lineage(model: str, which: str, who: Viewer) -> Response:
@@ -203,6 +236,11 @@ def _models(app: FastAPI) -> None:
         with transaction() as conn:
             now = deployments.read(conn, model)
         return json_response(now.to_json(), headers={"etag": f'"{now.generation}"'})
+
+    @app.get("/models/{model}/rollout", summary="The canary in steps that runs, or the last one that did")
+    def read_rollout(model: str, who: Viewer) -> Response:
+        with transaction() as conn:
+            return json_response(rollouts.newest(conn, model).to_json())
 
     @app.get("/models/{model}/history", summary="The ledger, oldest first; with `at`, up to that time")
     def history(model: str, who: Viewer, at: datetime | None = None) -> Response:
@@ -250,6 +288,22 @@ def _changes(app: FastAPI) -> None:
 
         return change(act)
 
+    @app.post("/models/{model}/rollout", summary="Begin a canary in steps: more and more traffic, by what it shows")
+    def begin_rollout(model: str, body: Beginning, who: Operator) -> Response:
+        plan = rollouts.Plan.from_json(body.plan.model_dump(exclude_none=True))
+        with transaction() as conn:
+            done, begun = rollouts.begin(
+                conn,
+                model,
+                body.version,
+                plan,
+                actor=who.actor,
+                reason=body.reason,
+                expect_generation=body.expect_generation,
+            )
+        etag = {"etag": f'"{done.deployment.generation}"'}
+        return json_response(done.to_json() | {"rollout": begun.to_json()}, headers=etag)
+
     @app.post("/models/{model}/promote", summary="Make a version the champion")
     def promote(model: str, body: Promotion, who: Operator) -> Response:
         check_force(who, body.force)
@@ -264,6 +318,27 @@ def _changes(app: FastAPI) -> None:
                 force=body.force,
             )
         )
+
+    @app.post("/models/{model}/versions", summary="Import an exported version, or a PEFT adapter: its files, by name")
+    def import_version(
+        model: str,
+        who: Operator,
+        file: Annotated[list[UploadFile], File(max_length=64, description="named as in their folder")],
+        base: Annotated[str | None, Query(description="where the adapter's config does not name it well")] = None,
+    ) -> Response:
+        with storage.scratch("bundle") as folder:
+            for part in file:
+                _put(folder, part)
+            try:
+                made = exchange.import_version(folder, model, base=base, by=who.actor, fetch=False)
+            except TunesmithError as error:
+                error.message = error.message.replace(str(folder), "what was sent")
+                raise
+        return json_response(made.outline(), 201)
+
+    @app.post("/models/{model}/versions/{number}/sign", summary="Sign its files with this home's key")
+    def sign(model: str, number: Annotated[int, PathParam(ge=1, le=999_999_999)], who: Admin) -> Response:
+        return json_response({"model": model, "version": number, "signed_by": versions.sign(model, number)})
 
     @app.post("/models/{model}/versions/{number}/approve", summary="Agree, as one person, that a version may serve")
     def approve(model: str, number: int, body: Approving, who: Operator) -> Response:
@@ -288,6 +363,20 @@ def _changes(app: FastAPI) -> None:
                 conn, model, actor=who.actor, reason=body.reason, to=body.to, expect_generation=body.expect_generation
             )
         )
+
+
+def _put(folder: Path, part: UploadFile) -> None:
+    """Write a part of a form under its name, which may lead nowhere else."""
+    name = part.filename or ""
+    if not re.fullmatch(r"(?:[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}/){0,3}[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", name):
+        raise UsageError(f"{name[:80]!a} cannot be a file's name.", hint="Send each file under its name in the folder.")
+    target = folder / name
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("xb") as copy:
+            shutil.copyfileobj(part.file, copy)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UsageError(f"{name!r} was sent twice, or is a folder of another file.", hint="Send each once.") from error
 
 
 def _keys(app: FastAPI) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -12,6 +13,8 @@ from deploy.errors import explain
 from infra.errors import TunesmithError, UsageError
 
 BODY_BYTES = 2**20
+UPLOAD_BYTES = 2**31  # an import's adapter and what comes with it
+_IMPORT = re.compile(r"/api/v1/models/[^/]+/versions")
 OTHERS: Mapping[str, int | None] = {
     "/v1/events": 16_000_000,  # batches
     "/v1/chat/completions": None,  # inference looks itself, since it records what it refuses
@@ -40,7 +43,8 @@ class Bounds:
         if "\0" in scope["path"] or b"%00" in scope["query_string"]:
             await _refuse(UsageError("The address holds a NUL character (%00)."), scope, receive, send)
             return
-        limit = OTHERS.get(scope["path"], BODY_BYTES)
+        usual = UPLOAD_BYTES if _IMPORT.fullmatch(scope["path"]) else BODY_BYTES
+        limit = OTHERS.get(scope["path"], usual)
         if limit is None:
             await self.app(scope, receive, send)
             return

@@ -99,6 +99,11 @@ class Settings(BaseSettings):
     webhook_url: str | None = Field(default=None, pattern=_HTTP, description="is told of every deployment change")
     webhook_secret: SecretStr | None = Field(default=None, min_length=16, description="signs what it is told")
     allow_private_webhooks: bool = Field(default=False, description="also addresses that are not public")
+    signing_key: Path | None = Field(default=None, description="private key, PEM, that versions are signed with")
+    signing_key_password: SecretStr | None = None
+    trusted_keys: Path | None = Field(
+        default=None, description="public key, or a folder of *.pem: only what they signed is imported or takes traffic"
+    )
     work_pool: str = "tunesmith"
     search_workers: int = Field(default=0, ge=0, description="0: one a GPU, else one a core")
     worker_memory_gb: float | None = Field(default=None, gt=0, description="unset: an equal part of 80 %")

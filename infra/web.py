@@ -51,5 +51,9 @@ def ask(
             return error.code, error.read()
 
 
+def on_loopback(url: str) -> bool:
+    return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+
+
 def _opener(url: str) -> urllib.request.OpenerDirector:
-    return _DIRECT if urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1") else _USUAL
+    return _DIRECT if on_loopback(url) else _USUAL

@@ -1,5 +1,5 @@
-"""The watcher: closes windows, judges what serves, opens and closes alerts, asks for retrainings, relays the
-outbox, keeps the partitions. One works at a time, under the lease `watch`; others wait to take over.
+"""The watcher: closes windows, judges what serves, opens and closes alerts, steps canaries, asks for retrainings,
+relays the outbox, keeps the partitions. One works at a time, under the lease `watch`; others wait to take over.
 
 Each kind of work is a step with a period of its own and a transaction of its own, so one that fails (a database
 restart, MLflow away) is tried again and holds up none of the others.
@@ -25,8 +25,8 @@ from infra.db import Connection, load_queries, one, transaction
 from infra.durations import parse_duration
 from infra.errors import Conflict, TunesmithError, Unreachable
 from infra.settings import get_settings
-from monitoring import alerts, drift, feedback, retraining, windows
-from registry import leases, mlflow, notifications
+from monitoring import alerts, canaries, drift, feedback, retraining, windows
+from registry import leases, mlflow, notifications, rollouts
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
 log = logging.getLogger(__name__)
@@ -85,6 +85,7 @@ class Watcher:
             _Step(name="closing windows", seconds=0.0, work=self.close_windows),
             _Step(name="joining feedback", seconds=2.0, work=self.settle_feedback),
             _Step(name="judging", seconds=JUDGE_EVERY, work=self.judge),
+            _Step(name="stepping canaries", seconds=5.0, work=self.step_canaries),
             _Step(name="starting retrainings", seconds=5.0, work=self.start_retrainings),
             _Step(name="relaying to MLflow", seconds=1.0, work=self.relay),
             _Step(name="notifying", seconds=1.0, work=self.notify),
@@ -191,6 +192,14 @@ class Watcher:
             self._failing[name] = reason
         else:
             self._failing.pop(name, None)
+
+    def step_canaries(self) -> None:
+        """Those that are to be stepped by what their traffic shows."""
+        with transaction() as conn:
+            now: datetime = one(conn, SQL["now"])["now"]
+            models = rollouts.models(conn)
+        for model in models:
+            self._alone(f"the canary of {model}", partial(canaries.step, model=model, now=now))
 
     def start_retrainings(self) -> None:
         """Over HTTP, outside of any transaction; the requests' ids make it safe to repeat."""

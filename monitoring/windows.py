@@ -139,11 +139,17 @@ def bucket_value(index: int) -> float:
 def percentile(counts: Counts, q: float) -> float | None:
     """The q-quantile (0..1) in milliseconds within RELATIVE_ERROR: the ``floor(q * (n - 1))``-th smallest, as
     numpy's method "lower". None for nothing."""
+    index = quantile_bucket(counts, q)
+    return None if index is None else bucket_value(index)
+
+
+def quantile_bucket(counts: Counts, q: float) -> int | None:
+    """The bucket, or a feature's bin, that holds that smallest one."""
     rank, seen = math.floor(q * (sum(counts.values()) - 1)), 0
     for index in sorted(counts):
         seen += counts[index]
         if seen > rank:
-            return bucket_value(index)
+            return index
     return None
 
 
@@ -374,10 +380,10 @@ def read(conn: Connection, model: str, version: int, since: datetime, until: dat
     """All of a version's traffic from the minute of `since` to the end of the minute of `until`; of long ago, by
     whole hours, then by whole days, as far as minutes and hours are kept."""
     minute_from = floor(since, _kept(since))
-    minute_to = max(minute_from, _ceil(until, _kept(until)))
-    hour_from = min(_ceil(minute_from, "hour"), minute_to)
+    minute_to = max(minute_from, ceil(until, _kept(until)))
+    hour_from = min(ceil(minute_from, "hour"), minute_to)
     hour_to = max(floor(minute_to, "hour"), hour_from)
-    day_from = min(_ceil(hour_from, "day"), hour_to)
+    day_from = min(ceil(hour_from, "day"), hour_to)
     day_to = max(floor(hour_to, "day"), day_from)
     rows = conn.execute(
         SQL["read_windows"],
@@ -420,6 +426,7 @@ def _kept(at: datetime) -> Grain:
     return "hour" if age < timedelta(days=_HOUR_DAYS) else "day"
 
 
-def _ceil(at: datetime, grain: Grain) -> datetime:
+def ceil(at: datetime, grain: Grain) -> datetime:
+    """The start of the first window that begins no earlier."""
     start = floor(at, grain)
     return start if start == at else start + GRAINS[grain]

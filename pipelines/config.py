@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -17,7 +16,6 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     Field,
-    PlainSerializer,
     PrivateAttr,
     ValidationError,
     ValidationInfo,
@@ -26,24 +24,17 @@ from pydantic import (
     model_validator,
 )
 
-from infra.durations import format_duration, parse_duration
-from infra.errors import TunesmithError
 from infra.storage import file_digest, text_digest
 from pipelines import config_file
 from pipelines.config_address import Section
 from pipelines.config_evaluation import Evaluation, Gate
 from pipelines.config_file import Problem, Source
+from pipelines.config_serving import Monitoring, Retrain, Rollout
 from pipelines.config_space import Space, did_you_mean, refused
 from pipelines.tuning.objectives import MEASURES
 from registry.names import MODEL_NAME
 
 BUILTIN_BASES = ("builtin:smollm2-135m", "builtin:tiny")
-
-
-def _duration(value: Any) -> Any:
-    if isinstance(value, str):
-        return parse_duration(value)
-    raise ValueError(f"{value!r} has no unit; write it as 90s, 15m, 24h or 7d")
 
 
 def _path(value: Any, info: ValidationInfo) -> Path:
@@ -65,7 +56,6 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str | Path) else value
 
 
-Duration = Annotated[timedelta, BeforeValidator(_duration), PlainSerializer(format_duration, return_type=str)]
 DataPaths = Annotated[tuple[Annotated[Path, BeforeValidator(_path)], ...], BeforeValidator(_listed)]
 
 Licence = Annotated[str, Field(min_length=1, max_length=200)]
@@ -237,56 +227,6 @@ class Tuning(Section):
         return self
 
 
-class Retrain(Section):
-    """A verdict starts it; the guards stop it from running away. `replay` is the number of old rows for each new
-    one, so that the old world is not forgotten."""
-
-    on: Literal["drift", "never"] = "drift"
-    min_rows: int = Field(default=200, ge=1)
-    cooldown: Duration = timedelta(hours=24)
-    trials: int = Field(default=4, ge=1, le=10_000)
-    replay: float = Field(default=1.0, ge=0, le=100)
-    start_from: Literal["champion", "base"] = "champion"
-
-
-class Alert(Section):
-    """Told when a figure of the window is above or below a limit."""
-
-    metric: Literal["p50_latency_ms", "p95_latency_ms", "p99_latency_ms", "p95_ttft_ms", "error_rate", "cost_usd"]
-    above: float | None = None
-    below: float | None = None
-    severity: Literal["info", "warning", "critical"] = "warning"
-
-    @model_validator(mode="after")
-    def _limited(self) -> Alert:
-        if (self.above is None) == (self.below is None):
-            raise ValueError("needs exactly one limit; add above: 2000, say")
-        return self
-
-
-class Monitoring(Section):
-    """What is kept of requests, and when the watcher speaks. `price` as in registry/pricing.py; without it, the
-    machine's hourly price of the settings."""
-
-    keep_text: bool = False
-    min_requests: int = Field(default=100, ge=1)
-    window: Duration = timedelta(hours=24)
-    alerts: tuple[Alert, ...] = ()
-    price: dict[str, float] | None = None
-
-    @field_validator("price")
-    @classmethod
-    def _price(cls, value: dict[str, float] | None) -> dict[str, float] | None:
-        if value is not None:
-            from registry.pricing import parse_price
-
-            try:
-                parse_price(value)
-            except TunesmithError as error:
-                raise ValueError(error.message) from error
-        return value
-
-
 class PipelineConfig(Section):
     """A whole pipeline. Paths are absolute."""
 
@@ -305,7 +245,8 @@ class PipelineConfig(Section):
     )
     on_underpowered: Literal["refuse", "ask"] = "refuse"
     approvals: Annotated[int, BeforeValidator(_count), Field(ge=0, le=100)] = 0
-    promote: Literal["when_gates_pass", "manual"] = "when_gates_pass"
+    promote: Literal["when_gates_pass", "canary", "manual"] = "when_gates_pass"
+    rollout: Rollout = Rollout()
     retrain: Retrain | None = None
     monitoring: Monitoring = Monitoring()
 

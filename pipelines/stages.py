@@ -27,7 +27,19 @@ from pipelines import config_evaluation, runs, schedules
 from pipelines.config_space import largest_rank
 from pipelines.evaluation.catalogue import DEFAULT, SUITES
 from pipelines.progress import report
-from registry import approvals, bases, datasets, deployments, gates, leases, mlflow, profile, studies, versions
+from registry import (
+    approvals,
+    bases,
+    datasets,
+    deployments,
+    gates,
+    leases,
+    mlflow,
+    profile,
+    rollouts,
+    studies,
+    versions,
+)
 from registry.bundle import Generation
 from registry.datasets import Row
 from registry.pricing import MachinePrice, parse_price
@@ -407,11 +419,12 @@ def register(
             conn.execute(
                 runs.SQL["save_model_settings"], {"model": plan.config.model, "settings": Jsonb(_settings(plan))}
             )
-        promoted, refusal = _promote(plan, version, judged)
+        promoted, tried, refusal = _promote(plan, version, judged)
         if plan.config.retrain is not None:
             schedules.ensure_retrain(plan.config.model)
         _let_go_of_checkpoints(run.study)
-        report("register", f"{version.name} {'serves' if promoted else 'is registered'}", 1, 1)
+        became = "serves" if promoted else "is tried on traffic" if tried else "is registered"
+        report("register", f"{version.name} {became}", 1, 1)
         return {
             "model": version.model,
             "version": version.number,
@@ -421,6 +434,7 @@ def register(
             "evaluation": judged["evaluation"],
             "gate": judged["gate"],
             "promoted": promoted,
+            "canary": tried,
             "refusal": refusal,
             "mlflow_url": mlflow.run_url(_mlflow_run(run)),
         }
@@ -461,29 +475,39 @@ def _settings(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _promote(plan: Plan, version: versions.Version, judged: dict[str, Any]) -> tuple[bool, str | None]:
-    """Whether the version serves now, and why it was refused that, if it was."""
+def _promote(plan: Plan, version: versions.Version, judged: dict[str, Any]) -> tuple[bool, bool, str | None]:
+    """Whether the version serves now, whether it gets the first share of the traffic instead, and why it was refused
+    either, if it was."""
     gate = judged["gate"]
     if plan.config.promote == "manual":
-        return False, None
+        return False, False, None
     if gate["decision"] != "pass":
-        return False, f"the gate's decision is {gate['decision']}"
+        return False, False, f"the gate's decision is {gate['decision']}"
+    actor, reason = f"{plan.kind}:{version.run_id}", "; ".join(gate["reasons"])[:1000] or "no gates"
     with transaction() as conn:
+        now = deployments.read(conn, version.model)
+        if plan.config.promote == "canary" and now.champion not in (None, version.number):
+            there = rollouts.running(conn, version.model)
+            if there is not None and there.version != version.number:
+                hint = f"then `tunesmith rollout {version.name} --reason TEXT`"
+                return False, False, f"a canary of {there.model}:{there.version} runs; {hint}"
+            steps = plan.config.rollout.plan()
+            rollouts.begin(conn, version.model, version.number, steps, actor=actor, reason=reason)
+            return False, True, None
         agreed = approvals.of(conn, version.model, version.number)
         if agreed.missing:
-            return False, f"{agreed.outstanding()}; then `tunesmith promote {version.name} --reason TEXT`"
-        now = deployments.read(conn, version.model)
+            return False, False, f"{agreed.outstanding()}; then `tunesmith promote {version.name} --reason TEXT`"
         if now.champion not in (judged["champion"], version.number):
-            return False, f"version {now.champion} became the champion meanwhile, and was not compared with"
+            return False, False, f"version {now.champion} became the champion meanwhile, and was not compared with"
         deployments.promote(
             conn,
             version.model,
             version.number,
-            actor=f"{plan.kind}:{version.run_id}",
-            reason="; ".join(gate["reasons"])[:1000] or "no gates",
+            actor=actor,
+            reason=reason,
             expect_generation=now.generation,
         )
-    return True, None
+    return True, False, None
 
 
 def evaluate_again(name: str, suites: Sequence[str] = (), config: Path | None = None) -> dict[str, Any]:

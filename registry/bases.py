@@ -72,6 +72,18 @@ def resolve(id: str, revision: str = "main") -> Base:
         return base
 
 
+def known(id: str) -> Base:
+    """The newest base of an id that was resolved before, without a look at where it came from. Raises NotFound."""
+    with transaction() as conn:
+        rows = conn.execute(SQL["known"], {"id": id}).fetchall()
+    for row in rows:
+        if storage.has("base", row["digest"]):
+            return _base(row)
+    raise NotFound(
+        f"No base {id[:200]} is here.", hint="Name one that is, or have somebody import it where the database is."
+    )
+
+
 def load(digest: str) -> Base:
     """A base that was resolved before. Raises NotFound when its row or its folder is not here."""
     with transaction() as conn:

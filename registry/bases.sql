@@ -1,6 +1,9 @@
 -- name: find
 select * from base where id = %(id)s and revision = %(revision)s and dtype = %(dtype)s order by created_at desc
 
+-- name: known
+select * from base where id = %(id)s order by created_at desc
+
 -- name: get
 select * from base where digest = %(digest)s
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MANIFEST = "version.json"
+SIGNATURE = "model.sig"  # beside the rest and no part of it: registry/signatures.py
 ADAPTER_CONFIG = "adapter/adapter_config.json"
 ADAPTER_WEIGHTS = "adapter/adapter_model.safetensors"
 ENVIRONMENT = "environment.json"
@@ -147,10 +148,10 @@ def verify(folder: Path, digest: Digest) -> Manifest:
     return manifest
 
 
-def check_files(folder: Path) -> None:
-    """Raise Refused unless all files below a folder are of the allowed kinds and none is a link; opens none."""
-    for _ in _files(folder):
-        pass
+def files(folder: Path) -> dict[str, Path]:
+    """All files below a folder but the signature, by name. Raises Refused for a kind that is not allowed, or a link;
+    opens none."""
+    return dict(_files(folder))
 
 
 def check_tensors(path: Path, name: str) -> int:
@@ -189,7 +190,7 @@ def check_tensors(path: Path, name: str) -> int:
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """(relative posix name, path) of all files, sorted; Refused for a link, a device, or a suffix not allowed."""
+    """(relative posix name, path), sorted."""
     if folder.is_symlink() or not folder.is_dir():
         raise _refused(folder, "it is not a folder")
     found: list[tuple[str, Path]] = []
@@ -204,6 +205,8 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
                 continue
             if not stat.S_ISREG(mode):
                 raise _refused(folder, f"{name!r} is not a plain file")
+            if name == SIGNATURE:
+                continue
             if path.suffix not in SUFFIXES:
                 raise _refused(folder, f"{name!r} may not be in a bundle (only {', '.join(sorted(SUFFIXES))})")
             found.append((name, path))

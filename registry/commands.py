@@ -1,5 +1,5 @@
-"""Commands on versions: models, versions, show, compare, verify, import, export, delete, approve, promote, rollback,
-canary, shadow, history."""
+"""Commands on versions: models, versions, show, compare, verify, import, export, sign, delete, approve, promote,
+rollback, canary, rollout, shadow, history."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import click
 
 from infra.console import json_option, out, print_json, safe
 from infra.errors import TunesmithError, Unreachable, UsageError
-from registry.desk import desk, only_here
-from registry.names import check_model_name, parse_ref, parse_version
+from registry.desk import desk
+from registry.names import check_model_name, parse_ref, parse_share, parse_version
 
 _reason = click.option("--reason", required=True, help="Why; it stays in the ledger.")
 _why = click.option("--reason", default="", help="Why; it stays in the ledger.")
@@ -140,23 +140,23 @@ def verify(version: str, as_json: bool) -> None:
 @json_option
 def import_(path: Path, model: str, base: str | None, mlflow: str | None, as_json: bool) -> None:
     """Bring in a PEFT adapter's folder, an exported version, or one of another MLflow, as the model's next version."""
-    from registry.exchange import import_from_mlflow, import_version
-
-    only_here("import")
     if mlflow is None:
-        made = import_version(path, model, base=base)
+        made = desk().import_(path, check_model_name(model), base=base)
     else:
+        from registry.exchange import fetched_from_mlflow
+
         found = re.fullmatch(r"models:/([^/]+)/([1-9][0-9]{0,8})", str(path))
         if found is None or not mlflow.startswith(("http://", "https://")):
             raise UsageError(
                 "With --mlflow http://..., PATH is models:/NAME/VERSION.", hint="Such as models:/my-model/7."
             )
-        made = import_from_mlflow(mlflow.rstrip("/"), found[1], int(found[2]), model, base=base)
-    result = {"model": made.model, "version": made.number, "method": made.method, "bundle": made.bundle_digest}
+        with fetched_from_mlflow(mlflow.rstrip("/"), found[1], int(found[2])) as fetched:
+            made = desk().import_(fetched, check_model_name(model), base=base)
     if as_json:
-        print_json(result)
+        print_json(made)
     else:
-        out.print(f"{made.name} is registered ({made.method}, {made.bundle_digest}).", markup=False)
+        name = f"{made['model']}:{made['version']}"
+        out.print(f"{name} is registered ({made['method']}, {made['bundle']}).", markup=False)
 
 
 @click.command()
@@ -170,6 +170,18 @@ def export(version: str, path: Path, as_json: bool) -> None:
         print_json({**done, "path": str(path.absolute())})
     else:
         out.print(f"{done['model']}:{done['version']} is in {path}.", markup=False)
+
+
+@click.command()
+@click.argument("version")
+@json_option
+def sign(version: str, as_json: bool) -> None:
+    """Sign MODEL:N's files with the key that TUNESMITH_SIGNING_KEY names, as is done to new versions anyway."""
+    done = desk().sign(*parse_version(version))
+    if as_json:
+        print_json(done)
+    else:
+        out.print(f"{version} is signed by the key {done['signed_by']}.", markup=False)
 
 
 @click.command()
@@ -259,6 +271,67 @@ def canary(
 
 
 @click.command()
+@click.argument("target", metavar="MODEL:N | MODEL")
+@click.option("--steps", help="The shares of the traffic, one after the other: 1%,5%,25%,50%,100% unless given.")
+@click.option("--min-requests", type=int, help="Of the version's, that a step takes at least (100).")
+@click.option("--min-minutes", type=float, help="That a step takes at least (10).")
+@click.option("--max-hours", type=float, help="After which a step that had too few requests ends it (24).")
+@_why
+@_expect
+@json_option
+def rollout(
+    target: str,
+    steps: str | None,
+    min_requests: int | None,
+    min_minutes: float | None,
+    max_hours: float | None,
+    reason: str,
+    expect_generation: int | None,
+    as_json: bool,
+) -> None:
+    """Give a version more and more traffic, to be promoted or taken back by what it shows; without N, how that goes.
+
+    `tunesmith canary MODEL --stop` ends it.
+    """
+    if ":" not in target:
+        _show_rollout(desk().rollout(check_model_name(target)), as_json)
+        return
+    model, number = parse_version(target)
+    shares = [parse_share(part) for part in steps.split(",")] if steps is not None else None
+    wanted = {"steps": shares, "min_requests": min_requests, "min_minutes": min_minutes, "max_hours": max_hours}
+    plan = {name: value for name, value in wanted.items() if value is not None}
+    change = desk().begin_rollout(model, number, plan, reason=reason, expect=expect_generation)
+    share = f"{100 * change['rollout']['share']:.4g} %"
+    _told(change, f"{model}:{number} gets {share} of the traffic, to be stepped by what it shows", as_json)
+
+
+def _show_rollout(now: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(now)
+        return
+    name, steps = f"{now['model']}:{now['version']}", now["steps"]
+    ended = {"running": "", "promoted": "promoted, ", "rolled_back": "taken back, ", "stopped": "stopped, "}[
+        now["state"]
+    ]
+    at = f"step {now['step'] + 1} of {len(steps)} ({100 * now['share']:.4g} % of the traffic)"
+    since = _time(now["ended_at"] or now["step_at"])
+    said = f": {now['said']}" if now["said"] else ""
+    out.print(safe(f"{name}: {ended}at {since}, {at}{said}."), markup=False)
+    rows = [
+        [f["words"], _share(f["share"]), _share(f["champion_share"]), f["requests"], f"{f['evidence']:.3g}"]
+        for f in now["findings"]
+    ]
+    if rows:
+        _table((f"of {name}'s answers", "share", f"version {now['champion']}'s", "of", "evidence"), rows)
+        needed = 1 / now["plan"]["alpha"]
+        out.print(f"Evidence of {needed:g} that something is worse takes it back; 1 is none.")
+
+
+def _share(value: float | None) -> str | None:
+    return None if value is None else f"{100 * value:.3g} %"
+
+
+@click.command()
 @click.argument("target", metavar="MODEL:N | MODEL --stop")
 @_stop
 @_why
@@ -297,18 +370,6 @@ def history(model: str, at: str | None, as_json: bool) -> None:
         out.print(f"At {_time(found['at'])} {served} served{', with ' + ', '.join(beside) if beside else ''}.")
     elif not rows:
         out.print(f"Nothing ever served {model}. Promote a version: tunesmith promote {model}:N --reason TEXT")
-
-
-def parse_share(text: str) -> float:
-    """``10%`` or ``0.1`` as 0.1. Raises UsageError; a bare 1 is refused, since it could mean either 1 % or all."""
-    number, percent, rest = text.strip().partition("%")
-    try:
-        share = float(number) / 100 if percent else float(number)
-    except ValueError:
-        share = 0.0
-    if rest or not 0 < share <= 1 or (share == 1 and not percent):
-        raise UsageError(f"{text[:40]!a} is not a share.", hint="Write 10% or 0.1; all of the traffic is 100%.")
-    return share
 
 
 def parse_time(text: str) -> datetime:

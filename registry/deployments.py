@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from infra.db import Connection, load_queries, one
 from infra.errors import Conflict, NotFound, Refused, UsageError
-from infra.storage import text_digest
-from registry import approvals
+from infra.storage import get, text_digest
+from registry import approvals, signatures
 from registry.bundle import canonical_json
 from registry.evidence import keep_evidence
 from registry.names import check_model_name
@@ -137,10 +137,11 @@ def promote(
 
     Raises NotFound for no such version; Conflict, naming the current generation, when that is not
     `expect_generation` (None: the one read before waiting for the row) any more; Refused when the version's gate
-    decision is not a pass or approvals are missing, unless `force`, which the ledger shows for ever. Promoting what
-    serves changes nothing.
+    decision is not a pass or approvals are missing, unless `force`, which the ledger shows for ever; Refused, whatever
+    is forced, when signatures are demanded and no trusted key signed it. Promoting what serves changes nothing.
     """
     check_reason(reason, required=True)
+    _demand_signature(conn, model, number)
     now = _lock(conn, model, expect_generation, done=lambda d: d.champion == number)
     version = _version(conn, model, number)
     if now.champion == number:
@@ -212,6 +213,11 @@ def rollback(
     )
 
 
+def check_passed(conn: Connection, model: str, number: int) -> None:
+    """Raises Refused for a version whose gate did not pass, NotFound for none."""
+    _gate_allows(model, number, _version(conn, model, number)["gate_body"], force=False, passed_only=True)
+
+
 def canary(
     conn: Connection,
     model: str,
@@ -230,6 +236,7 @@ def canary(
     """
     if not 0 < share <= 1:
         raise UsageError(f"A share lies above 0 and is at most 1 (100 %), not {share:g}.")
+    _demand_signature(conn, model, number)
     same = {"challenger": number, "challenger_share": share}
     now = _lock(conn, model, expect_generation, done=lambda d: _has(d, same))
     version = _version(conn, model, number)
@@ -264,6 +271,7 @@ def shadow(
 
     Raises Refused when nothing serves yet or the version is the champion or the challenger; Conflict and NotFound.
     """
+    _demand_signature(conn, model, number)
     now = _lock(conn, model, expect_generation, done=lambda d: d.shadow == number)
     version = _version(conn, model, number)
     if now.shadow == number:
@@ -412,6 +420,13 @@ def _version(conn: Connection, model: str, number: int) -> dict[str, Any]:
     if row is None:
         raise NotFound(f"There is no version {model}:{number}.", hint=f"See `tunesmith versions {model}`.")
     return row
+
+
+def _demand_signature(conn: Connection, model: str, number: int) -> None:
+    """Before the row is locked, since it reads all of the version's files. A rollback never asks: what is brought back
+    has served."""
+    if signatures.demanded():
+        signatures.demand(f"{model}:{number}", get("bundle", _version(conn, model, number)["bundle_digest"]))
 
 
 def _with_approvals(conn: Connection, version: dict[str, Any], agreed: approvals.Approvals) -> str | None:

@@ -7,7 +7,8 @@ names them ``os:user@host``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -38,6 +39,13 @@ class Desk(Protocol):
     def export(self, ref: Ref, path: Path) -> Json:
         """Write a version's files to a new folder: its model, number and bundle. Raises UsageError, Refused."""
 
+    def import_(self, path: Path, model: str, *, base: str | None) -> Json:
+        """Make what stands in a folder the model's next version: its model, number, method and bundle. Raises
+        UsageError, Refused."""
+
+    def sign(self, model: str, number: int) -> Json:
+        """Sign a version's files with the key where they are: its model, number and that key. Raises UsageError."""
+
     def approve(self, model: str, number: int, *, reason: str) -> Json:
         """Agree that a version may serve: ``{"changed"}`` and how its approvals stand. Raises Refused, UsageError."""
 
@@ -50,6 +58,13 @@ class Desk(Protocol):
         self, model: str, number: int, *, share: float, reason: str, expect: int | None, force: bool
     ) -> Json: ...
     def shadow(self, model: str, number: int, *, reason: str, expect: int | None) -> Json: ...
+
+    def begin_rollout(self, model: str, number: int, plan: Json, *, reason: str, expect: int | None) -> Json:
+        """Begin a canary in steps; `plan` has what is not to be as usual: the change, and ``"rollout"``."""
+
+    def rollout(self, model: str) -> Json:
+        """The canary in steps that runs, or the last one that did."""
+
     def stop(self, model: str, slot: Literal["challenger", "shadow"], *, reason: str, expect: int | None) -> Json: ...
 
 
@@ -64,14 +79,6 @@ def desk() -> Desk:
             hint="Set it to a key of `tunesmith keys create`, or unset TUNESMITH_URL to use the database.",
         )
     return There(settings.url, settings.api_key.get_secret_value())
-
-
-def only_here(what: str) -> None:
-    """Raise UsageError when the settings name a control API, for what it does not do."""
-    if get_settings().url is not None:
-        raise UsageError(
-            f"{what} does not go over the control API.", hint="Unset TUNESMITH_URL where the database is at hand."
-        )
 
 
 class Here:
@@ -125,6 +132,16 @@ class Here:
         export_version(found, path)
         return {"model": found.model, "version": found.number, "bundle": found.bundle_digest}
 
+    def import_(self, path: Path, model: str, *, base: str | None) -> Json:
+        from registry.exchange import import_version
+
+        return import_version(path, model, base=base, by=deployments.actor_here()).outline()
+
+    def sign(self, model: str, number: int) -> Json:
+        from registry import versions
+
+        return {"model": model, "version": number, "signed_by": versions.sign(model, number)}
+
     def approve(self, model: str, number: int, *, reason: str) -> Json:
         from registry import approvals
 
@@ -176,6 +193,27 @@ class Here:
             return deployments.shadow(
                 conn, model, number, actor=deployments.actor_here(), reason=reason, expect_generation=expect
             ).to_json()
+
+    def begin_rollout(self, model: str, number: int, plan: Json, *, reason: str, expect: int | None) -> Json:
+        from registry import rollouts
+
+        with transaction() as conn:
+            change, begun = rollouts.begin(
+                conn,
+                model,
+                number,
+                rollouts.Plan.from_json(plan),
+                actor=deployments.actor_here(),
+                reason=reason,
+                expect_generation=expect,
+            )
+        return change.to_json() | {"rollout": begun.to_json()}
+
+    def rollout(self, model: str) -> Json:
+        from registry import rollouts
+
+        with transaction() as conn:
+            return rollouts.newest(conn, model).to_json()
 
     def stop(self, model: str, slot: Literal["challenger", "shadow"], *, reason: str, expect: int | None) -> Json:
         with transaction() as conn:
@@ -229,8 +267,23 @@ class There:
 
         found = self.show(ref)
         place = f"{_of(found['model'])}/versions/{found['version']}/files/"
-        export_files(path, found["bundle"], lambda name: self._ask("GET", place + quote(name), seconds=600))
+        export_files(
+            path,
+            found["bundle"],
+            lambda name: self._ask("GET", place + quote(name), seconds=600),
+            signed=found["signed_by"] is not None,
+        )
         return {"model": found["model"], "version": found["version"], "bundle": found["bundle"]}
+
+    def import_(self, path: Path, model: str, *, base: str | None) -> Json:
+        from registry.exchange import files_of
+
+        files = files_of(path)
+        place = f"{_of(model)}/versions" + (f"?{urlencode({'base': base})}" if base else "")
+        return self._send(place, files)
+
+    def sign(self, model: str, number: int) -> Json:
+        return self._call("POST", f"{_of(model)}/versions/{number}/sign")
 
     def approve(self, model: str, number: int, *, reason: str) -> Json:
         return self._call("POST", f"{_of(model)}/versions/{number}/approve", {"reason": reason})
@@ -252,6 +305,13 @@ class There:
 
     def shadow(self, model: str, number: int, *, reason: str, expect: int | None) -> Json:
         return self._patch(model, {"shadow": number, "reason": reason}, expect, {"shadow": number})
+
+    def begin_rollout(self, model: str, number: int, plan: Json, *, reason: str, expect: int | None) -> Json:
+        body = {"version": number, "plan": plan, "reason": reason, "expect_generation": expect}
+        return self._call("POST", f"{_of(model)}/rollout", body)
+
+    def rollout(self, model: str) -> Json:
+        return self._call("GET", f"{_of(model)}/rollout")
 
     def stop(self, model: str, slot: Literal["challenger", "shadow"], *, reason: str, expect: int | None) -> Json:
         return self._patch(model, {slot: None, "reason": reason}, expect, {slot: None})
@@ -278,6 +338,29 @@ class There:
         found: Json = orjson.loads(self._ask(method, path, body, head, seconds))
         return found
 
+    def _send(self, path: str, files: Mapping[str, Path]) -> Json:
+        """POST files as a form, each under its name; they are read as they are sent."""
+        import httpx
+        import orjson
+
+        from infra import web
+
+        url = f"{self._url}/api/v1{path}"
+        with ExitStack() as opened:
+            parts = [("file", (name, opened.enter_context(file.open("rb")))) for name, file in files.items()]
+            try:
+                with httpx.Client(timeout=600, trust_env=not web.on_loopback(url)) as client:
+                    answer = client.post(url, files=parts, headers=self._head)
+            except httpx.HTTPError as error:
+                raise self._silent(error) from error
+        if answer.status_code >= 300:
+            raise _told(answer.status_code, answer.content, self._url)
+        found: Json = orjson.loads(answer.content)
+        return found
+
+    def _silent(self, error: Exception) -> Unreachable:
+        return Unreachable(f"The control API does not answer at {self._url}: {error}.", hint="Check TUNESMITH_URL.")
+
     def _ask(
         self,
         method: str,
@@ -295,9 +378,7 @@ class There:
                 method, f"{self._url}/api/v1{path}", body, headers={**self._head, **(head or {})}, seconds=seconds
             )
         except (OSError, HTTPException, ValueError) as error:
-            raise Unreachable(
-                f"The control API does not answer at {self._url}: {error}.", hint="Check TUNESMITH_URL."
-            ) from error
+            raise self._silent(error) from error
         if status >= 300:
             raise _told(status, content, self._url)
         return content

@@ -13,7 +13,7 @@ from typing import Any
 
 from infra import storage
 from infra.errors import NotFound, Refused, TunesmithError, UsageError
-from registry import bundle, mlflow, servable, versions
+from registry import bundle, mlflow, servable, signatures, versions
 from registry.names import check_model_name
 from registry.versions import Version, VersionDraft
 
@@ -22,7 +22,8 @@ _EXECUTABLE = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".jo
 
 
 def export_version(version: Version, target: Path) -> None:
-    """Copy a version's bundle, verified, to a folder that is not there yet; it appears whole or not at all.
+    """Copy a version's bundle, verified, to a folder that is not there yet; it appears whole or not at all. Its
+    signature goes with it.
 
     Raises UsageError when there is something at `target`, Refused when the kept bundle is damaged.
     """
@@ -30,10 +31,12 @@ def export_version(version: Version, target: Path) -> None:
     manifest = bundle.verify(folder, version.bundle_digest)
     with _new_folder(target) as copy:
         _copy(folder, copy, [*manifest.files, bundle.MANIFEST])
+        if (folder / bundle.SIGNATURE).is_file():
+            _copy(folder, copy, [bundle.SIGNATURE])
         bundle.verify(copy, version.bundle_digest)
 
 
-def export_files(target: Path, digest: str, fetch: Callable[[str], bytes]) -> None:
+def export_files(target: Path, digest: str, fetch: Callable[[str], bytes], *, signed: bool) -> None:
     """The same of a bundle from elsewhere: `fetch` gives a file's content by its name in the bundle."""
     with _new_folder(target) as copy:
         (copy / bundle.MANIFEST).write_bytes(fetch(bundle.MANIFEST))
@@ -42,6 +45,8 @@ def export_files(target: Path, digest: str, fetch: Callable[[str], bytes]) -> No
         for name in bundle.read(copy).files:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).write_bytes(fetch(name))
+        if signed:
+            (copy / bundle.SIGNATURE).write_bytes(fetch(bundle.SIGNATURE))
         bundle.verify(copy, digest)
 
 
@@ -70,38 +75,42 @@ def _copy(source: Path, target: Path, names: Iterable[str]) -> None:
         shutil.copyfile(source / name, target / name)
 
 
-def import_version(path: Path, model: str, *, base: str | None = None) -> Version:
+def import_version(
+    path: Path, model: str, *, base: str | None = None, by: str | None = None, fetch: bool = True
+) -> Version:
     """Register what stands at `path` as the next version of `model`; importing the same thing again changes nothing.
+    MLflow shows who it was `by`. Without `fetch` the base must be one that is here: what strangers name is neither
+    read from a folder nor fetched.
 
     An exported bundle (it has version.json) keeps its evaluation, gate decision and profile; its base must resolve to
     the very digests it was made on. A PEFT adapter (adapter_config.json and adapter_model.safetensors) has neither;
     its base is the one its config names, or `base`.
 
     Raises NotFound, UsageError, and Refused for pickles, code, links, tensors that are not finite, an adapter that
-    is not a plain LoRA, or another base.
+    is not a plain LoRA, another base, or, where keys are trusted, a bundle that none of them signed.
     """
     check_model_name(model)
     if not path.is_dir():
         raise NotFound(f"There is no folder {path}.", hint="Name the adapter's, or an exported bundle's, folder.")
     if (path / bundle.MANIFEST).is_file():
-        digest = _keep_bundle(path, model)
+        digest = _keep_bundle(path, model, fetch=fetch)
     elif (path / "adapter_config.json").is_file():
-        digest = _keep_adapter(path, model, base)
+        digest = _keep_adapter(path, model, base, fetch=fetch)
     else:
         raise UsageError(
             f"{path} has neither {bundle.MANIFEST} nor adapter_config.json.",
             hint="Give an exported bundle, or a PEFT adapter's folder.",
         )
-    return versions.register(digest, run_id=uuid.uuid5(_NAMESPACE, f"{model} {digest}"))
+    return versions.register(digest, run_id=uuid.uuid5(_NAMESPACE, f"{model} {digest}"), imported_by=by)
 
 
-def import_from_mlflow(url: str, name: str, number: int, model: str, *, base: str | None = None) -> Version:
-    """The same of a version in another MLflow server's registry: one that a Tunesmith registered there comes with its
-    evidence, any other must hold a plain PEFT LoRA adapter somewhere in its files.
+@contextmanager
+def fetched_from_mlflow(url: str, name: str, number: int) -> Iterator[Path]:
+    """What `import_version` takes, of a version in another MLflow server's registry: one that a Tunesmith registered
+    there comes with its evidence, any other must hold a plain PEFT LoRA adapter somewhere in its files.
 
-    Raises as `import_version` does, and Unreachable when that server does not answer.
+    Raises NotFound, UsageError, and Unreachable when that server does not answer.
     """
-    check_model_name(model)
     with tempfile.TemporaryDirectory(prefix="tunesmith-import-") as scratch:
         path = mlflow.download_from(url, name, number, Path(scratch))
         if not (path / bundle.MANIFEST).is_file():
@@ -112,24 +121,40 @@ def import_from_mlflow(url: str, name: str, number: int, model: str, *, base: st
                     hint="A version of Tunesmith's, or one with a single adapter, can be imported.",
                 )
             path = adapters[0]
-        return import_version(path, model, base=base)
+        yield path
 
 
-def _keep_bundle(path: Path, model: str) -> str:
+def files_of(path: Path) -> dict[str, Path]:
+    """The files of what stands at `path` that an import needs, by their names in it. Raises as `import_version`."""
+    if not path.is_dir():
+        raise NotFound(f"There is no folder {path}.", hint="Name the adapter's, or an exported bundle's, folder.")
+    if (path / bundle.MANIFEST).is_file():
+        files = bundle.files(path)  # and not what the manifest names, which may lie anywhere
+        if (path / bundle.SIGNATURE).is_file():
+            files[bundle.SIGNATURE] = path / bundle.SIGNATURE
+        return files
+    _check_adapter(path)
+    return {name: path / name for name in ("adapter_config.json", "adapter_model.safetensors")}
+
+
+def _keep_bundle(path: Path, model: str, *, fetch: bool) -> str:
     from registry import bases
 
-    bundle.check_files(path)
-    manifest = bundle.verify(path, storage.file_digest(path / bundle.MANIFEST))
-    here = (
-        bases.load(manifest.base.digest)
-        if storage.has("base", manifest.base.digest)
-        else bases.resolve(manifest.base.id, manifest.base.revision)
-    )
+    bundle.files(path)
+    found = storage.file_digest(path / bundle.MANIFEST)
+    manifest = bundle.verify(path, found)
+    signatures.demand(f"The bundle in {path}", path)
+    if storage.has("base", manifest.base.digest):
+        here = bases.load(manifest.base.digest)
+    elif fetch:
+        here = bases.resolve(manifest.base.id, manifest.base.revision)
+    else:
+        here = bases.known(manifest.base.id)
     for what in ("digest", "tokenizer_digest", "template_digest"):
-        wanted, found = getattr(manifest.base, what), getattr(here, what)
-        if wanted != found:
+        wanted, has = getattr(manifest.base, what), getattr(here, what)
+        if wanted != has:
             raise Refused(
-                f"The bundle in {path} was made on {manifest.base.id} with {what} {wanted}; here it is {found}.",
+                f"The bundle in {path} was made on {manifest.base.id} with {what} {wanted}; here it is {has}.",
                 hint="Bring the same base here, for example by importing where it can be resolved.",
             )
     with storage.scratch("bundle") as folder:
@@ -137,7 +162,9 @@ def _keep_bundle(path: Path, model: str) -> str:
         digest = bundle.write(folder, manifest.model_copy(update={"model": model}))
         bundle.verify(folder, digest)
         _check_profile(folder / "profile.json", path)
-        storage.keep("bundle", digest, folder)
+        if signatures.sign(folder) is None and digest == found and signatures.check(path) is not None:
+            _copy(path, folder, [bundle.SIGNATURE])
+        signatures.adopt(folder, storage.keep("bundle", digest, folder))
     return digest
 
 
@@ -156,10 +183,8 @@ def _check_profile(file: Path, path: Path) -> None:
         ) from error
 
 
-def _keep_adapter(path: Path, model: str, base: str | None) -> str:
-    from registry import bases
-    from registry.profile import build
-
+def _check_adapter(path: Path) -> dict[str, Any]:
+    """The adapter's config, once nothing beside it executes; its tensors are not looked at."""
     for file in sorted(path.rglob("*")):
         if file.is_symlink():
             raise Refused(f"{file} is a link.", hint="Copy the adapter's files into a folder of their own.")
@@ -170,13 +195,21 @@ def _keep_adapter(path: Path, model: str, base: str | None) -> str:
             )
     if not (path / "adapter_model.safetensors").is_file():
         raise UsageError(f"{path} has no adapter_model.safetensors.", hint="Save the adapter as safetensors.")
-    config = _adapter_config(path / "adapter_config.json")
+    return _adapter_config(path / "adapter_config.json")
+
+
+def _keep_adapter(path: Path, model: str, base: str | None, *, fetch: bool) -> str:
+    from registry import bases
+    from registry.profile import build
+
+    config = _check_adapter(path)
     named = base or config.get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         raise UsageError(f"{path / 'adapter_config.json'} names no base.", hint="Name it with --base.")
     revision = config.get("revision") if base is None else None
     bundle.check_tensors(path / "adapter_model.safetensors", "adapter_model.safetensors")
-    found = bases.resolve(named, revision if isinstance(revision, str) and revision else "main")
+    exact = revision if isinstance(revision, str) and revision else "main"
+    found = bases.resolve(named, exact) if fetch else bases.known(named)
     servable.check(path, found.folder)
     draft = VersionDraft(
         model=model,

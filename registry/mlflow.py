@@ -252,16 +252,15 @@ def download_from(url: str, model: str, number: int, folder: Path) -> Path:
 
     `model` is a name as that server allows it. The credentials are those of MLflow's own variables. Raises NotFound.
     """
-    _client()  # sets the environment before anything of MLflow is imported
+    _client_of(url)  # sets the environment before anything of MLflow is imported
     import mlflow
-    from mlflow import MlflowClient
     from mlflow.artifacts import download_artifacts
 
     before = mlflow.get_tracking_uri()
     with _answers(url):
         try:
             mlflow.set_tracking_uri(url)  # a logged model's address is resolved by this one, whatever is passed
-            found = MlflowClient(tracking_uri=url, registry_uri=url).get_model_version(model, str(number))
+            found = _client_of(url).get_model_version(model, str(number))
             source = f"models:/{found.model_id}" if found.model_id else found.source
             return Path(download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=url))
         finally:
@@ -393,7 +392,7 @@ def _client_of(url: str) -> MlflowClient:
 @contextmanager
 def _answers(url: str | None = None) -> Iterator[None]:
     """Turn what MLflow's client raises into our errors; `url` is the server's, where it is not ours."""
-    _client()  # sets the environment before anything of MLflow is imported
+    _client_of(url or _url())  # sets the environment before anything of MLflow is imported
     import requests
     from mlflow.exceptions import MlflowException, RestException
 

@@ -57,3 +57,15 @@ def parse_version(text: str) -> tuple[str, int]:
     if ref.number is None:
         raise UsageError(f"{text!a} names no version.", hint=f"Write it as {ref.model}:7.")
     return ref.model, ref.number
+
+
+def parse_share(text: str) -> float:
+    """``10%`` or ``0.1`` as 0.1. Raises UsageError; a bare 1 is refused, since it could mean either 1 % or all."""
+    number, percent, rest = text.strip().partition("%")
+    try:
+        share = float(number) / 100 if percent else float(number)
+    except ValueError:
+        share = 0.0
+    if rest or not 0 < share <= 1 or (share == 1 and not percent):
+        raise UsageError(f"{text[:40]!a} is not a share.", hint="Write 10% or 0.1; all of the traffic is 100%.")
+    return share

@@ -1,17 +1,18 @@
-"""Is a version still exactly what was judged? Its files, its evidence, MLflow's copy, its base, and the ledger."""
+"""Is a version still exactly what was judged? Its files and their signature, its evidence, MLflow's copy, its base, and
+the ledger."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from infra import storage
 from infra.db import transaction
 from infra.errors import NotFound, TunesmithError, Unreachable
-from registry import bundle, deployments, mlflow, versions
+from registry import bundle, deployments, mlflow, signatures, versions
 from registry.versions import Version
 
 State = Literal["ok", "failed", "unreachable", "none"]
@@ -19,7 +20,7 @@ State = Literal["ok", "failed", "unreachable", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One thing that was looked at; `none`: the version has no such thing."""
+    """One thing that was looked at; `none`: the version has no such thing, or it cannot be checked here."""
 
     name: str
     state: State
@@ -42,6 +43,7 @@ def verify_version(model: str, number: int) -> list[Check]:
     whole = f"{length} entries, chained"
     return [
         _check("bundle", lambda: _bundle(version)),
+        _signature(version),
         evidence,
         _check("mlflow", lambda: _mlflow(version)),
         _check("base", lambda: _stored("base", version.base_digest)),
@@ -72,6 +74,18 @@ def _bundle(version: Version) -> str:
     if manifest != version.parsed:
         raise TunesmithError("The manifest in the database is not the bundle's.")
     return f"{len(manifest.files) + 1} files, {version.bundle_digest}"
+
+
+def _signature(version: Version) -> Check:
+    def look() -> str | None:
+        signatures.demand(version.name, version.folder())
+        key = signatures.check(version.folder())
+        return key and f"by the key {key}"
+
+    check = _check("signature", look)
+    if check.state == "none" and (key := signatures.signer(version.folder())) is not None:
+        return replace(check, detail=f"not checked, since no key is trusted here: it says it is by {key}")
+    return check
 
 
 def _evidence(version: Version, read: Callable[[str], dict[str, Any] | None]) -> str | None:

@@ -17,8 +17,8 @@ from psycopg.types.json import Jsonb
 
 from infra import storage
 from infra.db import Connection, load_queries, transaction
-from infra.errors import NotFound, Refused, TunesmithError
-from registry import bundle, card, deployments, environment, mlflow, servable
+from infra.errors import NotFound, Refused, TunesmithError, UsageError
+from registry import bundle, card, deployments, environment, mlflow, servable, signatures
 from registry.bundle import BaseIdentity, Generation, Manifest, Prompt, canonical_json
 from registry.evidence import evidence, keep_evidence
 from registry.gates import Decision
@@ -90,6 +90,10 @@ class Version:
     def name(self) -> str:
         return f"{self.model}:{self.number}"
 
+    def outline(self) -> dict[str, Any]:
+        """What who made it is told."""
+        return {"model": self.model, "version": self.number, "method": self.method, "bundle": self.bundle_digest}
+
     @property
     def parsed(self) -> Manifest:
         return Manifest.model_validate(self.manifest)
@@ -110,7 +114,8 @@ def seal(draft: VersionDraft) -> str:
     with storage.scratch("bundle") as folder:
         digest = bundle.write(folder, _fill(folder, draft))
         bundle.verify(folder, digest)
-        storage.keep("bundle", digest, folder)
+        signatures.sign(folder)
+        signatures.adopt(folder, storage.keep("bundle", digest, folder))
     return digest
 
 
@@ -119,6 +124,7 @@ def register(
     *,
     run_id: uuid.UUID,
     mlflow_run_id: str | None = None,
+    imported_by: str | None = None,
     guard: Callable[[Connection], None] | None = None,
 ) -> Version:
     """Make a sealed bundle of the artifact store a version: first in MLflow, with lineage, then our row.
@@ -163,6 +169,7 @@ def register(
             "tunesmith.method": manifest.method,
             "tunesmith.code_version": manifest.code_version,
             "tunesmith.gate": gate["decision"] if gate else None,
+            "tunesmith.imported_by": imported_by,
         },
         params=manifest.params,
         card=(folder / "README.md").read_text(encoding="utf-8") if "README.md" in manifest.files else "",
@@ -203,6 +210,19 @@ def register(
             hint="Use the MLflow server that this home began with.",
         )
     return version
+
+
+def sign(model: str, number: int) -> str:
+    """Sign a version's files with the key that the settings name, as is done to new ones anyway; the key's name.
+
+    Raises NotFound, Refused for files that are not what was sealed, UsageError without a key.
+    """
+    with transaction() as conn:
+        version = get(conn, model, number)
+    bundle.verify(version.folder(), version.bundle_digest)
+    if (key := signatures.sign(version.folder())) is None:
+        raise UsageError("There is no key to sign with.", hint="Set TUNESMITH_SIGNING_KEY to a private key's file.")
+    return key
 
 
 def get(conn: Connection, model: str, number: int) -> Version:

@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from infra.db import Connection
-from infra.errors import Unreachable
-from registry import approvals, bundle, deployments, mlflow, versions
+from infra.errors import NotFound, Unreachable
+from registry import approvals, bundle, deployments, mlflow, signatures, versions
 from registry.names import Ref
 
 _TIMED = ("p95_latency_ms", "tokens_per_second")
@@ -31,6 +31,10 @@ def describe(conn: Connection, ref: Ref) -> dict[str, Any]:
         page = mlflow.version_url(found.model, found.number)
     except Unreachable:
         page = None
+    try:
+        signed_by = signatures.signer(found.folder())
+    except NotFound:  # on a machine that sees the database only
+        signed_by = None
     of = found.manifest.get
     return {
         "model": found.model,
@@ -48,6 +52,7 @@ def describe(conn: Connection, ref: Ref) -> dict[str, Any]:
         "code_version": of("code_version"),
         "environment": of("files", {}).get(bundle.ENVIRONMENT),
         "bundle": found.bundle_digest,
+        "signed_by": signed_by,
         "run_id": found.run_id,
         "mlflow_run_id": found.mlflow_run_id,
         "mlflow_url": page,

@@ -12,7 +12,7 @@ from starlette.staticfiles import StaticFiles
 
 from deploy.auth import Auth, clear_session, identify, needs, set_session
 from infra.errors import TunesmithError
-from monitoring.console import drift, model, overview, playground, requests, runs, studies, version
+from monitoring.console import changing, drift, model, overview, playground, requests, runs, studies, version
 from monitoring.console.render import Visit, draw, page, problem, read_form
 
 
@@ -27,10 +27,13 @@ def console_routes() -> list[BaseRoute]:
         Route("/", page(overview.models)),
         Route("/alerts", page(overview.alerts)),
         Route("/models/{model}", page(model.show)),
-        Route("/models/{model}/promote/{number}", page(model.promote_form)),
-        Route("/models/{model}/promote/{number}", page(model.promote, "operator"), methods=["POST"]),
-        Route("/models/{model}/rollback", page(model.rollback_form)),
-        Route("/models/{model}/rollback", page(model.rollback, "operator"), methods=["POST"]),
+        Route("/models/{model}/promote/{number}", page(changing.promote_form)),
+        Route("/models/{model}/promote/{number}", page(changing.promote, "operator"), methods=["POST"]),
+        Route("/models/{model}/rollback", page(changing.rollback_form)),
+        Route("/models/{model}/rollback", page(changing.rollback, "operator"), methods=["POST"]),
+        Route("/models/{model}/rollout/{number}", page(changing.rollout_form)),
+        Route("/models/{model}/rollout/{number}", page(changing.begin_rollout, "operator"), methods=["POST"]),
+        Route("/models/{model}/challenger/stop", page(changing.stop_challenger, "operator"), methods=["POST"]),
         Route("/models/{model}/drift", page(drift.show)),
         Route("/models/{model}/versions/{number}", page(version.show)),
         Route("/models/{model}/versions/{number}/approve", page(version.approve, "operator"), methods=["POST"]),

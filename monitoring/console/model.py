@@ -1,21 +1,20 @@
-"""A model: its traffic with the ledger drawn over it, its versions side by side, promote and roll back."""
+"""A model: its traffic with the ledger drawn over it, its versions side by side, the canary that runs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from markupsafe import Markup
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import Response
 
-from deploy.auth import check_force
-from infra.db import Connection, transaction
-from infra.errors import NotFound, Refused, TunesmithError
+from infra.db import transaction
+from infra.errors import NotFound
 from monitoring.console import charts, figures, strips, traffic
-from monitoring.console.render import RANGES, SQL, Visit, draw, whole
-from registry import approvals, deployments
+from monitoring.console.render import RANGES, SQL, Visit, draw
+from registry import deployments, rollouts
 from registry.deployments import Deployment, Entry
 from registry.names import check_model_name
 from registry.statistics import Estimate
@@ -37,6 +36,10 @@ def show(visit: Visit) -> Response:
         alerts = conn.execute(SQL["alerts_open"], {"model": name}).fetchall()
         flow = traffic.read(conn, name, RANGES[since])
         behind = conn.execute(SQL["replicas_behind"], {"model": name}).fetchall()
+        try:
+            rollout: rollouts.Rollout | None = rollouts.newest(conn, name)
+        except NotFound:
+            rollout = None
     metrics = columns(versions)
     return draw(
         visit,
@@ -47,12 +50,18 @@ def show(visit: Visit) -> Response:
         entries=list(reversed(entries)),
         alerts=alerts,
         behind=behind,
+        rollout=rollout if rollout is not None and recent(rollout, RANGES[since]) else None,
         flow=flow,
         charts=_charts(flow, entries, now),
         metrics=metrics,
         versions=[_row(v, now, verdicts, flow) for v in versions],
         intervals=_intervals(versions, metrics),
     )
+
+
+def recent(rollout: rollouts.Rollout, span: timedelta) -> bool:
+    """Whether it runs, or ended within the time that the page is about."""
+    return rollout.ended_at is None or rollout.ended_at > datetime.now(UTC) - span
 
 
 def columns(versions: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -175,116 +184,6 @@ def _served(entries: Sequence[Entry], times: charts.Times) -> list[charts.Span]:
                 )
             )
     return spans
-
-
-# ---------------------------------------------------------------- changing what serves
-
-
-def promote_form(visit: Visit) -> Response:
-    return _ask(visit, _number(visit), None)
-
-
-def promote(visit: Visit) -> Response:
-    """Compare-and-set on the generation the person saw. Raises NotAllowed for an override that is no admin's."""
-    name, number = check_model_name(visit.path("model")), _number(visit)
-    force = visit.form.get("force") == "yes"
-    check_force(visit.identity, force)
-    try:
-        with transaction() as conn:
-            deployments.promote(
-                conn,
-                name,
-                number,
-                actor=visit.actor,
-                reason=visit.form.get("reason", ""),
-                expect_generation=whole(visit.form.get("generation", ""), "generation"),
-                force=force,
-            )
-    except TunesmithError as error:
-        if error.http_status in (400, 409, 412):
-            return _ask(visit, number, error)
-        raise
-    return RedirectResponse(f"/models/{name}", 303)
-
-
-def rollback_form(visit: Visit) -> Response:
-    return _ask(visit, None, None)
-
-
-def rollback(visit: Visit) -> Response:
-    """Compare-and-set, likewise; `to` is optional."""
-    name, to = check_model_name(visit.path("model")), visit.form.get("to", "")
-    try:
-        with transaction() as conn:
-            deployments.rollback(
-                conn,
-                name,
-                actor=visit.actor,
-                reason=visit.form.get("reason", ""),
-                to=whole(to, "version") if to else None,
-                expect_generation=whole(visit.form.get("generation", ""), "generation"),
-            )
-    except TunesmithError as error:
-        if error.http_status in (400, 409, 412):
-            return _ask(visit, None, error)
-        raise
-    return RedirectResponse(f"/models/{name}", 303)
-
-
-def _ask(visit: Visit, number: int | None, error: TunesmithError | None) -> Response:
-    """The form that asks for a reason: of a promotion to `number`, or (None) of a rollback. After a conflict it
-    shows what serves now, and carries the current generation."""
-    name = check_model_name(visit.path("model"))
-    with transaction() as conn:
-        now = deployments.read(conn, name)
-        earlier = _earlier(conn, name)
-        kind = "rollback" if number is None else "promote"
-        if number is None:
-            if not earlier:
-                raise Refused(f"No other version of {name} has served, so nothing can be rolled back to.")
-            number = int(visit.form.get("to") or visit.query("to") or 0) if _digits(visit) else 0
-            number = number or earlier[0]
-        chosen = conn.execute(SQL["versions"], {"model": name, "number": number}).fetchone()
-        if chosen is None:
-            raise NotFound(f"There is no version {name}:{number}.", hint=f"See `tunesmith versions {name}`.")
-        agreed = approvals.of(conn, name, number)
-    against = "champion" if differences(chosen["estimates"] or {}, "champion") else "base"
-    return draw(
-        visit,
-        "change.html",
-        error.http_status if error else 200,
-        kind=kind,
-        model=name,
-        number=number,
-        now=now,
-        earlier=earlier,
-        error=error,
-        gate=chosen["gate"],
-        agreed=agreed,
-        differences=differences(chosen["estimates"] or {}, against),
-        against=against,
-        reason=visit.form.get("reason", ""),
-        forced=visit.form.get("force") == "yes",
-        may_force=visit.allows("admin"),
-    )
-
-
-def _digits(visit: Visit) -> bool:
-    text = visit.form.get("to") or visit.query("to")
-    return not text or (text.isascii() and text.isdigit() and len(text) < 10)
-
-
-def _number(visit: Visit) -> int:
-    return whole(visit.path("number"), "version")
-
-
-def _earlier(conn: Connection, name: str) -> list[int]:
-    """The versions that served before, the one a rollback would bring back first."""
-    entries = [e for e in deployments.history(conn, name) if e.slot == "champion" and e.to_version is not None]
-    now = deployments.read(conn, name).champion
-    stood = deployments.standing((e.action, e.to_version) for e in entries)
-    order = [*reversed(stood[:-1]), *(e.to_version for e in reversed(entries) if e.to_version is not None)]
-    return [n for n in dict.fromkeys(order) if n != now]
 
 
 def differences(metrics: Mapping[str, Any], against: str) -> list[dict[str, Any]]:

@@ -1,23 +1,29 @@
-"""One real MLflow server for all tests that need it, on the session's PostgreSQL."""
+"""One real MLflow server for all tests that need it, on the session's PostgreSQL; a small base and an adapter."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import numpy as np
 import psycopg
 import pytest
+from lora import save_base
+from safetensors.numpy import save_file
 from sqlalchemy.engine import make_url
 
 from infra import ports, processes
 from infra.settings import Settings, get_settings
+from registry import bases
 
 
 @pytest.fixture(scope="session")
@@ -66,3 +72,32 @@ def _wait(url: str, log: Path) -> None:
         except httpx.TransportError:
             time.sleep(0.2)
     raise AssertionError(f"MLflow did not start:\n{log.read_text()}")
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def base(database: Settings, base_folder: Path) -> bases.Base:
+    """A small real base, known to the test's database and store."""
+    return bases.resolve(str(base_folder))
+
+
+@pytest.fixture(scope="session")
+def adapter(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> Path:
+    """A LoRA adapter in PEFT's form."""
+    folder = tmp_path_factory.mktemp("adapter")
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(base_folder), "r": 4, "lora_alpha": 8}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj"]}))
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    weights = {name.format("A"): np.ones((4, 64), np.float32), name.format("B"): np.zeros((64, 4), np.float32)}
+    save_file(weights, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def model() -> str:
+    """A name of the test's own, since the MLflow server is shared."""
+    return f"m-{uuid.uuid4().hex[:8]}"

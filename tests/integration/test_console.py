@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from datetime import timedelta
 from html.parser import HTMLParser
 
 import pytest
@@ -12,10 +13,11 @@ from starlette.testclient import TestClient
 
 from deploy.auth import create_key
 from deploy.gateway import create_app
+from deploy.rollout import Stream, decide
 from infra.db import transaction
 from infra.settings import Settings
 from monitoring.console.app import console_routes
-from registry import deployments
+from registry import deployments, rollouts
 
 SITE = "http://testserver"
 BROWSER = {"accept": "text/html", "origin": SITE}
@@ -322,3 +324,30 @@ def test_a_gate_that_did_not_pass_is_overridden_only_by_an_admin_and_on_purpose(
     assert 'name="force"' in app.post(path, data=change).text
     assert app.post(path, data={**change, "force": "yes"}).status_code == 303
     assert '<span class="tag bad">forced</span>' in app.get("/models/support-intents").text
+
+
+def test_a_canary_in_steps_is_begun_shown_and_stopped(app: TestClient) -> None:
+    fill()
+    log_in(app, "operator")
+    assert f"/models/{MODEL}/rollout/1" in app.get(f"/models/{MODEL}/versions/1").text
+    form = check(app, f"/models/{MODEL}/rollout/1")[0]
+    assert 'value="1%, 5%, 25%, 50%, 100%"' in form
+    wish = {"reason": HOSTILE, "generation": "4", "steps": "5%, 50%", "requests": "30"}
+    for wrong in ({"steps": "50%, 5%"}, {"steps": HOSTILE}, {"requests": "x"}, {"generation": "3"}):
+        assert app.post(f"/models/{MODEL}/rollout/1", data=wish | wrong).status_code in (400, 412)
+    assert app.post(f"/models/{MODEL}/rollout/1", data=wish).status_code == 303
+    with transaction() as conn:
+        rollout = rollouts.newest(conn, MODEL)
+        stream = Stream(bad=[1], of=[9], champion_bad=[1], champion_of=[90])
+        found = decide(rollout.parsed, 0, {"errors": stream}, requests=9, in_step=timedelta(minutes=3))
+        rollouts.note(conn, rollout, found.reason, [finding.to_json() for finding in found.findings])
+        assert deployments.read(conn, MODEL).challenger_share == 0.05
+    page = check(app, f"/models/{MODEL}")[0]
+    for words in ("Canary of v1", "9 of 30 requests, 3 of 10 minutes", "answers with status 500 or more", "&lt;script"):
+        assert words in page
+    assert app.post(f"/models/{MODEL}/challenger/stop", data={"reason": "enough"}).status_code == 303
+    with transaction() as conn:
+        assert deployments.read(conn, MODEL).challenger is None
+    log_in(app, "viewer")
+    assert app.post(f"/models/{MODEL}/rollout/1", data=wish).status_code == 403
+    assert app.post(f"/models/{MODEL}/challenger/stop", data=wish).status_code == 403

@@ -18,100 +18,20 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from lora import save_base
+from drafts import make_draft, make_version
 from mlflow import MlflowClient
 from safetensors.numpy import load_file, save_file
 
 from infra import storage
 from infra.db import one, transaction
 from infra.errors import Conflict, NotFound, Refused, TunesmithError, Unreachable, UsageError
-from infra.settings import Settings, get_settings
+from infra.settings import get_settings
 from monitoring import watch
 from registry import bases, deletion, deployments, mlflow, versions
-from registry.exchange import export_version, import_from_mlflow, import_version
-from registry.gates import Gate, decide
-from registry.profile import build
-from registry.statistics import mean_ci, paired_difference
+from registry.exchange import export_version, fetched_from_mlflow, import_version
 from registry.verification import verify_version
-from registry.versions import Version, VersionDraft
 
 WHO = {"actor": "os:test@here", "reason": "because"}
-
-
-@pytest.fixture(scope="module")
-def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture
-def base(database: Settings, base_folder: Path) -> bases.Base:
-    """A small real base, known to the test's database and store."""
-    return bases.resolve(str(base_folder))
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> Path:
-    """A LoRA adapter in PEFT's form."""
-    folder = tmp_path_factory.mktemp("adapter")
-    config = {"peft_type": "LORA", "base_model_name_or_path": str(base_folder), "r": 4, "lora_alpha": 8}
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj"]}))
-    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
-    weights = {name.format("A"): np.ones((4, 64), np.float32), name.format("B"): np.zeros((64, 4), np.float32)}
-    save_file(weights, folder / "adapter_model.safetensors")
-    return folder
-
-
-@pytest.fixture
-def model() -> str:
-    """A name of the test's own, since the MLflow server is shared."""
-    return f"m-{uuid.uuid4().hex[:8]}"
-
-
-def _evaluation(gain: float) -> dict[str, Any]:
-    random = np.random.default_rng(1)
-    base = random.normal(3, 0.5, 200)
-    candidate = base - gain + random.normal(0, 0.05, 200)
-    return {
-        "metrics": {
-            "loss": {
-                "candidate": mean_ci(candidate, higher_is_better=False).to_json(),
-                "base": mean_ci(base, higher_is_better=False).to_json(),
-                "champion": None,
-                "vs_base": paired_difference(candidate, base, higher_is_better=False).to_json(),
-                "vs_champion": None,
-            }
-        },
-        "slices": {},
-        "rows": 200,
-        "suites": ["quality"],
-        "examples": [],
-    }
-
-
-def _draft(model: str, base: bases.Base, adapter: Path, *, gain: float = 0.5, seed: int = 1) -> VersionDraft:
-    evaluation = _evaluation(gain)
-    gate = Gate(metric="loss", must="better", against="champion")
-    return VersionDraft(
-        model=model,
-        method="lora",
-        base=base,
-        adapter=adapter,
-        system="Be <brief>.",
-        study=f"{model}-study",
-        trial=3,
-        params={"r": 4, "learning_rate": 1e-5, "seed": seed},
-        evaluation=evaluation,
-        decision=decide([gate], evaluation, on_underpowered="refuse", first=True),
-        profile=build([], []).to_json(),
-        report_html="<h1>report</h1>",
-    )
-
-
-def _register(draft: VersionDraft) -> Version:
-    run = mlflow.start_run(mlflow.experiment_of(draft.model), "train")
-    version = versions.register(versions.seal(draft), run_id=uuid.uuid4(), mlflow_run_id=run)
-    mlflow.end_run(run)
-    return version
 
 
 def _rest(path: str, **params: str) -> Any:
@@ -132,7 +52,7 @@ def _deliver() -> int:
 def test_a_version_carries_its_lineage_into_mlflow(
     mlflow_server: str, base: bases.Base, adapter: Path, model: str
 ) -> None:
-    version = _register(_draft(model, base, adapter))
+    version = make_version(make_draft(model, base, adapter))
     assert (version.number, version.method, version.base_digest) == (1, "lora", base.digest)
     found = _rest("model-versions/get", name=model, version="1")["model_version"]
     tags = {tag["key"]: tag["value"] for tag in found["tags"]}
@@ -164,8 +84,8 @@ def test_a_registration_that_was_interrupted_anywhere_ends_as_one_version(
     mlflow_server: str, base: bases.Base, adapter: Path, model: str
 ) -> None:
     """Killed between MLflow and our row: the same run takes up what MLflow has; a changed bundle replaces it."""
-    digest, run_id = versions.seal(_draft(model, base, adapter)), uuid.uuid4()
-    assert versions.seal(_draft(model, base, adapter)) == digest
+    digest, run_id = versions.seal(make_draft(model, base, adapter)), uuid.uuid4()
+    assert versions.seal(make_draft(model, base, adapter)) == digest
     run = mlflow.start_run(mlflow.experiment_of(model), "train", key="k")
     assert mlflow.start_run(mlflow.experiment_of(model), "train", key="k") == run
 
@@ -185,7 +105,7 @@ def test_a_registration_that_was_interrupted_anywhere_ends_as_one_version(
     calls, run_id = [], uuid.uuid4()
     with pytest.raises(Conflict):
         versions.register(digest, run_id=run_id, mlflow_run_id=run, guard=fenced_off)
-    other = versions.seal(_draft(model, base, adapter, seed=2))
+    other = versions.seal(make_draft(model, base, adapter, seed=2))
     assert versions.register(other, run_id=run_id, mlflow_run_id=run).number == 3
     found = httpx.get(
         f"{mlflow_server}/api/2.0/mlflow/model-versions/search", params={"filter": f"name='{model}'"}, trust_env=False
@@ -197,7 +117,7 @@ def test_aliases_follow_whatever_happened_to_mlflow_meanwhile(
     mlflow_server: str, base: bases.Base, adapter: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for seed in (1, 2):
-        _register(_draft(model, base, adapter, seed=seed))
+        make_version(make_draft(model, base, adapter, seed=seed))
     with transaction() as conn:
         deployments.promote(conn, model, 1, **WHO)
         deployments.canary(conn, model, 2, share=0.1, **WHO)
@@ -240,7 +160,7 @@ def test_who_dies_between_the_commit_and_the_alias_leaves_it_to_the_next(
     mlflow_server: str, base: bases.Base, adapter: Path, model: str
 ) -> None:
     """Fault 7, with a process that is killed while MLflow has its request and has not answered."""
-    _register(_draft(model, base, adapter))
+    make_version(make_draft(model, base, adapter))
     with transaction() as conn:
         deployments.promote(conn, model, 1, **WHO)
         assert deployments.read(conn, model).champion == 1  # what serves waits for nobody
@@ -270,7 +190,7 @@ def test_deleting_a_serving_version_in_mlflow_stops_nothing(
     model: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    version = _register(_draft(model, base, adapter))
+    version = make_version(make_draft(model, base, adapter))
     with transaction() as conn:
         deployments.promote(conn, model, 1, **WHO)
     _deliver()
@@ -318,7 +238,7 @@ def test_mlflow_that_is_down_is_one_sentence(mlflow_server: str, model: str, mon
 def test_a_version_travels_by_export_and_import_with_its_evidence(
     mlflow_server: str, base: bases.Base, adapter: Path, model: str, tmp_path: Path
 ) -> None:
-    version = _register(_draft(model, base, adapter))
+    version = make_version(make_draft(model, base, adapter))
     target = tmp_path / "deep" / "out"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))  # a disk that takes no more
@@ -348,7 +268,7 @@ def test_a_version_travels_by_export_and_import_with_its_evidence(
 def test_a_bundle_whose_profile_cannot_be_read_is_refused(
     base: bases.Base, adapter: Path, model: str, tmp_path: Path, profile: Any
 ) -> None:
-    digest = versions.seal(replace(_draft(model, base, adapter), profile=profile))
+    digest = versions.seal(replace(make_draft(model, base, adapter), profile=profile))
     shutil.copytree(storage.get("bundle", digest), tmp_path / "out")
     with pytest.raises(Refused, match=r"The profile\.json of the bundle in .*out cannot be read: "):
         import_version(tmp_path / "out", f"{model}-b")
@@ -358,7 +278,7 @@ def test_a_bundle_whose_profile_cannot_be_read_is_refused(
 def test_a_bundle_for_another_base_is_refused_with_both_digests(
     base: bases.Base, adapter: Path, model: str, tmp_path: Path, what: str
 ) -> None:
-    shutil.copytree(storage.get("bundle", versions.seal(_draft(model, base, adapter))), tmp_path / "out")
+    shutil.copytree(storage.get("bundle", versions.seal(make_draft(model, base, adapter))), tmp_path / "out")
     manifest = json.loads((tmp_path / "out/version.json").read_text())
     manifest["base"][what] = "sha256:" + "0" * 64
     (tmp_path / "out/version.json").write_text(json.dumps(manifest))
@@ -385,7 +305,7 @@ def test_a_version_of_another_mlflow_is_imported_as_strictly(
     mlflow_server: str, base: bases.Base, adapter: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From a staging home to this one, whose MLflow is only known by an address; and from who knows no Tunesmith."""
-    staged = _register(_draft(model, base, adapter))
+    staged = make_version(make_draft(model, base, adapter))
     client = MlflowClient(tracking_uri=mlflow_server, registry_uri=mlflow_server)
     client.create_registered_model(f"Foreign {model}")
     run = client.create_run(client.create_experiment(f"foreign {model}")).info
@@ -399,16 +319,22 @@ def test_a_version_of_another_mlflow_is_imported_as_strictly(
         came = versions.get(conn, f"{model}-p", 1)
         assert (came.metrics, came.gate, came.evaluation) == (staged.metrics, staged.gate, staged.evaluation)
         assert deployments.promote(conn, f"{model}-p", 1, **WHO).changed
-    made = import_from_mlflow(mlflow_server, f"Foreign {model}", 1, f"{model}-f")
+    with fetched_from_mlflow(mlflow_server, f"Foreign {model}", 1) as path:
+        made = import_version(path, f"{model}-f")
     assert (made.method, made.base_digest, made.gate) == ("imported", base.digest, None)
     with pytest.raises(UsageError, match="holds no PEFT adapters"):
-        import_from_mlflow(mlflow_server, f"Foreign {model}", 2, f"{model}-f")
+        fetch(mlflow_server, f"Foreign {model}", 2)
     with pytest.raises(NotFound):
-        import_from_mlflow(mlflow_server, f"Foreign {model}", 3, f"{model}-f")
+        fetch(mlflow_server, f"Foreign {model}", 3)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     with pytest.raises(Unreachable, match=r"MLflow does not answer at http://127\.0\.0\.1:9 "):
-        import_from_mlflow("http://127.0.0.1:9", model, 1, f"{model}-f")
+        fetch("http://127.0.0.1:9", model, 1)
     assert _command("import", "models:/x", "--mlflow", mlflow_server, "--model", f"{model}-p")[0] == 2
+
+
+def fetch(url: str, name: str, number: int) -> None:
+    with fetched_from_mlflow(url, name, number):
+        pass
 
 
 def _command(*arguments: str) -> tuple[int, str]:
@@ -466,7 +392,7 @@ def test_the_commands_around_a_version(
 ) -> None:
     run = _command
     for seed, gain in ((1, 0.1), (2, 0.6)):
-        _register(_draft(model, base, adapter, gain=gain, seed=seed))
+        make_version(make_draft(model, base, adapter, gain=gain, seed=seed))
     code, out = run("show", f"{model}:2", "--json")
     shown = json.loads(out)
     assert (code, shown["gate"]["decision"], shown["base"]["digest"]) == (0, "pass", base.digest)
@@ -501,7 +427,7 @@ def test_the_commands_around_a_version(
 def test_a_deleted_version_leaves_store_and_mlflow_and_its_number_is_not_given_again(
     base: bases.Base, adapter: Path, model: str, mlflow_server: str
 ) -> None:
-    first, second = (_register(_draft(model, base, adapter, seed=seed)) for seed in (1, 2))
+    first, second = (make_version(make_draft(model, base, adapter, seed=seed)) for seed in (1, 2))
     assert deletion.delete(model, second.number, **WHO)[0] is True
     assert not storage.has("bundle", second.bundle_digest)
     assert storage.has("bundle", first.bundle_digest)
@@ -509,4 +435,4 @@ def test_a_deleted_version_leaves_store_and_mlflow_and_its_number_is_not_given_a
     assert [int(v.version) for v in client.search_model_versions(f"name = '{model}'")] == [first.number]
     with pytest.raises(Exception, match=f"{second.mlflow_model_id}|not found|deleted"):
         client.get_logged_model(str(second.mlflow_model_id))
-    assert _register(_draft(model, base, adapter, seed=3)).number == second.number + 1
+    assert make_version(make_draft(model, base, adapter, seed=3)).number == second.number + 1

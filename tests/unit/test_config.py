@@ -15,6 +15,7 @@ from infra.errors import ConfigError
 from pipelines import config as configs
 from pipelines.config import PipelineConfig, check, load
 from pipelines.config_space import Space
+from registry.rollouts import Plan
 from tests.stacks import new_folder
 
 EXAMPLES = Path(configs.__file__).parent / "examples"
@@ -458,6 +459,25 @@ def test_the_fingerprint_follows_content_and_not_place(tmp_path: Path) -> None:
     assert load(minimal(tmp_path / "one"), ["tuning.seed=1"]).fingerprint() != one.fingerprint()
     (tmp_path / "other" / "train.jsonl").write_text(ROW % 7)
     assert other.fingerprint() != one.fingerprint()
+
+
+def test_a_rollout_is_read_as_people_write_shares(tmp_path: Path) -> None:
+    given = ["promote=canary", "rollout={steps: [5%, 0.25, 100%], min_requests: 30, min_time: 5m, max_time: 2d}"]
+    config = load(minimal(tmp_path), given)
+    assert config.rollout.plan() == Plan(steps=(0.05, 0.25, 1.0), min_requests=30, min_minutes=5, max_hours=48)
+    assert load(minimal(tmp_path)).rollout.plan() == Plan()
+    for wrong, words in (
+        ("{steps: [50%, 5%]}", "rise"),
+        ("{steps: [5]}", "rise"),
+        ("{steps: [ten]}", "is not a share"),
+        ("{steps: [true]}", "is no share"),
+        ("{steps: []}", "rise"),
+        ("{min_requests: 0}", "at least one request"),
+        ("{min_time: 2d}", "at least its minutes within its hours"),
+        ("{alpha: 0.9}", "alpha"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            load(minimal(tmp_path), [f"rollout={wrong}"])
 
 
 def test_reading_a_pipeline_file_imports_nothing_heavy() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from infra.errors import UsageError
-from registry.commands import parse_share, parse_time
-from registry.names import Ref, check_model_name, parse_ref, parse_version
+from registry.commands import parse_time
+from registry.names import Ref, check_model_name, parse_ref, parse_share, parse_version
 
 HOSTILE = [
     "../x",

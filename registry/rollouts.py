@@ -1,0 +1,189 @@
+"""Canaries in steps: a version gets more and more of the traffic, and is promoted or taken back by what it shows.
+
+The rows here say what is being tried and how far it is; deploy/rollout.py decides, monitoring/canaries.py acts. Each
+step is a change of the deployment like any other, in the ledger, by ``tunesmith for <who began it>``. Who changes the
+deployment by hand meanwhile ends the canary: people have the last word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from psycopg.types.json import Jsonb
+
+from infra.db import Connection, load_queries, one
+from infra.errors import Conflict, NotFound, UsageError
+from registry import deployments
+from registry.deployments import Change
+
+SQL = load_queries(Path(__file__).with_suffix(".sql"))
+End = Literal["promoted", "rolled_back", "stopped"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A step is passed with `min_requests` of the challenger's after `min_minutes`; one that has too few after
+    `max_hours` ends the canary, undecided. After the last one the version is promoted. A version that is no worse is
+    taken back with a probability of at most `alpha`, over all steps."""
+
+    steps: tuple[float, ...] = (0.01, 0.05, 0.25, 0.5, 1.0)
+    min_requests: int = 100
+    min_minutes: float = 10.0
+    max_hours: float = 24.0
+    alpha: float = 0.05
+
+    def __post_init__(self) -> None:
+        rising = all(a < b for a, b in zip((0.0, *self.steps), self.steps, strict=False))
+        if not self.steps or not rising or self.steps[-1] > 1:
+            raise UsageError(
+                "The steps of a canary rise from above 0 to at most 1 (100 %).", hint="Such as 5%,25%,100%."
+            )
+        if not (self.min_requests >= 1 and 0 <= self.min_minutes <= 60 * self.max_hours <= 60 * 24 * 365):
+            raise UsageError(
+                "A canary's step needs at least one request, and at least its minutes within its hours.",
+                hint="Look at min_requests, min_minutes and max_hours.",
+            )
+        if not 0 < self.alpha <= 0.5:
+            raise UsageError("A canary's alpha lies between 0 and 0.5.", hint="Such as 0.05.")
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "steps": list(self.steps)}
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Plan:
+        """What is left out is as usual."""
+        return cls(**{**body, **({"steps": tuple(body["steps"])} if "steps" in body else {})})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """A row. `findings` are what the last look showed, `said` what it decided."""
+
+    id: int
+    model: str
+    version: int
+    champion: int
+    plan: dict[str, Any]
+    actor: str
+    reason: str
+    state: Literal["running", "promoted", "rolled_back", "stopped"]
+    step: int
+    begun_at: datetime
+    step_at: datetime
+    seen_at: datetime | None
+    said: str
+    findings: list[dict[str, Any]]
+    ended_at: datetime | None
+
+    @property
+    def parsed(self) -> Plan:
+        return Plan.from_json(self.plan)
+
+    @property
+    def share(self) -> float:
+        """Of the traffic, at the step it is at."""
+        return self.parsed.steps[self.step]
+
+    def to_json(self) -> dict[str, Any]:
+        body = {**asdict(self), "share": self.share, "steps": self.plan["steps"]}
+        times = {name: at.astimezone(UTC) for name, at in body.items() if isinstance(at, datetime)}
+        return {name: value for name, value in (body | times).items() if name != "id"}
+
+
+def begin(
+    conn: Connection, model: str, number: int, plan: Plan, *, actor: str, reason: str,
+    expect_generation: int | None = None,
+) -> tuple[Change, Rollout]:  # fmt: skip
+    """Give a version the first step's share, to be stepped from there; what runs already as asked is left as it is.
+
+    Raises Conflict where another canary in steps runs, and as `deployments.canary` does; Refused also for a version
+    whose gate did not pass, since it could not be promoted in the end.
+    """
+    deployments.check_passed(conn, model, number)
+    now = running(conn, model)
+    if now is not None:
+        if (now.version, now.plan) == (number, plan.to_json()):
+            return Change(changed=False, deployment=deployments.read(conn, model)), now
+        raise Conflict(
+            f"A canary of {model}:{now.version} is at {100 * now.share:g} % already.",
+            hint=f"Stop it first with `tunesmith canary {model} --stop`.",
+        )
+    change = deployments.canary(
+        conn, model, number, share=plan.steps[0], actor=actor, reason=reason, expect_generation=expect_generation
+    )
+    row = one(
+        conn,
+        SQL["begin"],
+        {
+            "model": model,
+            "version": number,
+            "champion": change.deployment.champion,
+            "plan": Jsonb(plan.to_json()),
+            "actor": actor,
+            "reason": reason,
+        },
+    )
+    return change, Rollout(**row)
+
+
+def running(conn: Connection, model: str) -> Rollout | None:
+    row = conn.execute(SQL["running"], {"model": model}).fetchone()
+    return Rollout(**row) if row else None
+
+
+def models(conn: Connection) -> list[str]:
+    """Those with one that runs."""
+    return [str(row["model"]) for row in conn.execute(SQL["all_running"])]
+
+
+def newest(conn: Connection, model: str) -> Rollout:
+    """The one that runs, or the last one that did. Raises NotFound."""
+    deployments.read(conn, model)
+    row = conn.execute(SQL["newest"], {"model": model}).fetchone()
+    if row is None:
+        raise NotFound(
+            f"{model} has had no canary in steps.", hint=f"Begin one: tunesmith rollout {model}:N --reason TEXT"
+        )
+    return Rollout(**row)
+
+
+def lock(conn: Connection, model: str) -> Rollout | None:
+    """The one that runs, for this transaction alone."""
+    row = conn.execute(SQL["lock"], {"model": model}).fetchone()
+    return Rollout(**row) if row else None
+
+
+def note(conn: Connection, rollout: Rollout, said: str, findings: Sequence[Mapping[str, Any]]) -> None:
+    """What a look at it showed."""
+    conn.execute(SQL["note"], {"id": rollout.id, "said": said, "findings": Jsonb(list(findings))})
+
+
+def advance(conn: Connection, rollout: Rollout, reason: str) -> None:
+    """To the next step. Raises as `deployments.canary` does."""
+    share = rollout.parsed.steps[rollout.step + 1]
+    deployments.canary(conn, rollout.model, rollout.version, share=share, actor=_actor(rollout), reason=reason)
+    conn.execute(SQL["advance"], {"id": rollout.id})
+
+
+def promote(conn: Connection, rollout: Rollout, reason: str) -> None:
+    """The version serves. Raises Refused where approvals are missing, and as `deployments.promote` does."""
+    deployments.promote(conn, rollout.model, rollout.version, actor=_actor(rollout), reason=reason)
+    end(conn, rollout, "promoted")
+
+
+def take_back(conn: Connection, rollout: Rollout, reason: str, state: End) -> None:
+    """The champion has all of the traffic again."""
+    deployments.stop(conn, rollout.model, "challenger", actor=_actor(rollout), reason=reason)
+    end(conn, rollout, state)
+
+
+def end(conn: Connection, rollout: Rollout, state: End) -> None:
+    conn.execute(SQL["end"], {"id": rollout.id, "state": state})
+
+
+def _actor(rollout: Rollout) -> str:
+    return f"tunesmith for {rollout.actor}"

@@ -1,0 +1,192 @@
+"""Canaries in steps on real rows: events become windows, windows evidence, evidence changes of the deployment."""
+
+from __future__ import annotations
+
+import uuid
+from datetime import timedelta
+
+import pytest
+import traffic
+from version_rows import add_version, add_versions
+
+from deploy import recorder
+from infra.db import transaction
+from infra.errors import Conflict, NotFound, Refused
+from infra.settings import Settings
+from monitoring import alerts, canaries, watch, windows
+from registry import approvals, deployments, rollouts
+from registry.rollouts import Plan, Rollout
+
+WHO = {"actor": "os:ann@here", "reason": "try it"}
+PLAN = Plan(steps=(0.1, 0.5), min_requests=50, min_minutes=10, max_hours=1)
+PAIR = ("f(x)", "Return x.")
+
+
+@pytest.fixture
+def begun(database: Settings) -> Rollout:
+    """Version 1 of m serves, and 2 has begun its canary."""
+    add_versions("m", "pass", "pass", "pass", "fail")
+    with transaction() as conn:
+        deployments.promote(conn, "m", 1, **WHO)
+        return rollouts.begin(conn, "m", 2, PLAN, **WHO)[1]
+
+
+def serve(version: int, each: int, *, first: int = 15, last: int = 2, **changes: object) -> None:
+    """So many requests in each of the minutes, ``first`` to ``last`` ago."""
+    profile = traffic.profile([], [])
+    events = [
+        traffic.event("m", version, profile, PAIR, at=traffic.minutes_ago(minute)) | changes
+        for minute in range(first, last, -1)
+        for _ in range(each)
+    ]
+    with transaction() as conn:
+        recorder.store(conn, uuid.uuid4(), events)
+        windows.close(conn)
+
+
+def pass_time(minutes: float) -> None:
+    """As if the canary, and its step, had begun so much earlier."""
+    with transaction() as conn:
+        back = timedelta(minutes=minutes)
+        conn.execute("update rollout set begun_at = begun_at - %(b)s, step_at = step_at - %(b)s", {"b": back})
+
+
+def turn() -> None:
+    watcher = watch.Watcher("test")
+    watcher.turn()
+    assert not [step.name for step in watcher._steps if step.failures and step.name != "relaying to MLflow"]
+    watcher.release()
+
+
+def now() -> tuple[Rollout, deployments.Deployment, list[deployments.Entry]]:
+    with transaction() as conn:
+        assert deployments.verify_chain(conn, "m") == []
+        return rollouts.newest(conn, "m"), deployments.read(conn, "m"), deployments.history(conn, "m")
+
+
+def test_a_good_version_goes_from_step_to_step_and_serves(begun: Rollout) -> None:
+    pass_time(20)
+    serve(1, 6)
+    serve(2, 3)
+    turn()
+    rollout, there, _ = now()
+    assert (rollout.state, rollout.step, there.challenger_share) == ("running", 0, 0.1)
+    assert rollout.said == "39 of 50 requests, 20 of 10 minutes"
+    assert [f["name"] for f in rollout.findings] == ["errors", "truncated", "empty", "disliked"]  # nothing came before
+    serve(2, 3)
+    turn()
+    rollout, there, ledger = now()
+    assert (rollout.step, there.challenger, there.challenger_share) == (1, 2, 0.5)
+    assert (ledger[-1].actor, ledger[-1].action) == ("tunesmith for os:ann@here", "canary")
+    assert ledger[-1].reason == "78 requests in 20 minutes and no sign that it is worse: from 10 % to 50 %"
+    turn()
+    assert now()[0].step == 1  # the requests of the step before do not count
+    pass_time(20)
+    turn()
+    rollout, there, ledger = now()
+    assert (rollout.state, there.champion, there.challenger) == ("promoted", 2, None)
+    assert ledger[-1].reason.endswith("all steps are passed")
+    assert rollout.ended_at is not None
+    turn()
+    assert now()[2] == ledger
+
+
+def test_a_worse_version_is_taken_back(begun: Rollout) -> None:
+    pass_time(20)
+    serve(1, 10)
+    serve(2, 2, status=503)
+    turn()
+    rollout, there, ledger = now()
+    assert (rollout.state, there.champion, there.challenger) == ("rolled_back", 1, None)
+    assert (ledger[-1].action, ledger[-1].slot) == ("stop", "challenger")
+    assert "it is worse: 100 % answers with status 500 or more, the champion's 0 %, of 26 requests" in rollout.said
+
+
+def test_slow_and_long_are_told_by_what_the_champion_did_before(begun: Rollout) -> None:
+    serve(1, 40, first=50, last=45)
+    pass_time(20)
+    serve(1, 20)
+    serve(2, 20, latency_ms=250.0)
+    turn()
+    rollout, _, _ = now()
+    assert rollout.state == "rolled_back"
+    assert {f["name"] for f in rollout.findings if f["worse"]} == {"slow", "slowest"}
+    assert "slower" in rollout.said
+
+
+def test_who_changes_the_deployment_by_hand_has_the_last_word(begun: Rollout) -> None:
+    with transaction() as conn:
+        deployments.stop(conn, "m", "challenger", **WHO)
+    turn()
+    assert (now()[0].state, now()[0].said) == ("stopped", "the deployment was changed by hand")
+    with transaction() as conn:
+        rollouts.begin(conn, "m", 2, PLAN, **WHO)
+        deployments.canary(conn, "m", 2, share=0.3, **WHO)
+    turn()
+    assert (now()[0].state, now()[1].challenger_share) == ("stopped", 0.3)
+    with transaction() as conn:
+        rollouts.begin(conn, "m", 3, PLAN, **WHO)
+        deployments.promote(conn, "m", 3, **WHO)
+    turn()
+    assert now()[0].state == "promoted"
+
+
+def test_too_little_traffic_ends_it_undecided(begun: Rollout) -> None:
+    pass_time(61)
+    turn()
+    rollout, there, _ = now()
+    assert (rollout.state, there.challenger) == ("stopped", None)
+    assert rollout.said == "0 of 50 requests in 1 hours: too few to tell"
+
+
+def test_an_alert_of_its_own_takes_it_back(begun: Rollout) -> None:
+    with transaction() as conn:
+        for version in (1, 2):
+            conn.execute(
+                "insert into alert (id, model, version, rule, severity, message)"
+                " values (%s, 'm', %s, 'drift', 'warning', 'other questions')",
+                (uuid.uuid4(), version),
+            )
+        canaries.step(conn, "m", traffic.minutes_ago(0))
+    assert now()[0].state == "running"  # the world changed, not the version
+    with transaction() as conn:
+        conn.execute("update alert set closed_at = now() where version = 1")
+        canaries.step(conn, "m", traffic.minutes_ago(0))
+        assert [a["version"] for a in alerts.listing(conn)] == [2]
+    assert now()[0].state == "rolled_back"
+    assert "drift: other questions" in now()[2][-1].reason
+
+
+def test_approvals_that_are_missing_hold_it_at_the_last_step(database: Settings) -> None:
+    add_versions("m", "pass")
+    with transaction() as conn:
+        add_version(conn, "m", 2, approvals=1)
+        deployments.promote(conn, "m", 1, **WHO)
+        rollouts.begin(conn, "m", 2, Plan(steps=(0.5,), min_requests=10, min_minutes=0), **WHO)
+    pass_time(20)
+    serve(2, 1)
+    turn()
+    rollout, there, _ = now()
+    assert (rollout.state, there.champion, there.challenger) == ("running", 1, 2)
+    assert "all steps are passed, but m:2 is not promoted: it needs 1 approval" in rollout.said
+    with transaction() as conn:
+        approvals.approve(conn, "m", 2, actor="os:bob@here", role="operator", reason="read it")
+    turn()
+    assert (now()[0].state, now()[1].champion) == ("promoted", 2)
+
+
+def test_one_canary_at_a_time_and_only_of_what_passed(begun: Rollout) -> None:
+    with transaction() as conn:
+        change, same = rollouts.begin(conn, "m", 2, PLAN, **WHO)
+        assert (change.changed, same) == (False, begun)
+    for plan, number in ((Plan(), 2), (PLAN, 3)):
+        with transaction() as conn, pytest.raises(Conflict, match="m:2 is at 10 % already"):
+            rollouts.begin(conn, "m", number, plan, **WHO)
+    with transaction() as conn, pytest.raises(Refused, match="its gate decision is fail"):
+        rollouts.begin(conn, "m", 4, PLAN, **WHO)
+    add_versions("alone", "pass")
+    with transaction() as conn, pytest.raises(Refused, match="No version of alone serves"):
+        rollouts.begin(conn, "alone", 1, PLAN, **WHO)
+    with transaction() as conn, pytest.raises(NotFound, match="has had no canary in steps"):
+        rollouts.newest(conn, "alone")
+    assert now()[0] == begun
