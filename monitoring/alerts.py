@@ -20,6 +20,7 @@ from psycopg.types.json import Jsonb
 from infra.db import Connection, load_queries, one
 from monitoring import windows
 from monitoring.windows import Window
+from registry import notifications
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
 log = logging.getLogger(__name__)
@@ -154,14 +155,53 @@ def apply(conn: Connection, model: str, version: int, findings: Sequence[Finding
             )
             if row["opened"]:
                 log.warning("alert: %s", finding.message)
-        elif finding.state == "calm" and conn.execute(SQL["close"], key).fetchone():
+                _tell(conn, "opened", key | row | {"severity": finding.severity, "message": finding.message})
+        elif finding.state == "calm" and (row := conn.execute(SQL["close"], key).fetchone()):
             log.info("alert over: %s of %s:%d", finding.rule, model, version)
+            _tell(conn, "closed", key | row)
         elif (
             finding.state == "unknown"
             and finding.rule != "drift"
-            and conn.execute(SQL["close_silent"], {**key, "seconds": _SILENT.total_seconds()}).fetchone()
+            and (row := conn.execute(SQL["close_silent"], {**key, "seconds": _SILENT.total_seconds()}).fetchone())
         ):
             log.info("alert closed for want of traffic: %s of %s:%d", finding.rule, model, version)
+            _tell(conn, "closed", key | row)
+
+
+def _tell(conn: Connection, what: Literal["opened", "closed"], alert: Mapping[str, Any]) -> None:
+    """Whoever is to be told; nobody of what is silenced, nor of mere information."""
+    model, rule = alert["model"], alert["rule"]
+    if alert["severity"] == "info" or silenced(conn, model, rule) is not None:
+        return
+    version = f"?version={alert['version']}" if alert["version"] else ""
+    place = f"/drift{version}" if "drift" in rule else f"/versions/{alert['version']}" if alert["version"] else ""
+    names = ("model", "version", "rule", "severity", "message", "opened_at", "closed_at")
+    data = {name: alert.get(name) for name in names} | {"url": notifications.page(model, place)}
+    body = {"type": f"alert.{what}", "timestamp": alert["closed_at" if what == "closed" else "opened_at"], "data": data}
+    notifications.enqueue(conn, model, f"alert-{alert['id']}-{what}", body)
+
+
+def silence(conn: Connection, model: str, rule: str | None, span: timedelta, *, actor: str, reason: str) -> datetime:
+    """Tell nobody of a model's alerts, or of one rule's, for a while; until when."""
+    values = {"model": model, "rule": rule, "seconds": span.total_seconds(), "actor": actor, "reason": reason}
+    until: datetime = one(conn, SQL["silence"], values)["until"]
+    return until
+
+
+def unsilence(conn: Connection, model: str) -> int:
+    """Tell of them again; how many silences that ended."""
+    return conn.execute(SQL["unsilence"], {"model": model}).rowcount
+
+
+def silenced(conn: Connection, model: str, rule: str) -> datetime | None:
+    """Until when nobody is told of a rule."""
+    until: datetime | None = one(conn, SQL["silenced"], {"model": model, "rule": rule})["until"]
+    return until
+
+
+def silences(conn: Connection) -> list[Mapping[str, Any]]:
+    """Those in force, what ends first before the rest."""
+    return list(conn.execute(SQL["silences"]))
 
 
 def close_retired(conn: Connection, model: str, versions: Sequence[int], settings: Mapping[str, Any]) -> None:
@@ -169,6 +209,7 @@ def close_retired(conn: Connection, model: str, versions: Sequence[int], setting
     rules = ["drift"] + [f"{r.metric} {'above' if r.above is not None else 'below'}" for r in rules_of(settings)]
     for row in conn.execute(SQL["close_retired"], {"model": model, "versions": list(versions), "rules": rules}):
         log.info("alert over: %s of %s:%d, which serves no more", row["rule"], model, row["version"])
+        _tell(conn, "closed", {"model": model, **row})
 
 
 def listing(conn: Connection, model: str | None = None, *, closed: bool = False) -> list[Mapping[str, Any]]:

@@ -3,26 +3,41 @@ insert into alert (id, model, version, rule, severity, message, details)
 values (%(id)s, %(model)s, %(version)s, %(rule)s, %(severity)s, %(message)s, %(details)s)
 on conflict (model, coalesce(version, 0), rule) where closed_at is null do update
     set seen_at = now(), severity = excluded.severity, message = excluded.message, details = excluded.details
-returning id, (xmax = 0) as opened
+returning id, opened_at, (xmax = 0) as opened
 
 -- name: close
 update alert set closed_at = now()
 where model = %(model)s and version = %(version)s and rule = %(rule)s and closed_at is null
-returning id
+returning id, severity, message, opened_at, closed_at
 
 -- name: close_silent
 -- Neither confirmed nor over for long: there is no traffic that could tell.
 update alert set closed_at = now()
 where model = %(model)s and version = %(version)s and rule = %(rule)s and closed_at is null
     and seen_at < now() - make_interval(secs => %(seconds)s)
-returning id
+returning id, severity, message, opened_at, closed_at
 
 -- name: close_retired
 -- Alerts of versions that hold no slot any more, and of rules that were taken out of the settings.
 update alert a set closed_at = now()
 where a.model = %(model)s and a.closed_at is null and a.version is not null
     and not (a.version = any(%(versions)s) and a.rule = any(%(rules)s))
-returning a.id, a.version, a.rule
+returning a.id, a.version, a.rule, a.severity, a.message, a.opened_at, a.closed_at
+
+-- name: silence
+insert into silence (model, rule, until, actor, reason)
+values (%(model)s, %(rule)s, now() + make_interval(secs => %(seconds)s), %(actor)s, %(reason)s)
+returning until
+
+-- name: unsilence
+update silence set until = now() where model = %(model)s and until > now()
+
+-- name: silenced
+select max(until) as until from silence
+where model = %(model)s and (rule is null or rule = %(rule)s) and until > now()
+
+-- name: silences
+select model, rule, until, actor, reason from silence where until > now() order by until
 
 -- name: list
 select id, model, version, rule, severity, message, details, opened_at, seen_at, closed_at

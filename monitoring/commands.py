@@ -293,15 +293,58 @@ def alerts(model: str | None, closed: bool, as_json: bool) -> None:
         check_model_name(model)
     with transaction() as conn:
         found = kept.listing(conn, model, closed=closed)
+        silences = [each for each in kept.silences(conn) if model in (None, each["model"])]
     if as_json:
-        print_json({"alerts": [dict(alert) for alert in found]})
+        print_json({"alerts": [dict(alert) for alert in found], "silences": [dict(each) for each in silences]})
         return
     if not found:
         out.print("No alert is open.")
+    for each in silences:
+        until = f"{each['until'].astimezone(UTC):%Y-%m-%d %H:%M:%SZ}"
+        what = f"{each['model']}: {each['rule'] or 'all rules'}"
+        out.print(escape(safe(f"nobody is told of {what} until {until}: {each['reason']} ({each['actor']})")))
     for alert in found:
         state = "open" if alert["closed_at"] is None else f"over since {alert['closed_at'].astimezone(UTC):%H:%M:%SZ}"
         opened = f"{alert['opened_at'].astimezone(UTC):%Y-%m-%d %H:%M:%SZ}"
         out.print(f"{opened}  {alert['severity']:8}  {state}  {escape(safe(alert['message']))}")
+
+
+@click.command()
+@click.argument("model")
+@click.option("--rule", help="One rule, as `alerts` names it, such as drift; else all of the model's.")
+@click.option("--for", "span", help="How long, such as 2h.")
+@click.option("--off", is_flag=True, help="Tell of the model's alerts again.")
+@click.option("--reason", default="", help="Why; others see it.")
+@json_option
+def silence(model: str, rule: str | None, span: str | None, off: bool, reason: str, as_json: bool) -> None:
+    """Have nobody told of a model's alerts for a while; they open and close all the same."""
+    from infra.db import transaction
+    from infra.durations import parse_duration
+    from infra.errors import UsageError
+    from monitoring import alerts as kept
+    from registry import deployments
+
+    if off == (span is not None):
+        raise UsageError("Say for how long, or --off.", hint="Such as --for 2h.")
+    with transaction() as conn:
+        deployments.read(conn, model)
+        if span is None:
+            ended = kept.unsilence(conn, model)
+            told = {"model": model, "ended": ended}
+            said = f"{ended} silences ended." if ended != 1 else "1 silence ended."
+        else:
+            text = deployments.check_reason(reason, required=True)
+            try:
+                length = parse_duration(span)
+            except ValueError as error:
+                raise UsageError(f"--for: {error}.") from error
+            until = kept.silence(conn, model, rule, length, actor=deployments.actor_here(), reason=text)
+            told = {"model": model, "rule": rule, "until": until}
+            said = f"Nobody is told of {model}'s alerts until {until.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}."
+    if as_json:
+        print_json(told)
+    else:
+        out.print(said, markup=False)
 
 
 # ---------------------------------------------------------------- feedback

@@ -38,7 +38,8 @@ values (%(model)s, %(generation)s, %(at)s, %(actor)s, %(action)s, %(slot)s, %(fr
 insert into outbox (kind, model) values ('mlflow_aliases', %(model)s)
 
 -- name: notify
-insert into notification (model, generation) values (%(model)s, %(generation)s)
+insert into notification (model, generation, target)
+select %(model)s, %(generation)s, target from unnest(array['webhook', 'slack']) as target
 
 -- name: champions
 select action, from_version, to_version from ledger

@@ -1,8 +1,10 @@
-"""Signed notifications: a webhook is told of every change of a deployment, at least once and in order.
+"""Notifications: a webhook, signed, and Slack are told of every change of a deployment and of alerts, at least once
+and in order.
 
 The form is that of Standard Webhooks (github.com/standard-webhooks/standard-webhooks): ``webhook-id``,
 ``webhook-timestamp`` (Unix seconds) and ``webhook-signature: v1,<base64 of HMAC-SHA-256 over "id.timestamp.body">``.
-What is told is the ledger's entry, so a receiver can check the chain; a repeated message has the same id.
+What is told of a change is the ledger's entry, so a receiver can check the chain; a repeated message has the same id.
+Slack, and whatever takes its incoming webhooks' form, gets ``{"text"}``.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ import ssl
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import SplitResult, urlsplit
 
 import orjson
+from psycopg.types.json import Jsonb
 
 from infra.db import Connection, load_queries
 from infra.errors import Refused, TunesmithError, Unreachable
@@ -30,30 +33,48 @@ from registry.deployments import Entry
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
 log = logging.getLogger(__name__)
+Target = Literal["webhook", "slack"]
 
 _SECONDS = 4.0  # for one answer; the watcher has more to do
 _ATTEMPTS = 60  # at most five minutes apart: about five hours
 
 
-def deliver(conn: Connection, limit: int = 20) -> int:
-    """Tell the webhook of the entries that wait, oldest first; returns how many it took (answered 2xx).
+def enqueue(conn: Connection, model: str, name: str, body: Mapping[str, Any]) -> None:
+    """Have a message of this id told once the transaction is committed: ``{"type", "timestamp", "data"}``."""
+    text = orjson.dumps(body, option=orjson.OPT_UTC_Z | orjson.OPT_NAIVE_UTC, default=str)
+    conn.execute(SQL["enqueue"], {"model": model, "name": name, "message": Jsonb(orjson.loads(text))})
 
-    The first that fails keeps its place, and all are tried again after 1, 2, 4 ... 300 seconds; after `_ATTEMPTS` it is
-    given up, with a line in the log. Nothing is raised for it. Without ``TUNESMITH_WEBHOOK_URL`` nobody is told.
+
+def deliver(conn: Connection, limit: int = 20) -> int:
+    """Tell the webhook, and Slack, what waits for each, oldest first; returns how many were taken (answered 2xx).
+
+    The first that fails keeps its place, and all for that address are tried again after 1, 2, 4 ... 300 seconds; after
+    `_ATTEMPTS` it is given up, with a line in the log. Nothing is raised for it. Without an address nobody is told.
     """
     settings = get_settings()
-    if settings.webhook_url is None:
-        conn.execute(SQL["nobody"])
+    urls: dict[Target, str | None] = {"webhook": settings.webhook_url, "slack": settings.slack_url}
+    return sum(_deliver(conn, target, url, limit) for target, url in urls.items())
+
+
+def _deliver(conn: Connection, target: Target, url: str | None, limit: int) -> int:
+    if url is None:
+        conn.execute(SQL["nobody"], {"target": target})
         return 0
     taken = 0
-    for row in conn.execute(SQL["open"], {"limit": limit}).fetchall():
-        number, attempts = row.pop("id"), row.pop("attempts")
+    for row in conn.execute(SQL["open"], {"limit": limit, "target": target}).fetchall():
+        number, attempts, name, body = (row.pop(column) for column in ("id", "attempts", "name", "message"))
+        if body is None:
+            name, body = f"ledger-{row['model']}-{row['generation']}", message(Entry(**row))
         try:
-            send(settings.webhook_url, f"ledger-{row['model']}-{row['generation']}", message(Entry(**row)))
+            if target == "slack":
+                send(url, {"text": in_words(body)})
+            else:
+                send(url, body, sign_as=name)
         except TunesmithError as error:
-            told = {"id": number, "error": str(error)[:1000], "seconds": min(300.0, 2.0 ** min(attempts, 9))}
+            told = {"id": number, "target": target, "error": str(error)[:1000]}
+            told["seconds"] = min(300.0, 2.0 ** min(attempts, 9))
             if attempts + 1 >= _ATTEMPTS:
-                log.error("the webhook was never told of %s generation %d: %s", row["model"], row["generation"], error)
+                log.error("the %s was never told of %s: %s", target, name, error)
                 conn.execute(SQL["give_up"], told)
                 continue
             log.warning("notifications wait %.0f s: %s", told["seconds"], error)
@@ -75,25 +96,54 @@ def message(entry: Entry) -> dict[str, Any]:
     return {"type": "deployment.changed", "timestamp": body["at"], "data": body}
 
 
-def send(url: str, name: str, body: Mapping[str, Any]) -> None:
-    """POST a signed message. Follows no redirect and goes through no proxy.
+def in_words(body: Mapping[str, Any]) -> str:
+    """A message as a line for people, in Slack's own mark-up, with a link to the page that explains it."""
+    data = body["data"]
+    if body["type"] == "deployment.changed":
+        share = f" {100 * data['share']:g} %" if data["share"] is not None else ""
+        forced = ", forced" if data["forced"] else ""
+        what = f"{data['action']}{share}: {data['slot']} {data['from'] or 'none'} -> {data['to'] or 'none'}{forced}"
+        text = f"{data['model']}: {what}, by {data['actor']}" + (f": {data['reason']}" if data["reason"] else "")
+        return _escaped(text) + _link(page(data["model"]), "the model")
+    over = " is over" if body["type"] == "alert.closed" else ""
+    severity, rule = data["severity"].upper(), data["rule"]
+    return f"*{severity}*{over} ({_escaped(rule)}) {_escaped(data['message'])}" + _link(data["url"], "what happened")
+
+
+def page(model: str, rest: str = "") -> str | None:
+    """The address of a model's page in the console, as far as this process knows the gateway's."""
+    url = get_settings().gateway_url
+    return f"{url.rstrip('/')}/models/{model}{rest}" if url else None
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _link(url: str | None, words: str) -> str:
+    return f" <{url}|{words}>" if url else ""
+
+
+def send(url: str, body: Mapping[str, Any], *, sign_as: str | None = None) -> None:
+    """POST a message, signed under an id where one is given. Follows no redirect and goes through no proxy.
 
     Raises Refused for an address that is not allowed (before anything is sent), Unreachable when there is no answer,
     TunesmithError for an answer other than 2xx.
     """
     settings = get_settings()
-    if settings.webhook_secret is None:
-        raise Refused("TUNESMITH_WEBHOOK_URL is set, but TUNESMITH_WEBHOOK_SECRET is not.", hint="Set both.")
+    text, now = orjson.dumps(body, option=orjson.OPT_UTC_Z | orjson.OPT_NAIVE_UTC), str(int(time.time()))
+    head = {"content-type": "application/json", "user-agent": "tunesmith"}
+    if sign_as is not None:
+        if settings.webhook_secret is None:
+            raise Refused("TUNESMITH_WEBHOOK_URL is set, but TUNESMITH_WEBHOOK_SECRET is not.", hint="Set both.")
+        secret = settings.webhook_secret.get_secret_value()
+        head |= {
+            "webhook-id": sign_as,
+            "webhook-timestamp": now,
+            "webhook-signature": signature(secret, sign_as, now, text),
+        }
     parts = urlsplit(url)
     address = _checked(parts, private=settings.allow_private_webhooks)
-    text, now = orjson.dumps(body, option=orjson.OPT_UTC_Z | orjson.OPT_NAIVE_UTC), str(int(time.time()))
-    head = {
-        "content-type": "application/json",
-        "user-agent": "tunesmith",
-        "webhook-id": name,
-        "webhook-timestamp": now,
-        "webhook-signature": signature(settings.webhook_secret.get_secret_value(), name, now, text),
-    }
     connection = _connected(parts, address)
     try:
         connection.request("POST", (parts.path or "/") + (f"?{parts.query}" if parts.query else ""), text, head)

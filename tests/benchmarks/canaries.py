@@ -1,5 +1,5 @@
-"""Do canaries in steps keep what they promise? Versions that are no worse are taken back in at most 5 % of rollouts, and
-ones that are 10 % worse are caught within REQUESTS of their own, a number fixed before the run: 1,000 simulated
+"""Do canaries in steps keep what they promise? Versions that are no worse are taken back in at most 5 % of rollouts,
+and ones that are 10 % worse are caught within REQUESTS of their own, a number fixed before the run: 1,000 simulated
 rollouts for each line.
 
     python tests/benchmarks/canaries.py [--short]
@@ -129,9 +129,7 @@ def roll_out(case: Case, random: np.random.Generator) -> tuple[str, int]:
             if since < LOOK and not passed:
                 continue
             since = 0
-            found = decide(
-                PLAN, step, sides.streams(before), requests=here, in_step=timedelta(minutes=minutes)
-            )
+            found = decide(PLAN, step, sides.streams(before), requests=here, in_step=timedelta(minutes=minutes))
             if found.action in ("roll_back", "promote"):
                 return found.action, seen
             if found.action == "advance":
@@ -142,8 +140,9 @@ def roll_out(case: Case, random: np.random.Generator) -> tuple[str, int]:
 def main() -> None:
     runs = 60 if "--short" in sys.argv else RUNS
     broken = []
-    print(f"{runs:,} rollouts a line; steps {', '.join(f'{100 * s:g} %' for s in PLAN.steps)} of {PER_MINUTE} requests a "
-          f"minute, {PLAN.min_requests:,} of the challenger's a step, alpha {PLAN.alpha:g}")  # fmt: skip
+    steps = ", ".join(f"{100 * share:g} %" for share in PLAN.steps)
+    print(f"{runs:,} rollouts a line; steps {steps} of {PER_MINUTE} requests a minute, {PLAN.min_requests:,} of the "
+          f"challenger's a step, alpha {PLAN.alpha:g}")  # fmt: skip
     for number, case in enumerate(CASES):
         random, begun = np.random.default_rng(number), time.monotonic()
         ends = [roll_out(case, random) for _ in range(runs)]

@@ -13,12 +13,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from version_rows import add_versions
 
 from infra.db import one, transaction
 from infra.errors import Refused, TunesmithError, Unreachable
 from infra.settings import Settings, get_settings
-from monitoring import watch
+from monitoring import alerts, watch
+from monitoring.alerts import Finding
+from pipelines.cli import main
 from registry import deployments, notifications
 
 SECRET = "a secret that both of us know"
@@ -31,6 +34,7 @@ class Receiver:
     statuses: list[int] = field(default_factory=list)  # what the next requests get; then 200
     got: list[dict[str, Any]] = field(default_factory=list)
     refused: int = 0
+    slack: list[str] = field(default_factory=list)
 
 
 @pytest.fixture
@@ -40,6 +44,12 @@ def receiver(database: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Re
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
+            if self.path == "/slack":
+                assert self.headers["webhook-signature"] is None
+                made.slack.append(json.loads(body)["text"])
+                self.send_response(200)
+                self.end_headers()
+                return
             status = made.statuses.pop(0) if made.statuses else 200
             name, at = self.headers["webhook-id"], self.headers["webhook-timestamp"]
             right = hmac.new(SECRET.encode(), f"{name}.{at}.".encode() + body, hashlib.sha256).digest()
@@ -116,11 +126,11 @@ def test_what_fails_is_told_again_and_keeps_its_place(receiver: Receiver) -> Non
     assert deliver() == 2
     assert [each["data"]["generation"] for each in receiver.got] == [1, 2]
     with transaction() as conn:
-        rows = conn.execute("select attempts, error from notification order by id").fetchall()
+        rows = conn.execute("select attempts, error from notification where target = 'webhook' order by id").fetchall()
         assert [(row["attempts"], row["error"]) for row in rows] == [(3, None), (1, None)]
         conn.execute("update notification set done_at = now() - interval '40 days' where generation = 1")
         notifications.drop_old(conn, 30)
-        assert one(conn, "select count(*) as n from notification")["n"] == 1
+        assert one(conn, "select count(*) as n from notification where target = 'webhook'")["n"] == 1
 
 
 def test_what_can_never_be_told_is_given_up(receiver: Receiver, caplog: pytest.LogCaptureFixture) -> None:
@@ -156,7 +166,7 @@ def test_private_addresses_are_refused_unless_allowed(receiver: Receiver, monkey
     get_settings.cache_clear()
     for url in [*PRIVATE, receiver.url]:
         with pytest.raises(TunesmithError) as told:
-            notifications.send(url, "x", {})
+            notifications.send(url, {}, sign_as="x")
         # A kernel without IPv6 does not know such addresses at all
         assert isinstance(told.value, Refused | Unreachable), url
         assert "private or reserved" in told.value.message or "is not known" in told.value.message, url
@@ -164,7 +174,7 @@ def test_private_addresses_are_refused_unless_allowed(receiver: Receiver, monkey
     assert deliver() == 0
     assert receiver.got == []
     with transaction() as conn:
-        assert "private or reserved" in one(conn, "select error from notification")["error"]
+        assert "private or reserved" in one(conn, "select error from notification where target = 'webhook'")["error"]
     assert all(notifications._public(text) for text in ("8.8.8.8", "2001:4860:4860::8888", "::ffff:8.8.8.8"))
     assert not any(notifications._public(text) for text in ("::ffff:10.0.0.1", "64:ff9b::a9fe:a9fe", "fe80::1%eth0"))
 
@@ -179,6 +189,83 @@ def test_without_a_webhook_nobody_is_told(receiver: Receiver, monkeypatch: pytes
     promote(2)
     assert deliver() == 1
     assert [each["data"]["generation"] for each in receiver.got] == [2]
+
+
+@pytest.fixture
+def slack(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> Receiver:
+    """The same server, which takes Slack's messages too; and the console has an address."""
+    monkeypatch.setenv("TUNESMITH_SLACK_URL", receiver.url.replace("/hook?a=1", "/slack"))
+    monkeypatch.setenv("TUNESMITH_GATEWAY_URL", "http://127.0.0.1:8080/")
+    get_settings.cache_clear()
+    return receiver
+
+
+def judge(rule: str, state: Any, **more: Any) -> None:
+    with transaction() as conn:
+        alerts.apply(conn, "m", 2, [Finding(rule=rule, state=state, message="m:2: it is <slow> & late", **more)])
+
+
+def test_alerts_are_told_when_they_open_and_when_they_are_over(slack: Receiver) -> None:
+    for state in ("over", "over", "between", "calm", "calm"):
+        judge("p95_latency_ms above", state, severity="critical")
+        deliver()
+    assert [each["type"] for each in slack.got] == ["alert.opened", "alert.closed"]
+    opened, closed = (each["data"] for each in slack.got)
+    assert (opened["rule"], opened["severity"], opened["version"], opened["closed_at"]) == (
+        "p95_latency_ms above", "critical", 2, None,
+    )  # fmt: skip
+    assert closed["closed_at"] is not None
+    assert opened["url"] == "http://127.0.0.1:8080/models/m/versions/2"
+    assert len({each["id"] for each in slack.got}) == 2
+    link = "<http://127.0.0.1:8080/models/m/versions/2|what happened>"
+    assert slack.slack == [
+        f"*CRITICAL* (p95_latency_ms above) m:2: it is &lt;slow&gt; &amp; late {link}",
+        f"*CRITICAL* is over (p95_latency_ms above) m:2: it is &lt;slow&gt; &amp; late {link}",
+    ]
+
+
+def test_changes_are_told_to_slack_in_words(slack: Receiver) -> None:
+    promote(1)
+    with transaction() as conn:
+        deployments.canary(conn, "m", 2, share=0.1, actor="os:t@here")
+    deliver()
+    page = " <http://127.0.0.1:8080/models/m|the model>"
+    assert slack.slack == [
+        f"m: promote: champion none -&gt; 1, by os:t@here: because{page}",
+        f"m: canary 10 %: challenger none -&gt; 2, by os:t@here{page}",
+    ]
+    assert len(slack.got) == 2
+
+
+def test_a_slack_that_is_away_holds_up_no_webhook(slack: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_SLACK_URL", "http://127.0.0.1:9/")
+    get_settings.cache_clear()
+    promote(1)
+    assert deliver() == 1
+    monkeypatch.setenv("TUNESMITH_SLACK_URL", slack.url.replace("/hook?a=1", "/slack"))
+    get_settings.cache_clear()
+    again()
+    assert (deliver(), len(slack.slack), len(slack.got)) == (1, 1, 1)
+
+
+def test_nobody_is_told_of_what_is_silenced_or_mere_information(slack: Receiver) -> None:
+    judge("cost_usd above", "over", severity="info")
+    silence = CliRunner().invoke(main, ["silence", "m", "--rule", "drift", "--for", "2h", "--reason", "known"])
+    assert silence.exit_code == 0
+    judge("drift", "over")
+    judge("error_rate above", "over")
+    deliver()
+    assert [each["data"]["rule"] for each in slack.got] == ["error_rate above"]
+    listed = CliRunner().invoke(main, ["alerts"]).output
+    assert "nobody is told of m: drift until" in listed
+    assert listed.count("open  ") == 3  # they are there all the same
+    assert "1 silence ended" in CliRunner().invoke(main, ["silence", "m", "--off"]).output
+    judge("drift", "calm")
+    deliver()
+    assert [each["type"] for each in slack.got] == ["alert.opened", "alert.closed"]
+    for wrong, code in ((["--for", "2h"], 2), (["--for", "soon", "--reason", "x"], 2), ([], 2), (["--off"], 0)):
+        assert CliRunner().invoke(main, ["silence", "m", *wrong]).exit_code == code
+    assert CliRunner().invoke(main, ["silence", "none", "--off"]).exit_code == 5
 
 
 def test_a_secret_may_be_base64() -> None:
