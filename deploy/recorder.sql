@@ -1,3 +1,7 @@
+-- name: with_erasures
+-- Erasures that run end first (monitoring/erasure.sql), so that none of them misses these rows
+lock table erasure in row share mode
+
 -- name: make_stage
 create temporary table if not exists stage (like request_event) on commit delete rows
 
@@ -13,9 +17,12 @@ insert into request_event (
     completion_tokens, ttft_ms, latency_ms, engine_seconds, cost_usd, finish_reason, features, subject, messages, answer
 )
 select
-    id, at, batch, model, version, slot, key_id, client_request_id, status, error, stream, prompt_tokens,
-    completion_tokens, ttft_ms, latency_ms, engine_seconds, cost_usd, finish_reason, features, subject, messages, answer
-from stage
+    id, s.at, batch, model, version, slot, key_id, case when not gone then client_request_id end, status, error, stream,
+    prompt_tokens, completion_tokens, ttft_ms, latency_ms, engine_seconds, cost_usd, finish_reason, features,
+    case when not gone then subject end, case when not gone then messages end, case when not gone then answer end
+from stage s
+-- What was on its way when its sender was erased is stored without whose it was and what it said
+cross join lateral (select exists (select from erasure e where e.subject = s.subject and e.at >= s.at) as gone) as erased
 on conflict do nothing
 
 -- name: insert_batch

@@ -347,6 +347,29 @@ def silence(model: str, rule: str | None, span: str | None, off: bool, reason: s
         out.print(said, markup=False)
 
 
+@click.command()
+@click.argument("user")
+@click.option("--reason", required=True, help="Why, such as the request's number; it stays on record. No names.")
+@json_option
+def erase(user: str, reason: str, as_json: bool) -> None:
+    """Erase the text of all requests that named this USER, and what was said about their answers."""
+    from infra.db import transaction
+    from monitoring import erasure
+    from registry import deployments
+
+    with transaction() as conn:
+        done = erasure.erase(conn, user, actor=deployments.actor_here(), reason=reason)
+    if as_json:
+        print_json(done)
+        return
+    out.print(f"Erased the text of {done['events']} requests and of {done['feedback']} pieces of feedback.")
+    if done["datasets"]:
+        names = ", ".join(f"{v['model']}:{v['version']} ({v['how']})" for v in done["versions"]) or "no version"
+        places = sorted({place["digest"] for place in done["datasets"]})
+        out.print(safe(f"Corrections of theirs are rows of {', '.join(places)}; {names} saw them."), markup=False)
+        out.print("Train again without them, then `tunesmith delete` those versions.")
+
+
 # ---------------------------------------------------------------- feedback
 
 

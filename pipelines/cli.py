@@ -48,6 +48,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "drift": ("monitoring.commands:drift", "Has the traffic moved away from what the version knows?"),
     "cost": ("monitoring.commands:cost", "What a model costs."),
     "alerts": ("monitoring.commands:alerts", "Open alerts."),
+    "erase": ("monitoring.commands:erase", "Erase one person's data."),
     "silence": ("monitoring.commands:silence", "Have nobody told of a model's alerts for a while."),
     "feedback": ("monitoring.commands:feedback", "Send corrections in bulk."),
     "keys": ("deploy.commands:keys", "Create, list and revoke API keys."),
