@@ -1,6 +1,8 @@
-"""The commands of this package: keys, engine."""
+"""The commands of this package: keys, limits, engine."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import click
 
@@ -72,6 +74,67 @@ def revoke(key_id: str, as_json: bool) -> None:
         print_json(vars(gone))
     else:
         out.print(f"{gone.id} is revoked.")
+
+
+@click.command()
+@click.argument("whose", metavar="key:ID | model:NAME")
+@click.option("--requests-per-minute", "requests", type=click.FloatRange(min=0))
+@click.option("--tokens-per-minute", "tokens", type=click.FloatRange(min=0), help="Of prompts and answers.")
+@click.option("--usd-per-day", "usd", type=click.FloatRange(min=0), help="By the model's price; a day is UTC's.")
+@click.option("--off", is_flag=True, help="Take all its limits away.")
+@json_option
+def limit(
+    whose: str, requests: float | None, tokens: float | None, usd: float | None, off: bool, as_json: bool
+) -> None:
+    """What a key or a model may use, over all gateways; beyond it they answer 429."""
+    from deploy import budgets
+    from infra.db import transaction
+    from infra.errors import UsageError
+    from registry.deployments import actor_here
+
+    scope, name = budgets.parse_whose(whose)
+    given: dict[budgets.Kind, float | None] = {"requests": requests, "tokens": tokens, "usd": usd}
+    amounts = {kind: amount for kind, amount in given.items() if amount is not None}
+    if off == bool(amounts):
+        raise UsageError("Name a limit, or --off.", hint="Such as --requests-per-minute 60.")
+    with transaction() as conn:
+        if off:
+            budgets.unlimit(conn, scope, name)
+        else:
+            budgets.limit(conn, scope, name, amounts, actor=actor_here())
+        mine = [row for row in budgets.listing(conn) if (row["scope"], row["name"]) == (scope, name)]
+    _show_limits(mine, as_json)
+
+
+@click.command()
+@json_option
+def limits(as_json: bool) -> None:
+    """All limits, and how much of each is taken in this minute or day."""
+    from deploy import budgets
+    from infra.db import transaction
+
+    with transaction() as conn:
+        found = budgets.listing(conn)
+    _show_limits(found, as_json)
+
+
+def _show_limits(rows: list[dict[str, Any]], as_json: bool) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    if as_json:
+        print_json({"limits": rows})
+        return
+    if not rows:
+        out.print("There is no limit.")
+        return
+    table = Table("whose", "limit", "taken", "by", box=None)
+    for row in rows:
+        whose = f"{row['scope']}:{row['name']}" + (f" ({row['key_name']})" if row["key_name"] else "")
+        span = "a day" if row["kind"] == "usd" else "a minute"
+        cells = (whose, f"{row['amount']:,g} {row['kind']} {span}", f"{row['used']:,.6g}", row["actor"])
+        table.add_row(*(escape(safe(cell)) for cell in cells))
+    out.print(table)
 
 
 @click.command()

@@ -23,6 +23,7 @@ from starlette.routing import BaseRoute, Route
 from deploy.api import control_api
 from deploy.auth import Auth, Guard, identify, needs
 from deploy.bounds import Bounds
+from deploy.budgets import Budgets
 from deploy.errors import crashed, explain, json_response
 from deploy.follower import Follower
 from deploy.inference import Inference, Limits
@@ -44,13 +45,14 @@ def create_app(settings: Settings, *, routes: Sequence[BaseRoute] = (), limits: 
     recorder = Recorder(settings.home / "spool", replica)
     upstream = Upstream(settings.engine_secret.get_secret_value() if settings.engine_secret else None)
     follower = Follower(settings, upstream, replica)
-    inference = Inference(follower, upstream, recorder, metrics, limits or Limits())
+    budgets = Budgets()
+    inference = Inference(follower, upstream, recorder, metrics, budgets, limits or Limits())
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         recorder.start()
         await upstream.open()
-        tasks = [asyncio.create_task(auth.run()), asyncio.create_task(follower.run())]
+        tasks = [asyncio.create_task(part.run()) for part in (auth, follower, budgets)]
         try:
             yield
         finally:

@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 from uuid_utils.compat import uuid7
 
 from deploy.auth import Identity, NotAllowed, error_json
+from deploy.budgets import Budgets, OverLimit
 from deploy.follower import Follower
 from deploy.metrics import Metrics
 from deploy.recorder import Event, Recorder
@@ -113,12 +114,19 @@ class Inference:
     """Answers inference requests; one a gateway."""
 
     def __init__(
-        self, follower: Follower, upstream: Upstream, recorder: Recorder, metrics: Metrics, limits: Limits
+        self,
+        follower: Follower,
+        upstream: Upstream,
+        recorder: Recorder,
+        metrics: Metrics,
+        budgets: Budgets,
+        limits: Limits,
     ) -> None:
         self.follower = follower
         self.upstream = upstream
         self.recorder = recorder
         self.metrics = metrics
+        self.budgets = budgets
         self.limits = limits
         self._in_flight = 0
         self._shadows: set[asyncio.Task[None]] = set()
@@ -148,6 +156,7 @@ class Inference:
                 raise Busy("Too many requests are being answered.", hint="Try again in a second.")
             call.asked = parse_request(kind, await self._body(headers, receive))
             call.wanted = parse(call.asked.model)
+            await self.budgets.admit(call.identity.key_id, call.wanted.model)
             await self._unless_gone(call, receive, self._answer(call, send))
         except TunesmithError as error:
             call.status, call.error = error.http_status, f"{error.code}: {error.message}"
@@ -267,12 +276,15 @@ class Inference:
         self, call: _Call, send: Send, status: int, content_type: bytes, more: tuple[tuple[bytes, bytes], ...]
     ) -> None:
         limit = self.limits.concurrent
+        places = {
+            b"x-ratelimit-limit-requests": b"%d" % limit,
+            b"x-ratelimit-remaining-requests": b"%d" % max(0, limit - self._in_flight),
+            b"x-ratelimit-reset-requests": b"1s",
+        }
         headers = [
             (b"content-type", content_type),
             (b"x-request-id", str(call.id).encode()),
-            (b"x-ratelimit-limit-requests", b"%d" % limit),
-            (b"x-ratelimit-remaining-requests", b"%d" % max(0, limit - self._in_flight)),
-            (b"x-ratelimit-reset-requests", b"1s"),
+            *(places | dict(self.budgets.headers(call.identity.key_id))).items(),
             *more,
         ]
         if call.served is not None:
@@ -293,7 +305,8 @@ class Inference:
         if call.sent:
             await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n"})
             return
-        more = ((b"retry-after", b"1"),) if error.http_status in (429, 503) else ()
+        seconds = error.retry_after if isinstance(error, OverLimit) else 1
+        more = ((b"retry-after", b"%d" % seconds),) if error.http_status in (429, 503) else ()
         if error.http_status in (408, 413):  # the rest of the body was not read
             more = ((b"connection", b"close"),)
         await self._send_whole(call, send, body, more)
@@ -315,6 +328,9 @@ class Inference:
             if call.first_at is not None:
                 self.metrics.first_token.labels(name).observe(call.first_at - call.started)
             cost = served.price.cost_usd(call.prompt_tokens, call.completion_tokens, call.engine_seconds)
+            if call.slot != "shadow":  # which nobody asked for
+                tokens = call.prompt_tokens + call.completion_tokens
+                self.budgets.spend(call.identity.key_id, served.model, tokens=tokens, usd=cost)
         if asked is not None and served is not None and call.status == 200:
             text = "".join(call.text)
             features = tuple(

@@ -110,8 +110,6 @@ def decide(
     def say(action: Literal["wait", "advance", "promote", "roll_back", "stop"], reason: str) -> Decision:
         return Decision(action=action, reason=reason, evidence=_exp(overall), findings=findings)
 
-    if alerts:
-        return say("roll_back", f"an alert is open for it and not for the champion: {alerts[0]}")
     if worse := [f for f in findings if f.worse]:
         first = max(worse, key=lambda f: f.evidence)
         return say(
@@ -119,6 +117,8 @@ def decide(
             f"it is worse: {_percent(first.share)} {first.words}, the champion's {_percent(first.champion_share)}, of "
             f"{first.requests:,} requests (evidence {_exp(overall):.3g}, needed {needed:g})",
         )
+    if alerts:
+        return say("roll_back", f"an alert is open for it and not for the champion: {alerts[0]}")
     minutes = in_step.total_seconds() / 60
     if requests >= plan.min_requests and minutes >= plan.min_minutes:
         seen = f"{requests:,} requests in {minutes:.0f} minutes and no sign that it is worse"

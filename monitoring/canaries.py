@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 
 from deploy.rollout import Decision, Stream, decide
-from infra.db import Connection, load_queries
+from infra.db import Connection, load_queries, one
 from infra.errors import Refused
 from monitoring import windows
 from monitoring.windows import Counts, Window
@@ -25,6 +25,7 @@ _FEWEST = 50  # answers before the canary, without which nothing is called slow 
 _FLAGS = ("truncated", "empty")
 
 Count = Callable[[Window], tuple[int, int]]  # how many were bad, and of how many
+Minutes = Mapping[tuple[int, datetime], tuple[int, int]]  # the same, by version and minute
 
 
 def step(conn: Connection, model: str, now: datetime) -> None:
@@ -70,18 +71,21 @@ def look(conn: Connection, rollout: Rollout, now: datetime) -> Decision:
     begun, until = windows.ceil(rollout.begun_at, "minute"), windows.floor(now - _LATE, "minute")
     both = (rollout.version, rollout.champion)
     points = windows.series(conn, rollout.model, both, rollout.begun_at, now, "minute")
-    counts = _counted(windows.read(conn, rollout.model, rollout.champion, rollout.begun_at - _BEFORE, rollout.begun_at))
-    streams = {}
-    for name, (count, before) in counts.items():
-        found = {(p.version, p.start): count(p.window) for p in points if begun <= p.start < until}
-        streams[name] = _stream(rollout, found, before)
+    watched = _counted(
+        windows.read(conn, rollout.model, rollout.champion, rollout.begun_at - _BEFORE, rollout.begun_at)
+    )
+    found: dict[str, Minutes] = {
+        name: {(p.version, p.start): count(p.window) for p in points if begun <= p.start < until}
+        for name, (count, _) in watched.items()
+    }
+    before = {name: earlier for name, (_, earlier) in watched.items()}
     span = {"model": rollout.model, "since": rollout.begun_at, "until": until, "versions": list(both)}
-    rated = {(r["version"], r["start"]): (r["bad"], r["n"]) for r in conn.execute(SQL["rated"], span)}
-    earlier = span | {
-        "version": rollout.champion, "since": rollout.begun_at - _BEFORE, "until": rollout.begun_at,
-    }  # fmt: skip
-    row = conn.execute(SQL["rated_before"], earlier).fetchone() or {"bad": 0, "n": 0}
-    streams["disliked"] = _stream(rollout, rated, (row["bad"], row["n"]))
+    found["disliked"] = {(r["version"], r["start"]): (r["bad"], r["n"]) for r in conn.execute(SQL["rated"], span)}
+    earlier = {"since": rollout.begun_at - _BEFORE, "until": rollout.begun_at, "version": rollout.champion}
+    row = one(conn, SQL["rated_before"], span | earlier)
+    before["disliked"] = (row["bad"], row["n"])
+    minutes = sorted({start for each in found.values() for _, start in each})
+    streams = {name: _stream(rollout, minutes, counts, before[name]) for name, counts in found.items()}
     alerts = conn.execute(SQL["alerts"], span | {"version": rollout.version, "champion": rollout.champion})
     return decide(
         rollout.parsed,
@@ -97,10 +101,10 @@ def look(conn: Connection, rollout: Rollout, now: datetime) -> Decision:
     )
 
 
-def _stream(rollout: Rollout, found: Mapping[tuple[int, datetime], tuple[int, int]], before: tuple[int, int]) -> Stream:
-    minutes = sorted({start for _, start in found})
-    ours = [found.get((rollout.version, minute), (0, 0)) for minute in minutes]
-    theirs = [found.get((rollout.champion, minute), (0, 0)) for minute in minutes]
+def _stream(rollout: Rollout, minutes: Sequence[datetime], counts: Minutes, before: tuple[int, int]) -> Stream:
+    """Both sides' counts in the same minutes as everything else has."""
+    ours = [counts.get((rollout.version, minute), (0, 0)) for minute in minutes]
+    theirs = [counts.get((rollout.champion, minute), (0, 0)) for minute in minutes]
     return Stream(
         bad=[bad for bad, _ in ours], of=[of for _, of in ours],
         champion_bad=[bad for bad, _ in theirs], champion_of=[of for _, of in theirs], before=before,

@@ -19,6 +19,7 @@ from typing import Any
 
 from psycopg import sql
 
+from deploy import budgets
 from deploy.recorder import ensure_partitions
 from infra import storage
 from infra.db import Connection, load_queries, one, transaction
@@ -235,6 +236,7 @@ class Watcher:
             drift.drop_old(conn, max(days, 90))
             mlflow.drop_old(conn, days)
             notifications.drop_old(conn, days)
+            budgets.drop_old(conn)
             mlflow.reconcile(conn)
 
 

@@ -51,6 +51,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "erase": ("monitoring.commands:erase", "Erase one person's data."),
     "silence": ("monitoring.commands:silence", "Have nobody told of a model's alerts for a while."),
     "feedback": ("monitoring.commands:feedback", "Send corrections in bulk."),
+    "limit": ("deploy.commands:limit", "What a key or a model may use."),
+    "limits": ("deploy.commands:limits", "All limits, and what is taken of them."),
     "keys": ("deploy.commands:keys", "Create, list and revoke API keys."),
     "serve": ("monitoring.commands:serve", "The gateway and the console, one process."),
     "engine": ("deploy.commands:engine", "One base and its adapters, one process."),

@@ -37,7 +37,7 @@ def sign(folder: Path) -> str | None:
     key = _of_private(settings.signing_key)
     password = settings.signing_key_password
     # Named in what is signed, so that whoever checks the folder knows that this file is not part of it
-    ignoring = hashing.Config().set_ignored_paths(paths=[folder / SIGNATURE])
+    ignoring = hashing.Config().set_ignored_paths(paths=[SIGNATURE])
     with tempfile.TemporaryDirectory(prefix="tunesmith-sign-") as scratch:
         made = Path(scratch, SIGNATURE)
         config = signing.Config().set_hashing_config(ignoring)
@@ -45,7 +45,7 @@ def sign(folder: Path) -> str | None:
             private_key=settings.signing_key, password=password.get_secret_value().encode() if password else None
         )
         config.sign(folder, made)
-        new = folder / f".{SIGNATURE}"  # there whole or not at all: the folder may be one of the store's
+        new = folder.parent / f".{folder.name}.sig"  # there whole or not at all: the folder may be one of the store's
         new.write_bytes(made.read_bytes())
         new.replace(folder / SIGNATURE)
     return _name(key)

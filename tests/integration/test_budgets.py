@@ -1,0 +1,170 @@
+"""Limits over several gateways, on real rows and real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from serving import Stand, add_version, make_stand
+
+from deploy import budgets, commands
+from deploy.budgets import Budgets, Limit, OverLimit
+from infra import ports
+from infra.db import one, transaction
+from infra.errors import NotFound, UsageError
+from infra.settings import Settings, get_settings
+from registry import deployments
+from tests.conftest import forget
+
+
+@pytest.fixture
+def stand(database: Settings) -> Iterator[Stand]:
+    add_version("demo", 1)
+    with transaction() as conn:
+        deployments.promote(conn, "demo", 1, actor="test", reason="test", force=True)
+    with make_stand(database.home) as stand, stand.running_engine(), stand.running_gateway():
+        stand.wait_ready()
+        yield stand
+
+
+def key_id(stand: Stand, role: str = "service") -> str:
+    return stand.keys[role].split("_")[1]
+
+
+def limit(whose: str, **amounts: float) -> None:
+    scope, name = budgets.parse_whose(whose)
+    with transaction() as conn:
+        budgets.limit(conn, scope, name, amounts, actor="test")  # type: ignore[arg-type]
+
+
+def early_in_a_minute(needed: float = 20) -> None:
+    """Spans are minutes of the clock, and a test wants to be within one."""
+    with transaction() as conn:
+        left = 60 - float(one(conn, "select extract(second from clock_timestamp())::float8 as s")["s"])
+    if left < needed:
+        time.sleep(left + 0.1)
+
+
+def statuses(stand: Stand, count: int, role: str = "service") -> list[int]:
+    return [stand.ask(role=role).status_code for _ in range(count)]
+
+
+def test_a_limit_of_requests_holds_over_two_gateways(stand: Stand) -> None:
+    second = replace(stand, url=f"http://127.0.0.1:{ports.free()}")
+    with second.running_gateway():
+        second.wait_ready()
+        early_in_a_minute()
+        limit(f"key:{key_id(stand)}", requests=10)
+        time.sleep(2.2)  # within two seconds everywhere
+        got = [each.ask() for _ in range(15) for each in (stand, second)]
+    assert [answer.status_code for answer in got].count(200) == 10
+    refused = next(answer for answer in got if answer.status_code == 429)
+    assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+    assert "has used its 10 requests a minute" in refused.json()["error"]["message"]
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    assert (refused.headers["x-ratelimit-limit-requests"], refused.headers["x-ratelimit-remaining-requests"]) == (
+        "10", "0",
+    )  # fmt: skip
+    assert statuses(stand, 2, role="operator") == [200, 200]  # another key
+    with transaction() as conn:
+        assert [row["used"] for row in budgets.listing(conn)] == [10]
+    assert [event["status"] for event in stand.wait_events(32)].count(429) == 20
+
+
+def test_tokens_and_money_are_counted_when_they_are_known(stand: Stand) -> None:
+    early_in_a_minute()
+    limit("model:demo", tokens=20)  # an answer here has 8
+    time.sleep(2.2)
+    assert statuses(stand, 5) == [200, 200, 200, 429, 429]
+    with transaction() as conn:
+        budgets.unlimit(conn, "model", "demo")
+    limit(f"key:{key_id(stand)}", usd=5e-7)  # and costs 2.8e-7
+    time.sleep(2.2)
+    assert statuses(stand, 4) == [200, 200, 429, 429]
+    assert "$5e-07 a day" in stand.ask().json()["error"]["message"]
+    limit(f"key:{key_id(stand)}", usd=1.0)
+    time.sleep(2.2)
+    assert statuses(stand, 1) == [200]
+
+
+RUNNER = asyncio.Runner()  # one loop, as a gateway has
+
+
+def admitted(purses: Budgets, key: str, count: int) -> int:
+    async def each() -> bool:
+        try:
+            await purses.admit(key, "demo")
+        except OverLimit:
+            return False
+        return True
+
+    async def work() -> int:
+        return sum(await asyncio.gather(*(each() for _ in range(count))))
+
+    return RUNNER.run(work())
+
+
+@pytest.mark.parametrize("amount", [1, 7, 50])
+def test_many_at_once_take_no_more_than_there_is(database: Settings, amount: int) -> None:
+    early_in_a_minute(10)
+    wanted = Limit(scope="key", name="k", kind="requests", amount=amount)
+    total = 0
+    for _ in range(3):
+        purses = Budgets()
+        purses._set([wanted])
+        total += admitted(purses, "k", 100)
+    assert total == amount
+
+
+def test_a_refusal_of_the_models_limit_costs_the_key_nothing(database: Settings) -> None:
+    early_in_a_minute(10)
+    purses = Budgets()
+    purses._set([
+        Limit(scope="key", name="k", kind="requests", amount=100),
+        Limit(scope="model", name="demo", kind="requests", amount=2),
+    ])  # fmt: skip
+    assert admitted(purses, "k", 30) == 2
+    assert purses._purses["key", "k", "requests"].left == pytest.approx(5 - 2)
+
+
+def test_while_the_database_is_away_a_gateway_counts_alone(database: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    early_in_a_minute(10)
+    wanted = Limit(scope="key", name="k", kind="requests", amount=20)
+    purses = Budgets()
+    purses._set([wanted])
+    with monkeypatch.context() as patch:
+        patch.setenv("TUNESMITH_DATABASE_URL", f"postgresql://nobody:none@127.0.0.1:{ports.free()}/postgres")
+        forget()
+        assert admitted(purses, "k", 15) == 15
+        assert admitted(purses, "k", 15) == 5
+    forget()
+    purses._set([replace(wanted, amount=25)])
+    # What was used meanwhile is told, and counts
+    assert admitted(purses, "k", 15) == 5
+    with transaction() as conn:
+        assert one(conn, "select sum(used) as n from spending")["n"] == 25
+
+
+def test_limits_are_set_shown_and_taken_away(database: Settings) -> None:
+    add_version("demo", 1)
+
+    def run(command: Any, *arguments: str) -> Any:
+        return CliRunner().invoke(command, list(arguments), env={"COLUMNS": "200"})
+
+    assert run(commands.limit, "model:demo", "--requests-per-minute", "60", "--usd-per-day", "5").exit_code == 0
+    shown = run(commands.limits).output
+    assert "60 requests a minute" in shown
+    assert "5 usd a day" in shown
+    assert "no limit" in run(commands.limit, "model:demo", "--off").output
+    for arguments, error in (
+        (["model:none", "--usd-per-day", "1"], NotFound), (["key:none", "--usd-per-day", "1"], NotFound),
+        (["demo", "--usd-per-day", "1"], UsageError), (["model:demo"], UsageError),
+        (["model:demo", "--off", "--usd-per-day", "1"], UsageError),
+    ):  # fmt: skip
+        assert isinstance(run(commands.limit, *arguments).exception, error), arguments
+    assert get_settings().database_url is not None
