@@ -348,6 +348,53 @@ def silence(model: str, rule: str | None, span: str | None, off: bool, reason: s
 
 
 @click.command()
+@click.argument("version", metavar="MODEL:N")
+@_span_options
+@click.option("--limit", type=click.IntRange(1, 10_000), default=200, show_default=True, help="The newest requests.")
+@click.option("--shadow", is_flag=True, help="Nothing is sent: compare what it answered as a shadow.")
+@json_option
+def replay(version: str, since: str, until: str | None, limit: int, shadow: bool, as_json: bool) -> None:
+    """Send MODEL:N what people asked the champion, before it serves, and compare the answers."""
+    from infra.console import err as progress
+    from infra.db import transaction
+    from infra.errors import UsageError
+    from monitoring import replay as replays
+    from registry import deployments, versions
+    from registry.names import parse_version
+    from registry.statistics import Estimate, in_words
+
+    model, number = parse_version(version)
+    begin, end = _span(since, until)
+    with transaction() as conn:
+        versions.get(conn, model, number)
+        champion = deployments.read(conn, model).champion
+        pairs = replays.shadowed(conn, model, number, begin, end, limit) if shadow else []
+    if champion is None or champion == number:
+        raise UsageError(f"{version} has no other champion to be compared with.", hint="Name another version.")
+    if not shadow:
+        tell = lambda done, of: progress.print(f"{done} of {of} requests") if done % 50 == 0 or done == of else None
+        pairs = replays.sent_again(model, number, champion, begin, end, limit, tell)
+    found = {"model": model, "version": number, "champion": champion, "source": "shadow" if shadow else "replay"}
+    found |= replays.compare(pairs)
+    if as_json:
+        print_json(found)
+        return
+    out.print(f"{version} beside {model}:{champion}: {found['requests']} requests, {found['failed']} failed")
+    for name, words in (("same", "the same answer"), ("similarity", "similarity (chrF)"), ("tokens", "tokens more"),
+                        ("latency_ms", "milliseconds more")):  # fmt: skip
+        out.print(f"  {words}: {in_words(Estimate.from_json(found[name]).to_json())}", markup=False)
+    for example in found["examples"]:
+        out.print(safe(f"- {_line(example['question'])}"), markup=False)
+        out.print(safe(f"    then: {_line(example['then'])}"), markup=False)
+        out.print(safe(f"    now:  {_line(example['now'])}"), markup=False)
+
+
+def _line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 160 else line[:159] + "…"
+
+
+@click.command()
 @click.argument("user")
 @click.option("--reason", required=True, help="Why, such as the request's number; it stays on record. No names.")
 @json_option

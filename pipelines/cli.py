@@ -45,6 +45,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "shadow": ("registry.commands:shadow", "Send a version copies of the traffic."),
     "history": ("registry.commands:history", "Who changed what serves, when and why."),
     "monitor": ("monitoring.commands:monitor", "Latency, errors, tokens and cost."),
+    "replay": ("monitoring.commands:replay", "Send a version what people asked the champion, and compare."),
     "drift": ("monitoring.commands:drift", "Has the traffic moved away from what the version knows?"),
     "cost": ("monitoring.commands:cost", "What a model costs."),
     "alerts": ("monitoring.commands:alerts", "Open alerts."),
