@@ -156,16 +156,16 @@ def apply(conn: Connection, model: str, version: int, findings: Sequence[Finding
             if row["opened"]:
                 log.warning("alert: %s", finding.message)
                 _tell(conn, "opened", key | row | {"severity": finding.severity, "message": finding.message})
-        elif finding.state == "calm" and (row := conn.execute(SQL["close"], key).fetchone()):
+        elif finding.state == "calm" and (over := conn.execute(SQL["close"], key).fetchone()):
             log.info("alert over: %s of %s:%d", finding.rule, model, version)
-            _tell(conn, "closed", key | row)
+            _tell(conn, "closed", key | over)
         elif (
             finding.state == "unknown"
             and finding.rule != "drift"
-            and (row := conn.execute(SQL["close_silent"], {**key, "seconds": _SILENT.total_seconds()}).fetchone())
+            and (over := conn.execute(SQL["close_silent"], {**key, "seconds": _SILENT.total_seconds()}).fetchone())
         ):
             log.info("alert closed for want of traffic: %s of %s:%d", finding.rule, model, version)
-            _tell(conn, "closed", key | row)
+            _tell(conn, "closed", key | over)
 
 
 def _tell(conn: Connection, what: Literal["opened", "closed"], alert: Mapping[str, Any]) -> None:

@@ -355,7 +355,6 @@ def silence(model: str, rule: str | None, span: str | None, off: bool, reason: s
 @json_option
 def replay(version: str, since: str, until: str | None, limit: int, shadow: bool, as_json: bool) -> None:
     """Send MODEL:N what people asked the champion, before it serves, and compare the answers."""
-    from infra.console import err as progress
     from infra.db import transaction
     from infra.errors import UsageError
     from monitoring import replay as replays
@@ -372,9 +371,18 @@ def replay(version: str, since: str, until: str | None, limit: int, shadow: bool
     if champion is None or champion == number:
         raise UsageError(f"{version} has no other champion to be compared with.", hint="Name another version.")
     if not shadow:
-        tell = lambda done, of: progress.print(f"{done} of {of} requests") if done % 50 == 0 or done == of else None
+
+        def tell(done: int, of: int) -> None:
+            if done % 50 == 0 or done == of:
+                err.print(f"{done} of {of} requests")
+
         pairs = replays.sent_again(model, number, champion, begin, end, limit, tell)
-    found = {"model": model, "version": number, "champion": champion, "source": "shadow" if shadow else "replay"}
+    found: dict[str, Any] = {
+        "model": model,
+        "version": number,
+        "champion": champion,
+        "source": "shadow" if shadow else "replay",
+    }
     found |= replays.compare(pairs)
     if as_json:
         print_json(found)

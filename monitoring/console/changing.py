@@ -8,7 +8,7 @@ from starlette.responses import RedirectResponse, Response
 
 from deploy.auth import check_force
 from infra.db import Connection, transaction
-from infra.errors import NotFound, Refused, TunesmithError
+from infra.errors import NotFound, Refused, TunesmithError, UsageError
 from monitoring.console import model
 from monitoring.console.render import SQL, Visit, draw, whole
 from registry import approvals, deployments, rollouts
@@ -52,7 +52,7 @@ def begin_rollout(visit: Visit) -> Response:
     try:
         plan = rollouts.Plan(
             steps=tuple(parse_share(part) for part in visit.form.get("steps", "").split(",")),
-            min_requests=whole(visit.form.get("requests", ""), "requests"),
+            min_requests=_count(visit.form.get("requests", "")),
         )
         with transaction() as conn:
             rollouts.begin(
@@ -69,6 +69,12 @@ def begin_rollout(visit: Visit) -> Response:
             return _ask(visit, number, error, "rollout")
         raise
     return RedirectResponse(f"/models/{name}", 303)
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise UsageError(f"{text[:40]!a} is no number of requests.", hint="Such as 100.")
+    return int(text)
 
 
 def stop_challenger(visit: Visit) -> Response:

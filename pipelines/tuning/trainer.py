@@ -369,7 +369,7 @@ class _Run:
 
 def shares(most: int) -> list[int]:
     """Numbers of adapters that are tried in one pass, by which a group divides well: 1, all, and a half of many."""
-    return sorted({1, most} | ({-(-most // 2)} if most >= _MANY else set()))
+    return sorted({1, max(1, most)} | ({-(-most // 2)} if most >= _MANY else set()))
 
 
 def _as_it_came(hidden_states: Any, *_: Any, **__: Any) -> Any:

@@ -75,7 +75,8 @@ def test_what_may_not_come_in_stays_out(
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     with pytest.raises(TunesmithError, match=r"^The bundle in what was sent is refused: .* has digest "):
         there(stand).import_(tmp_path / "out", model, base=None)
-    for path, error in ((tmp_path / "none", NotFound), (tmp_path, UsageError)):
+    (tmp_path / "empty").mkdir()
+    for path, error in ((tmp_path / "none", NotFound), (tmp_path / "empty", UsageError)):
         with pytest.raises(error):
             there(stand).import_(path, model, base=None)
 

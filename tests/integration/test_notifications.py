@@ -139,7 +139,7 @@ def test_what_can_never_be_told_is_given_up(receiver: Receiver, caplog: pytest.L
     with transaction() as conn:
         conn.execute("update notification set attempts = 59 where generation = 1")
     assert deliver() == 1
-    assert "never told of m generation 1" in caplog.text
+    assert "never told of ledger-m-1" in caplog.text
     assert [each["data"]["generation"] for each in receiver.got] == [2]
 
 

@@ -87,7 +87,7 @@ def test_what_is_worse_is_taken_back_and_said() -> None:
 
 
 def test_a_difference_that_does_not_matter_takes_nobody_back() -> None:
-    tolerated = {"slow": constant(2000, 51, 100, 50, 100)}
+    tolerated = {"slow": constant(2000, 515, 1000, 500, 1000)}
     found = asked(tolerated)
     assert found.evidence > 20
     assert found.action == "advance"
