@@ -76,7 +76,8 @@ def test_a_version_carries_its_lineage_into_mlflow(
     ]
     states = {check.name: check.state for check in verify_version(model, 1)}
     assert states == {
-        "bundle": "ok", "evidence": "ok", "mlflow": "ok", "base": "ok", "dataset": "none", "ledger": "ok",
+        "bundle": "ok", "signature": "none", "evidence": "ok", "mlflow": "ok", "base": "ok", "dataset": "none",
+        "ledger": "ok",
     }  # fmt: skip
 
 
