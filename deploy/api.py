@@ -291,8 +291,8 @@ def _changes(app: FastAPI) -> None:
     @app.post("/models/{model}/rollout", summary="Begin a canary in steps: more and more traffic, by what it shows")
     def begin_rollout(model: str, body: Beginning, who: Operator) -> Response:
         plan = rollouts.Plan.from_json(body.plan.model_dump(exclude_none=True))
-        with transaction() as conn:
-            done, begun = rollouts.begin(
+        return change(
+            lambda conn: rollouts.begin(
                 conn,
                 model,
                 body.version,
@@ -301,8 +301,7 @@ def _changes(app: FastAPI) -> None:
                 reason=body.reason,
                 expect_generation=body.expect_generation,
             )
-        etag = {"etag": f'"{done.deployment.generation}"'}
-        return json_response(done.to_json() | {"rollout": begun.to_json()}, headers=etag)
+        )
 
     @app.post("/models/{model}/promote", summary="Make a version the champion")
     def promote(model: str, body: Promotion, who: Operator) -> Response:

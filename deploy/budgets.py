@@ -9,6 +9,7 @@ under way use beyond that is taken from what comes next. While the database is a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
@@ -81,7 +82,7 @@ class _Purse:
 
     limit: Limit
     left: float = 0.0
-    owed: float = 0.0
+    owed: float = 0.0  # of this span
     used: float = 0.0  # of all gateways, when it was last looked at
     ends: float = 0.0
     empty: bool = False
@@ -89,7 +90,7 @@ class _Purse:
 
     def roll_over(self, now: float) -> None:
         if now >= self.ends:
-            self.left, self.empty, self.used = min(self.left, 0.0), False, 0.0
+            self.left, self.owed, self.empty, self.used = min(self.left, 0.0), 0.0, False, 0.0
 
 
 class Budgets:
@@ -111,6 +112,16 @@ class Budgets:
             except Exception:
                 log.exception("limits could not be read")
             await asyncio.sleep(_REFRESH_SECONDS)
+
+    async def close(self) -> None:
+        """Give back what was taken and not used."""
+        now = time.monotonic()
+        rest = [(purse.limit, -purse.left) for purse in self._purses.values() if purse.left > 0 and now < purse.ends]
+        with contextlib.suppress(TunesmithError, psycopg.Error, OSError, TimeoutError):
+            loop = asyncio.get_running_loop()
+            for limit, back in rest:
+                given = loop.run_in_executor(self._thread, _grant, limit, back, 0.0)
+                await asyncio.wait_for(given, _WAIT_SECONDS)
 
     def _set(self, limits: list[Limit]) -> None:
         there = {limit.key for limit in limits}
@@ -185,25 +196,32 @@ class Budgets:
 
     async def _take(self, purse: _Purse, need: float) -> None:
         limit = purse.limit
-        debt = max(0.0, -purse.left) + purse.owed
+        debt, owed = max(0.0, -purse.left), purse.owed
         part = max(need, limit.amount / _PARTS)
-        loop = asyncio.get_running_loop()
+
+        def told(grant: asyncio.Future[tuple[float, float, float]]) -> None:
+            """What was owed is told and what was granted is ours, also when it comes late; answers spend meanwhile."""
+            if grant.cancelled() or grant.exception() is not None:
+                return
+            granted, used, seconds = grant.result()
+            purse.left += debt + granted
+            purse.owed, purse.used, purse.ends = max(0.0, purse.owed - owed), used, time.monotonic() + seconds
+            purse.empty = purse.left < need or purse.left <= 0
+
+        grant = asyncio.get_running_loop().run_in_executor(self._thread, _grant, limit, debt + owed, part)
         try:
-            asked = loop.run_in_executor(self._thread, _take, limit, debt, part)
-            granted, used, seconds = await asyncio.wait_for(asked, _WAIT_SECONDS)
+            await asyncio.wait_for(asyncio.shield(grant), _WAIT_SECONDS)
+            told(grant)
         except (TunesmithError, psycopg.Error, OSError, TimeoutError) as error:
-            log.warning("limits are counted here alone: %s", error or type(error).__name__)
-            seconds = _LENGTHS[limit.unit] - time.time() % _LENGTHS[limit.unit]
-            granted = max(0.0, min(part, limit.amount - purse.owed))
-            purse.owed += granted
-            purse.left += granted
-        else:
-            purse.left = max(0.0, purse.left) + granted
-            purse.owed, purse.used = 0.0, used
-        purse.ends = time.monotonic() + seconds
+            grant.add_done_callback(told)
+            log.warning("limits are counted here alone: %s", str(error) or type(error).__name__)
+            length = _LENGTHS[limit.unit]
+            purse.ends = time.monotonic() + length - time.time() % length
+            alone = max(0.0, min(part + debt, limit.amount - purse.owed))
+            purse.owed += alone
+            purse.left += alone
         if purse.left < need or purse.left <= 0:
-            purse.empty = True
-            raise OverLimit(limit, seconds)
+            raise OverLimit(limit, purse.ends - time.monotonic())
 
 
 def _read() -> list[Limit]:
@@ -211,9 +229,9 @@ def _read() -> list[Limit]:
         return [Limit(**row) for row in conn.execute(SQL["all"])]
 
 
-def _take(limit: Limit, debt: float, part: float) -> tuple[float, float, float]:
-    """Take a part of what is left of the span, after what is owed: how much, what all have used then, and the seconds
-    to the span's end."""
+def _grant(limit: Limit, debt: float, part: float) -> tuple[float, float, float]:
+    """Take a part of what is left of the span, after what is owed (below zero: given back): how much, what all have
+    used then, and the seconds to the span's end."""
     values: dict[str, Any] = {"scope": limit.scope, "name": limit.name, "kind": limit.kind, "unit": limit.unit}
     with transaction() as conn:
         conn.execute(SQL["begin_span"], values)

@@ -1,4 +1,4 @@
-"""The commands of this package: keys, limits, engine."""
+"""The commands of this package."""
 
 from __future__ import annotations
 

@@ -28,6 +28,7 @@ from infra.db import connect, load_queries, transaction
 from infra.errors import NotFound, TunesmithError, Unreachable
 from infra.settings import Settings
 from infra.storage import get as stored
+from registry import signatures
 from registry.bundle import ADAPTER_WEIGHTS, verify
 from registry.deployments import standing
 from registry.pricing import MachinePrice, Price, parse_price
@@ -139,6 +140,8 @@ class Follower:
     async def warm(self, model: str, number: int) -> Served:
         """A version that no slot needs, ready to answer. Raises NotFound, Refused, Unreachable, BadAnswer."""
         ref = (model, number)
+        if signatures.demanded():
+            await asyncio.to_thread(_demand_signature, model, number)
         self._start_warming(ref)
         if task := self._warming.get(ref):
             await asyncio.shield(task)
@@ -393,3 +396,11 @@ class Follower:
             log.warning("%s could not be unloaded: %s", served.name, error)
         finally:
             del self._warming[ref]
+
+
+def _demand_signature(model: str, number: int) -> None:
+    """Of a version that somebody asks for by its number; what holds a slot was asked when it got that."""
+    with transaction() as conn:
+        row = conn.execute(SQL["version"], {"model": model, "number": number}).fetchone()
+    if row is not None:
+        signatures.demand(f"{model}:{number}", stored("bundle", row["bundle_digest"]))

@@ -60,6 +60,7 @@ def create_app(settings: Settings, *, routes: Sequence[BaseRoute] = (), limits: 
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await budgets.close()
             await upstream.close()
             await asyncio.to_thread(recorder.close)
 

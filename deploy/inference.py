@@ -329,7 +329,8 @@ class Inference:
                 self.metrics.first_token.labels(name).observe(call.first_at - call.started)
             cost = served.price.cost_usd(call.prompt_tokens, call.completion_tokens, call.engine_seconds)
             if call.slot != "shadow":  # which nobody asked for
-                tokens = call.prompt_tokens + call.completion_tokens
+                # Who hangs up before the usage comes has used what was sent all the same
+                tokens = call.prompt_tokens + call.completion_tokens or len(call.text)
                 self.budgets.spend(call.identity.key_id, served.model, tokens=tokens, usd=cost)
         if asked is not None and served is not None and call.status == 200:
             text = "".join(call.text)

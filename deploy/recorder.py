@@ -410,7 +410,7 @@ def store(conn: Connection, replica: uuid.UUID, events: Sequence[Mapping[str, An
     LookupError or TypeError when one of the events does not fit the table.
     """
     batch = uuid.uuid4()
-    conn.execute(SQL["with_erasures"])
+    conn.execute(SQL["wait_for_erasures"])
     conn.execute(SQL["make_stage"])
     with conn.cursor() as cursor:
         with cursor.copy(SQL["copy_to_stage"]) as copy:

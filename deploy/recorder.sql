@@ -1,4 +1,4 @@
--- name: with_erasures
+-- name: wait_for_erasures
 -- Erasures that run end first (monitoring/erasure.sql), so that none of them misses these rows
 lock table erasure in row share mode
 
@@ -19,7 +19,7 @@ insert into request_event (
 select
     id, s.at, batch, model, version, slot, key_id, case when not gone then client_request_id end, status, error, stream,
     prompt_tokens, completion_tokens, ttft_ms, latency_ms, engine_seconds, cost_usd, finish_reason, features,
-    case when not gone then subject end, case when not gone then messages end, case when not gone then answer end
+    case when gone then 'erased' else subject end, case when not gone then messages end, case when not gone then answer end
 from stage s
 -- What was on its way when its sender was erased is stored without whose it was and what it said
 cross join lateral (select exists (select from erasure e where e.subject = s.subject and e.at >= s.at) as gone) as erased

@@ -1,4 +1,4 @@
-"""A canary in steps: what its traffic shows -> go on, promote, or roll back. Pure; monitoring/canaries.py acts on it.
+"""A canary in steps: what its traffic shows -> go on, promote, or take back. Pure; monitoring/canaries.py acts on it.
 
 The test is sequential: it may be looked at after every minute, for as long as one likes, and still takes a version that
 is no worse back with a probability of at most ``alpha`` (Ville's inequality). Each thing that can go wrong with a
@@ -82,7 +82,7 @@ class Finding:
 class Decision:
     """What to do now, and why, as a sentence."""
 
-    action: Literal["wait", "advance", "promote", "roll_back", "stop"]
+    action: Literal["wait", "advance", "promote", "take_back", "stop"]
     reason: str
     evidence: float
     findings: tuple[Finding, ...]
@@ -107,18 +107,18 @@ def decide(
         _finding(w, streams[w.name], paths[w.name], enough=enough, needed=needed) for w in WATCHED if w.name in paths
     )
 
-    def say(action: Literal["wait", "advance", "promote", "roll_back", "stop"], reason: str) -> Decision:
+    def say(action: Literal["wait", "advance", "promote", "take_back", "stop"], reason: str) -> Decision:
         return Decision(action=action, reason=reason, evidence=_exp(overall), findings=findings)
 
     if worse := [f for f in findings if f.worse]:
         first = max(worse, key=lambda f: f.evidence)
         return say(
-            "roll_back",
+            "take_back",
             f"it is worse: {_percent(first.share)} {first.words}, the champion's {_percent(first.champion_share)}, of "
             f"{first.requests:,} requests (evidence {_exp(overall):.3g}, needed {needed:g})",
         )
     if alerts:
-        return say("roll_back", f"an alert is open for it and not for the champion: {alerts[0]}")
+        return say("take_back", f"an alert is open for it and not for the champion: {alerts[0]}")
     minutes = in_step.total_seconds() / 60
     if requests >= plan.min_requests and minutes >= plan.min_minutes:
         seen = f"{requests:,} requests in {minutes:.0f} minutes and no sign that it is worse"

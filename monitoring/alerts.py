@@ -155,26 +155,35 @@ def apply(conn: Connection, model: str, version: int, findings: Sequence[Finding
             )
             if row["opened"]:
                 log.warning("alert: %s", finding.message)
-                _tell(conn, "opened", key | row | {"severity": finding.severity, "message": finding.message})
+            _tell_open(conn, key | row | {"severity": finding.severity, "message": finding.message})
         elif finding.state == "calm" and (over := conn.execute(SQL["close"], key).fetchone()):
             log.info("alert over: %s of %s:%d", finding.rule, model, version)
-            _tell(conn, "closed", key | over)
+            _tell_over(conn, key | over)
         elif (
             finding.state == "unknown"
             and finding.rule != "drift"
             and (over := conn.execute(SQL["close_silent"], {**key, "seconds": _SILENT.total_seconds()}).fetchone())
         ):
             log.info("alert closed for want of traffic: %s of %s:%d", finding.rule, model, version)
-            _tell(conn, "closed", key | over)
+            _tell_over(conn, key | over)
+
+
+def _tell_open(conn: Connection, alert: Mapping[str, Any]) -> None:
+    """Tell of an open alert once; what is silenced later, mere information never."""
+    if alert["told_at"] is None and alert["severity"] != "info" and not silenced(conn, alert["model"], alert["rule"]):
+        _tell(conn, "opened", alert)
+        conn.execute(SQL["told"], {"id": alert["id"]})
+
+
+def _tell_over(conn: Connection, alert: Mapping[str, Any]) -> None:
+    """Tell that an alert is over to those who were told that it opened, silenced or not: they wait for it."""
+    if alert["told_at"] is not None:
+        _tell(conn, "closed", alert)
 
 
 def _tell(conn: Connection, what: Literal["opened", "closed"], alert: Mapping[str, Any]) -> None:
-    """Whoever is to be told; nobody of what is silenced, nor of mere information."""
-    model, rule = alert["model"], alert["rule"]
-    if alert["severity"] == "info" or silenced(conn, model, rule) is not None:
-        return
-    version = f"?version={alert['version']}" if alert["version"] else ""
-    place = f"/drift{version}" if "drift" in rule else f"/versions/{alert['version']}" if alert["version"] else ""
+    model, version = alert["model"], alert["version"]
+    place = f"/drift?version={version}" if alert["rule"] == "drift" else f"/versions/{version}"
     names = ("model", "version", "rule", "severity", "message", "opened_at", "closed_at")
     data = {name: alert.get(name) for name in names} | {"url": notifications.page(model, place)}
     body = {"type": f"alert.{what}", "timestamp": alert["closed_at" if what == "closed" else "opened_at"], "data": data}
@@ -193,10 +202,9 @@ def unsilence(conn: Connection, model: str) -> int:
     return conn.execute(SQL["unsilence"], {"model": model}).rowcount
 
 
-def silenced(conn: Connection, model: str, rule: str) -> datetime | None:
-    """Until when nobody is told of a rule."""
-    until: datetime | None = one(conn, SQL["silenced"], {"model": model, "rule": rule})["until"]
-    return until
+def silenced(conn: Connection, model: str, rule: str) -> bool:
+    """Whether nobody is told of a rule now."""
+    return bool(one(conn, SQL["silenced"], {"model": model, "rule": rule})["yes"])
 
 
 def silences(conn: Connection) -> list[Mapping[str, Any]]:
@@ -209,7 +217,7 @@ def close_retired(conn: Connection, model: str, versions: Sequence[int], setting
     rules = ["drift"] + [f"{r.metric} {'above' if r.above is not None else 'below'}" for r in rules_of(settings)]
     for row in conn.execute(SQL["close_retired"], {"model": model, "versions": list(versions), "rules": rules}):
         log.info("alert over: %s of %s:%d, which serves no more", row["rule"], model, row["version"])
-        _tell(conn, "closed", {"model": model, **row})
+        _tell_over(conn, {"model": model, **row})
 
 
 def listing(conn: Connection, model: str | None = None, *, closed: bool = False) -> list[Mapping[str, Any]]:

@@ -3,26 +3,29 @@ insert into alert (id, model, version, rule, severity, message, details)
 values (%(id)s, %(model)s, %(version)s, %(rule)s, %(severity)s, %(message)s, %(details)s)
 on conflict (model, coalesce(version, 0), rule) where closed_at is null do update
     set seen_at = now(), severity = excluded.severity, message = excluded.message, details = excluded.details
-returning id, opened_at, (xmax = 0) as opened
+returning id, opened_at, told_at, (xmax = 0) as opened
+
+-- name: told
+update alert set told_at = now() where id = %(id)s
 
 -- name: close
 update alert set closed_at = now()
 where model = %(model)s and version = %(version)s and rule = %(rule)s and closed_at is null
-returning id, severity, message, opened_at, closed_at
+returning id, severity, message, opened_at, closed_at, told_at
 
 -- name: close_silent
 -- Neither confirmed nor over for long: there is no traffic that could tell.
 update alert set closed_at = now()
 where model = %(model)s and version = %(version)s and rule = %(rule)s and closed_at is null
     and seen_at < now() - make_interval(secs => %(seconds)s)
-returning id, severity, message, opened_at, closed_at
+returning id, severity, message, opened_at, closed_at, told_at
 
 -- name: close_retired
 -- Alerts of versions that hold no slot any more, and of rules that were taken out of the settings.
 update alert a set closed_at = now()
 where a.model = %(model)s and a.closed_at is null and a.version is not null
     and not (a.version = any(%(versions)s) and a.rule = any(%(rules)s))
-returning a.id, a.version, a.rule, a.severity, a.message, a.opened_at, a.closed_at
+returning a.id, a.version, a.rule, a.severity, a.message, a.opened_at, a.closed_at, a.told_at
 
 -- name: silence
 insert into silence (model, rule, until, actor, reason)
@@ -33,8 +36,8 @@ returning until
 update silence set until = now() where model = %(model)s and until > now()
 
 -- name: silenced
-select max(until) as until from silence
-where model = %(model)s and (rule is null or rule = %(rule)s) and until > now()
+select exists (
+    select from silence where model = %(model)s and (rule is null or rule = %(rule)s) and until > now()) as yes
 
 -- name: silences
 select model, rule, until, actor, reason from silence where until > now() order by until

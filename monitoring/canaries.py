@@ -9,10 +9,11 @@ from pathlib import Path
 
 from deploy.rollout import Decision, Stream, decide
 from infra.db import Connection, load_queries, one
-from infra.errors import Refused
+from infra.errors import Conflict, Refused, TunesmithError, Unreachable
 from monitoring import windows
 from monitoring.windows import Counts, Window
-from registry import deployments, rollouts
+from registry import approvals, deployments, rollouts
+from registry.deployments import Deployment
 from registry.profile import FEATURE
 from registry.rollouts import Rollout
 
@@ -38,29 +39,45 @@ def step(conn: Connection, model: str, now: datetime) -> None:
     if rollouts.lock(conn, model) != rollout:
         return
     there = deployments.read(conn, model)
-    as_left = (there.champion, there.challenger, there.challenger_share)
-    if as_left != (rollout.champion, rollout.version, rollout.share):
-        rollouts.note(conn, rollout, "the deployment was changed by hand", rollout.findings)
-        rollouts.end(conn, rollout, "promoted" if there.champion == rollout.version else "stopped")
+    if (there.champion, there.challenger, there.challenger_share) != (
+        rollout.champion, rollout.version, rollout.share,
+    ):  # fmt: skip
+        _by_hand(conn, rollout, there)
         return
     said = decision.reason
     try:
         with conn.transaction():
             _act(conn, rollout, decision)
-    except Refused as error:  # approvals are missing, say: it goes on as it is until they are there
+    except (Conflict, Unreachable):
+        raise
+    except TunesmithError as error:  # approvals are missing, say: it goes on as it is until they are there
         said = f"{said}, but {error.message}"
     rollouts.note(conn, rollout, said, [finding.to_json() for finding in decision.findings])
-    if decision.action != "wait":
+    if decision.action != "wait" and said != rollout.said:
         log.info("canary of %s:%d: %s: %s", model, rollout.version, decision.action, said)
+
+
+def _by_hand(conn: Connection, rollout: Rollout, there: Deployment) -> None:
+    """Somebody changed the deployment: they have the last word. A challenger whose champion is gone is taken off, since
+    nobody watches it any more."""
+    said = "the deployment was changed by hand"
+    rollouts.note(conn, rollout, said, rollout.findings)
+    if (there.challenger, there.challenger_share) == (rollout.version, rollout.share):
+        rollouts.take_back(conn, rollout, f"{said}: version {there.champion} serves", "stopped")
+    else:
+        rollouts.end(conn, rollout, "promoted" if there.champion == rollout.version else "stopped")
 
 
 def _act(conn: Connection, rollout: Rollout, decision: Decision) -> None:
     if decision.action == "advance":
+        agreed = approvals.of(conn, rollout.model, rollout.version)
+        if agreed.missing:  # the first step is how one finds out; more is serving
+            raise Refused(f"{rollout.model}:{rollout.version} gets no more traffic: {agreed.outstanding()}.")
         rollouts.advance(conn, rollout, decision.reason)
     elif decision.action == "promote":
         rollouts.promote(conn, rollout, decision.reason)
-    elif decision.action == "roll_back":
-        rollouts.take_back(conn, rollout, decision.reason, "rolled_back")
+    elif decision.action == "take_back":
+        rollouts.take_back(conn, rollout, decision.reason, "taken_back")
     elif decision.action == "stop":
         rollouts.take_back(conn, rollout, decision.reason, "stopped")
 
@@ -78,7 +95,7 @@ def look(conn: Connection, rollout: Rollout, now: datetime) -> Decision:
         name: {(p.version, p.start): count(p.window) for p in points if begun <= p.start < until}
         for name, (count, _) in watched.items()
     }
-    before = {name: earlier for name, (_, earlier) in watched.items()}
+    before = {name: seen for name, (_, seen) in watched.items()}
     span = {"model": rollout.model, "since": rollout.begun_at, "until": until, "versions": list(both)}
     found["disliked"] = {(r["version"], r["start"]): (r["bad"], r["n"]) for r in conn.execute(SQL["rated"], span)}
     earlier = {"since": rollout.begun_at - _BEFORE, "until": rollout.begun_at, "version": rollout.champion}
@@ -92,7 +109,7 @@ def look(conn: Connection, rollout: Rollout, now: datetime) -> Decision:
         rollout.step,
         streams,
         requests=sum(
-            p.window.requests
+            p.window.slots.get("challenger", 0)  # not what named it, nor copies
             for p in points
             if p.version == rollout.version and p.start >= windows.floor(rollout.step_at, "minute")
         ),
@@ -115,30 +132,26 @@ def _counted(before: Window) -> dict[str, tuple[Count, tuple[int, int]]]:
     """How each thing that is watched is counted in a window, and how often it was in the one before the canary."""
     counts: dict[str, Count] = {"errors": lambda w: (w.errors, w.requests)}
     for name in _FLAGS:
-        counts[name] = _flagged(name)
+        counts[name] = _from(_of(name), FEATURE[name].bin(1.0))
     if before.answered >= _FEWEST:
-        length = "completion_tokens"
-        counts["slow"] = _above(lambda w: w.latency_ms, windows.quantile_bucket(before.latency_ms, 0.5))
-        counts["slowest"] = _above(lambda w: w.latency_ms, windows.quantile_bucket(before.latency_ms, 0.95))
-        counts["long"] = _above(
-            lambda w: w.features.get(length, {}), windows.quantile_bucket(before.features.get(length, {}), 0.5)
-        )
+        length = _of("completion_tokens")
+        for name, histogram, quantile in (
+            ("slow", lambda w: w.latency_ms, 0.5), ("slowest", lambda w: w.latency_ms, 0.95), ("long", length, 0.5),
+        ):  # fmt: skip
+            if (usual := windows.quantile_bucket(histogram(before), quantile)) is not None:
+                counts[name] = _from(histogram, usual + 1)
     return {name: (count, count(before)) for name, count in counts.items()}
 
 
-def _above(histogram: Callable[[Window], Counts], limit: int | None) -> Count:
+def _from(histogram: Callable[[Window], Counts], least: int) -> Count:
+    """How many lie in this bin or beyond."""
+
     def count(window: Window) -> tuple[int, int]:
         counts = histogram(window)
-        return sum(n for index, n in counts.items() if limit is None or index > limit), sum(counts.values())
+        return sum(n for index, n in counts.items() if index >= least), sum(counts.values())
 
     return count
 
 
-def _flagged(feature: str) -> Count:
-    yes = FEATURE[feature].bin(1.0)
-
-    def count(window: Window) -> tuple[int, int]:
-        counts = window.features.get(feature, {})
-        return counts.get(yes, 0), sum(counts.values())
-
-    return count
+def _of(feature: str) -> Callable[[Window], Counts]:
+    return lambda window: window.features.get(feature, {})

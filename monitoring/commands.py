@@ -1,4 +1,4 @@
-"""The commands of this package: serve, watch, monitor, drift, cost, alerts, feedback."""
+"""The commands of this package."""
 
 from __future__ import annotations
 
@@ -360,16 +360,16 @@ def replay(version: str, since: str, until: str | None, limit: int, shadow: bool
     from monitoring import replay as replays
     from registry import deployments, versions
     from registry.names import parse_version
-    from registry.statistics import Estimate, in_words
+    from registry.statistics import in_words
 
     model, number = parse_version(version)
     begin, end = _span(since, until)
     with transaction() as conn:
         versions.get(conn, model, number)
         champion = deployments.read(conn, model).champion
-        pairs = replays.shadowed(conn, model, number, begin, end, limit) if shadow else []
-    if champion is None or champion == number:
-        raise UsageError(f"{version} has no other champion to be compared with.", hint="Name another version.")
+        if champion is None or champion == number:
+            raise UsageError(f"{version} has no other champion to be compared with.", hint="Name another version.")
+        pairs = replays.shadowed(conn, model, number, champion, begin, end, limit) if shadow else []
     if not shadow:
 
         def tell(done: int, of: int) -> None:
@@ -390,7 +390,7 @@ def replay(version: str, since: str, until: str | None, limit: int, shadow: bool
     out.print(f"{version} beside {model}:{champion}: {found['requests']} requests, {found['failed']} failed")
     for name, words in (("same", "the same answer"), ("similarity", "similarity (chrF)"), ("tokens", "tokens more"),
                         ("latency_ms", "milliseconds more")):  # fmt: skip
-        out.print(f"  {words}: {in_words(Estimate.from_json(found[name]).to_json())}", markup=False)
+        out.print(f"  {words}: {in_words(found[name])}", markup=False)
     for example in found["examples"]:
         out.print(safe(f"- {_line(example['question'])}"), markup=False)
         out.print(safe(f"    then: {_line(example['then'])}"), markup=False)

@@ -27,12 +27,14 @@ def erase(conn: Connection, user: str, *, actor: str, reason: str) -> dict[str, 
         raise UsageError("There is no user to erase.", hint="Name them as their requests did, in `user`.")
     text = check_reason(reason, required=True)
     subject = {"subject": text_digest(user)}
-    conn.execute(SQL["lock"])
-    at = one(conn, SQL["note"], subject | {"actor": actor, "reason": text})["at"]
     rows = [
         datasets.make_row([*found["messages"], {"role": "assistant", "content": found["correction"]}]).id
         for found in conn.execute(SQL["corrections"], subject)
     ]
     seen = lineage.of_row(conn, sorted(set(rows))) if rows else {"rows": [], "datasets": [], "versions": []}
-    feedback = conn.execute(SQL["strip_feedback"], subject).rowcount
-    return {"at": at, "events": conn.execute(SQL["strip_events"], subject).rowcount, "feedback": feedback, **seen}
+    conn.execute(SQL["lock"])  # last, since no gateway stores anything meanwhile
+    at = one(conn, SQL["note"], subject | {"actor": actor, "reason": text})["at"]
+    conn.execute(SQL["theirs"], subject)
+    feedback = conn.execute(SQL["strip_feedback"]).rowcount
+    events = conn.execute(SQL["strip_events"]).rowcount
+    return {"at": at, "events": events, "feedback": feedback, **seen}

@@ -133,6 +133,7 @@ def settle(conn: Connection, ids: Sequence[uuid.UUID] | None = None, *, limit: i
         ids = [row["request_id"] for row in conn.execute(SQL["unsettled"], {"limit": limit})]
     if not ids:
         return 0
+    conn.execute(SQL["forget_erased"], {"ids": list(ids)})
     rows = conn.execute(SQL["join_events"], {"ids": list(ids)}).fetchall()
     with conn.cursor() as cursor:
         cursor.executemany(

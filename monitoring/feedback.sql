@@ -27,6 +27,13 @@ join unnest(%(ids)s::uuid[], %(ats)s::timestamptz[]) as wanted (id, at) on e.at 
 -- name: settle
 update feedback set model = %(model)s, version = %(version)s, similarity = %(similarity)s where request_id = %(id)s
 
+-- name: forget_erased
+-- What was said about answers to somebody who was erased
+update feedback f set correction = null, label = null
+from request_event e
+where f.request_id = any(%(ids)s) and e.at = f.request_at and e.id = f.request_id and e.subject = 'erased'
+    and (f.correction is not null or f.label is not null)
+
 -- name: unsettled
 select request_id from feedback where model = '' order by at desc limit %(limit)s
 

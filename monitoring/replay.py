@@ -1,5 +1,9 @@
 """A candidate's answers beside the champion's, to requests that people really sent: kept ones that are sent again, or
-the copies that a shadow was sent. Needs the model to keep text (``monitoring.keep_text``), redacted as it is."""
+the copies that a shadow was sent. Needs the model to keep text (``monitoring.keep_text``), redacted as it is.
+
+What is sent again is sent as a chat with the candidate's own settings: what a client asked for beside its messages
+(temperature, length) is not kept.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +44,12 @@ class Pair:
     error: str | None = None
 
 
-def shadowed(conn: Connection, model: str, version: int, since: datetime, until: datetime, limit: int) -> list[Pair]:
-    """What a version answered as a shadow. Raises NotFound where it was sent no copies, or no text was kept."""
-    values = {"model": model, "version": version, "since": since, "until": until, "limit": limit}
+def shadowed(
+    conn: Connection, model: str, version: int, champion: int, since: datetime, until: datetime, limit: int
+) -> list[Pair]:
+    """What a version answered as a shadow to copies of what the champion answered. Raises NotFound where it was sent
+    no copies, or no text was kept."""
+    values = {"model": model, "version": version, "champion": champion, "since": since, "until": until, "limit": limit}
     rows = conn.execute(SQL["copies"], values).fetchall()
     if not rows:
         raise NotFound(
@@ -99,10 +106,11 @@ def _ask_all(rows: Sequence[Mapping[str, Any]], name: str, key: str, progress: P
             }  # fmt: skip
             body = {"model": name, "messages": row["messages"]}
             try:
-                answer = client.post("/v1/chat/completions", json=body)
-            except httpx.HTTPError as error:
-                raise Unreachable(f"The gateway does not answer at {url}: {type(error).__name__}.") from error
-            said, milliseconds = answer.json(), 1000 * answer.elapsed.total_seconds()
+                # Named as a copy, so that who erases the one erases the other
+                answer = client.post("/v1/chat/completions", json=body, headers={"x-request-id": str(row["id"])})
+                said, milliseconds = answer.json(), 1000 * answer.elapsed.total_seconds()
+            except (httpx.HTTPError, ValueError) as error:
+                raise Unreachable(f"No gateway answers at {url}: {type(error).__name__}.") from error
             if answer.status_code != 200:
                 why = str(said.get("error", {}).get("message", answer.status_code))
                 return Pair(**then, now=None, now_ms=milliseconds, now_tokens=0, error=why)

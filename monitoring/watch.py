@@ -86,7 +86,7 @@ class Watcher:
             _Step(name="closing windows", seconds=0.0, work=self.close_windows),
             _Step(name="joining feedback", seconds=2.0, work=self.settle_feedback),
             _Step(name="judging", seconds=JUDGE_EVERY, work=self.judge),
-            _Step(name="stepping canaries", seconds=5.0, work=self.step_canaries),
+            _Step(name="stepping canaries", seconds=15.0, work=self.step_canaries),
             _Step(name="starting retrainings", seconds=5.0, work=self.start_retrainings),
             _Step(name="relaying to MLflow", seconds=1.0, work=self.relay),
             _Step(name="notifying", seconds=1.0, work=self.notify),

@@ -100,9 +100,8 @@ def _tell(result: dict[str, Any], as_json: bool) -> None:
         out.print(f"gate: {result['gate']['decision']}")
         for reason in result["gate"]["reasons"]:
             out.print(f"  {safe(reason)}", markup=False)
-        became = "and serves" if result["promoted"] else "and gets its first share of the traffic"
-        became = became if result["promoted"] or result["canary"] else "but not promoted"
-        out.print(f"{name} is registered {became}.", markup=False)
+        serves = "and serves" if result["promoted"] else "but not promoted"
+        out.print(f"{name} is registered {'for a canary' if result['canary'] else serves}.", markup=False)
     if result["refusal"]:
         if not as_json:
             err.print(f"Not promoted: {result['refusal']}.", markup=False)

@@ -125,7 +125,7 @@ def _artifacts(run: Run, result: dict[str, Any]) -> None:
     create_markdown_artifact(
         key=f"{key}-gate",
         markdown=f"# {run.model}:{result['version']}: gate {result['gate']['decision']}\n\n{reasons}\n\n"
-        f"Promoted: {'yes' if result['promoted'] else 'no'}\n",
+        f"Promoted: {'yes' if result['promoted'] else 'by a canary, step by step' if result['canary'] else 'no'}\n",
     )
     create_link_artifact(key=f"{key}-mlflow", link=result["mlflow_url"], link_text="The run in MLflow")
 

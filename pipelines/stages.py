@@ -14,13 +14,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from psycopg.types.json import Jsonb
 
 from infra import storage
 from infra.db import transaction
-from infra.errors import NotFound, TunesmithError, UsageError
+from infra.errors import Conflict, NotFound, Refused, TunesmithError, UsageError
 from infra.settings import get_settings
 from pipelines import config as configs
 from pipelines import config_evaluation, runs, schedules
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from pipelines.evaluation.judgement import Evaluation, Serving
 
 log = logging.getLogger(__name__)
+Outcome = Literal["promoted", "canary"] | None  # of a version that is registered
+BECAME: dict[Outcome, str] = {"promoted": "serves", "canary": "is tried on traffic", None: "is registered"}
 _WARM_STARTS = 3  # how many earlier studies' best configurations a search begins with
 
 
@@ -419,12 +421,11 @@ def register(
             conn.execute(
                 runs.SQL["save_model_settings"], {"model": plan.config.model, "settings": Jsonb(_settings(plan))}
             )
-        promoted, tried, refusal = _promote(plan, version, judged)
+        outcome, refusal = _promote(plan, version, judged)
         if plan.config.retrain is not None:
             schedules.ensure_retrain(plan.config.model)
         _let_go_of_checkpoints(run.study)
-        became = "serves" if promoted else "is tried on traffic" if tried else "is registered"
-        report("register", f"{version.name} {became}", 1, 1)
+        report("register", f"{version.name} {BECAME[outcome]}", 1, 1)
         return {
             "model": version.model,
             "version": version.number,
@@ -433,8 +434,8 @@ def register(
             "best": {name: best[name] for name in ("trial", "params", "value", "trials", "pruned", "stopped_by")},
             "evaluation": judged["evaluation"],
             "gate": judged["gate"],
-            "promoted": promoted,
-            "canary": tried,
+            "promoted": outcome == "promoted",
+            "canary": outcome == "canary",
             "refusal": refusal,
             "mlflow_url": mlflow.run_url(_mlflow_run(run)),
         }
@@ -475,39 +476,42 @@ def _settings(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _promote(plan: Plan, version: versions.Version, judged: dict[str, Any]) -> tuple[bool, bool, str | None]:
-    """Whether the version serves now, whether it gets the first share of the traffic instead, and why it was refused
-    either, if it was."""
+def _promote(plan: Plan, version: versions.Version, judged: dict[str, Any]) -> tuple[Outcome, str | None]:
+    """What became of the version, and why it was refused more, if it was."""
     gate = judged["gate"]
     if plan.config.promote == "manual":
-        return False, False, None
+        return None, None
     if gate["decision"] != "pass":
-        return False, False, f"the gate's decision is {gate['decision']}"
+        return None, f"the gate's decision is {gate['decision']}"
     actor, reason = f"{plan.kind}:{version.run_id}", "; ".join(gate["reasons"])[:1000] or "no gates"
     with transaction() as conn:
         now = deployments.read(conn, version.model)
+        if now.champion not in (None, judged["champion"], version.number):
+            return None, f"version {now.champion} became the champion meanwhile, and was not compared with"
         if plan.config.promote == "canary" and now.champion not in (None, version.number):
-            there = rollouts.running(conn, version.model)
-            if there is not None and there.version != version.number:
-                hint = f"then `tunesmith rollout {version.name} --reason TEXT`"
-                return False, False, f"a canary of {there.model}:{there.version} runs; {hint}"
+            if now.challenger is not None and rollouts.running(conn, version.model) is None:
+                return None, f"version {now.challenger} is the challenger, by hand"
             steps = plan.config.rollout.plan()
-            rollouts.begin(conn, version.model, version.number, steps, actor=actor, reason=reason)
-            return False, True, None
+            try:
+                rollouts.begin(conn, version.model, version.number, steps, actor=actor, reason=reason)
+            except (Conflict, Refused) as error:  # another one runs, or it is not signed
+                return None, f"{error.message} Later: `tunesmith rollout {version.name} --reason TEXT`"
+            return "canary", None
         agreed = approvals.of(conn, version.model, version.number)
         if agreed.missing:
-            return False, False, f"{agreed.outstanding()}; then `tunesmith promote {version.name} --reason TEXT`"
-        if now.champion not in (judged["champion"], version.number):
-            return False, False, f"version {now.champion} became the champion meanwhile, and was not compared with"
-        deployments.promote(
-            conn,
-            version.model,
-            version.number,
-            actor=actor,
-            reason=reason,
-            expect_generation=now.generation,
-        )
-    return True, False, None
+            return None, f"{agreed.outstanding()}; then `tunesmith promote {version.name} --reason TEXT`"
+        try:
+            deployments.promote(
+                conn,
+                version.model,
+                version.number,
+                actor=actor,
+                reason=reason,
+                expect_generation=now.generation,
+            )
+        except Refused as error:  # it is not signed
+            return None, error.message
+    return "promoted", None
 
 
 def evaluate_again(name: str, suites: Sequence[str] = (), config: Path | None = None) -> dict[str, Any]:

@@ -72,15 +72,17 @@ def resolve(id: str, revision: str = "main") -> Base:
         return base
 
 
-def known(id: str) -> Base:
-    """The newest base of an id that was resolved before, without a look at where it came from. Raises NotFound."""
+def known(id: str, revision: str | None = None) -> Base:
+    """The newest base of an id, or that of a revision, that was resolved before, without a look at where it came from.
+    Raises NotFound."""
     with transaction() as conn:
         rows = conn.execute(SQL["known"], {"id": id}).fetchall()
     for row in rows:
-        if storage.has("base", row["digest"]):
+        if revision in (None, row["revision"]) and storage.has("base", row["digest"]):
             return _base(row)
     raise NotFound(
-        f"No base {id[:200]} is here.", hint="Name one that is, or have somebody import it where the database is."
+        f"No base {id[:200]}{f' of revision {revision[:80]}' if revision else ''} is here.",
+        hint="Name one that is, or have somebody import it where the database is.",
     )
 
 

@@ -1,5 +1,4 @@
-"""Commands on versions: models, versions, show, compare, verify, import, export, sign, delete, approve, promote,
-rollback, canary, rollout, shadow, history."""
+"""Commands on versions."""
 
 from __future__ import annotations
 
@@ -272,7 +271,7 @@ def canary(
 
 @click.command()
 @click.argument("target", metavar="MODEL:N | MODEL")
-@click.option("--steps", help="The shares of the traffic, one after the other: 1%,5%,25%,50%,100% unless given.")
+@click.option("--steps", help="The shares of the traffic, one after the other: 1%,5%,25%,50% unless given; then all.")
 @click.option("--min-requests", type=int, help="Of the version's, that a step takes at least (100).")
 @click.option("--min-minutes", type=float, help="That a step takes at least (10).")
 @click.option("--max-hours", type=float, help="After which a step that had too few requests ends it (24).")
@@ -301,7 +300,7 @@ def rollout(
     wanted = {"steps": shares, "min_requests": min_requests, "min_minutes": min_minutes, "max_hours": max_hours}
     plan = {name: value for name, value in wanted.items() if value is not None}
     change = desk().begin_rollout(model, number, plan, reason=reason, expect=expect_generation)
-    share = f"{100 * change['rollout']['share']:.4g} %"
+    share = f"{100 * change['challenger_share']:.4g} %"
     _told(change, f"{model}:{number} gets {share} of the traffic, to be stepped by what it shows", as_json)
 
 
@@ -309,8 +308,8 @@ def _show_rollout(now: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(now)
         return
-    name, steps = f"{now['model']}:{now['version']}", now["steps"]
-    ended = {"running": "", "promoted": "promoted, ", "rolled_back": "taken back, ", "stopped": "stopped, "}[
+    name, steps = f"{now['model']}:{now['version']}", now["plan"]["steps"]
+    ended = {"running": "", "promoted": "promoted, ", "taken_back": "taken back, ", "stopped": "stopped, "}[
         now["state"]
     ]
     at = f"step {now['step'] + 1} of {len(steps)} ({100 * now['share']:.4g} % of the traffic)"
@@ -324,7 +323,7 @@ def _show_rollout(now: dict[str, Any], as_json: bool) -> None:
     if rows:
         _table((f"of {name}'s answers", "share", f"version {now['champion']}'s", "of", "evidence"), rows)
         needed = 1 / now["plan"]["alpha"]
-        out.print(f"Evidence of {needed:g} that something is worse takes it back; 1 is none.")
+        out.print(f"It is taken back when the mean of the evidence reaches {needed:g}; 1 is none.")
 
 
 def _share(value: float | None) -> str | None:

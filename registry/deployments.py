@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from infra import storage
 from infra.db import Connection, load_queries, one
 from infra.errors import Conflict, NotFound, Refused, UsageError
-from infra.storage import get, text_digest
 from registry import approvals, signatures
 from registry.bundle import canonical_json
 from registry.evidence import keep_evidence
@@ -80,7 +80,7 @@ class Entry:
         """The hash this entry must have."""
         body = {**asdict(self), "at": self.at.astimezone(UTC).isoformat(timespec="microseconds")}
         del body["hash"]
-        return text_digest(canonical_json(body))
+        return storage.text_digest(canonical_json(body))
 
     def to_json(self) -> dict[str, Any]:
         """The contract's ledger entry."""
@@ -383,7 +383,7 @@ def verify_chain(conn: Connection, model: str) -> list[str]:
             problems.append(f"Generation {entry.generation} of {model} was changed after it was written.")
         previous = entry.hash
     for row in conn.execute(SQL["evidence"], {"model": model}):
-        if text_digest(canonical_json(row["body"])) != row["digest"]:
+        if storage.text_digest(canonical_json(row["body"])) != row["digest"]:
             problems.append(f"The evidence that generation {row['generation']} of {model} rests on was changed.")
     if (led_to := replay(model, entries)) != now:
         problems.append(f"The deployment of {model} is {now.to_json()}, but its ledger leads to {led_to.to_json()}.")
@@ -426,7 +426,7 @@ def _demand_signature(conn: Connection, model: str, number: int) -> None:
     """Before the row is locked, since it reads all of the version's files. A rollback never asks: what is brought back
     has served."""
     if signatures.demanded():
-        signatures.demand(f"{model}:{number}", get("bundle", _version(conn, model, number)["bundle_digest"]))
+        signatures.demand(f"{model}:{number}", storage.get("bundle", _version(conn, model, number)["bundle_digest"]))
 
 
 def _with_approvals(conn: Connection, version: dict[str, Any], agreed: approvals.Approvals) -> str | None:

@@ -60,7 +60,7 @@ class Desk(Protocol):
     def shadow(self, model: str, number: int, *, reason: str, expect: int | None) -> Json: ...
 
     def begin_rollout(self, model: str, number: int, plan: Json, *, reason: str, expect: int | None) -> Json:
-        """Begin a canary in steps; `plan` has what is not to be as usual: the change, and ``"rollout"``."""
+        """Begin a canary in steps; `plan` has what is not to be as usual."""
 
     def rollout(self, model: str) -> Json:
         """The canary in steps that runs, or the last one that did."""
@@ -198,7 +198,7 @@ class Here:
         from registry import rollouts
 
         with transaction() as conn:
-            change, begun = rollouts.begin(
+            return rollouts.begin(
                 conn,
                 model,
                 number,
@@ -206,8 +206,7 @@ class Here:
                 actor=deployments.actor_here(),
                 reason=reason,
                 expect_generation=expect,
-            )
-        return change.to_json() | {"rollout": begun.to_json()}
+            ).to_json()
 
     def rollout(self, model: str) -> Json:
         from registry import rollouts

@@ -8,8 +8,8 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
 
 from infra import storage
 from infra.errors import NotFound, Refused, TunesmithError, UsageError
@@ -43,6 +43,8 @@ def export_files(target: Path, digest: str, fetch: Callable[[str], bytes], *, si
         if (found := storage.file_digest(copy / bundle.MANIFEST)) != digest:
             raise Refused(f"What was sent as {bundle.MANIFEST} has digest {found}, not {digest}.")
         for name in bundle.read(copy).files:
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise Refused(f"What was sent names the file {name[:200]!r}.", hint="Nothing of it was written.")
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).write_bytes(fetch(name))
         if signed:
@@ -90,17 +92,10 @@ def import_version(
     is not a plain LoRA, another base, or, where keys are trusted, a bundle that none of them signed.
     """
     check_model_name(model)
-    if not path.is_dir():
-        raise NotFound(f"There is no folder {path}.", hint="Name the adapter's, or an exported bundle's, folder.")
-    if (path / bundle.MANIFEST).is_file():
+    if _holds(path) == "bundle":
         digest = _keep_bundle(path, model, fetch=fetch)
-    elif (path / "adapter_config.json").is_file():
-        digest = _keep_adapter(path, model, base, fetch=fetch)
     else:
-        raise UsageError(
-            f"{path} has neither {bundle.MANIFEST} nor adapter_config.json.",
-            hint="Give an exported bundle, or a PEFT adapter's folder.",
-        )
+        digest = _keep_adapter(path, model, base, fetch=fetch)
     return versions.register(digest, run_id=uuid.uuid5(_NAMESPACE, f"{model} {digest}"), imported_by=by)
 
 
@@ -126,9 +121,7 @@ def fetched_from_mlflow(url: str, name: str, number: int) -> Iterator[Path]:
 
 def files_of(path: Path) -> dict[str, Path]:
     """The files of what stands at `path` that an import needs, by their names in it. Raises as `import_version`."""
-    if not path.is_dir():
-        raise NotFound(f"There is no folder {path}.", hint="Name the adapter's, or an exported bundle's, folder.")
-    if (path / bundle.MANIFEST).is_file():
+    if _holds(path) == "bundle":
         files = bundle.files(path)  # and not what the manifest names, which may lie anywhere
         if (path / bundle.SIGNATURE).is_file():
             files[bundle.SIGNATURE] = path / bundle.SIGNATURE
@@ -137,13 +130,27 @@ def files_of(path: Path) -> dict[str, Path]:
     return {name: path / name for name in ("adapter_config.json", "adapter_model.safetensors")}
 
 
+def _holds(path: Path) -> Literal["bundle", "adapter"]:
+    """What stands in a folder. Raises NotFound, UsageError for neither."""
+    if not path.is_dir():
+        raise NotFound(f"There is no folder {path}.", hint="Name the adapter's, or an exported bundle's, folder.")
+    if (path / bundle.MANIFEST).is_file():
+        return "bundle"
+    if (path / "adapter_config.json").is_file():
+        return "adapter"
+    raise UsageError(
+        f"{path} has neither {bundle.MANIFEST} nor adapter_config.json.",
+        hint="Give an exported bundle, or a PEFT adapter's folder.",
+    )
+
+
 def _keep_bundle(path: Path, model: str, *, fetch: bool) -> str:
     from registry import bases
 
     bundle.files(path)
     found = storage.file_digest(path / bundle.MANIFEST)
     manifest = bundle.verify(path, found)
-    signatures.demand(f"The bundle in {path}", path)
+    signed_by = signatures.demand(f"The bundle in {path}", path)
     if storage.has("base", manifest.base.digest):
         here = bases.load(manifest.base.digest)
     elif fetch:
@@ -162,7 +169,7 @@ def _keep_bundle(path: Path, model: str, *, fetch: bool) -> str:
         digest = bundle.write(folder, manifest.model_copy(update={"model": model}))
         bundle.verify(folder, digest)
         _check_profile(folder / "profile.json", path)
-        if signatures.sign(folder) is None and digest == found and signatures.check(path) is not None:
+        if signatures.sign(folder) is None and digest == found and signed_by is not None:
             _copy(path, folder, [bundle.SIGNATURE])
         signatures.adopt(folder, storage.keep("bundle", digest, folder))
     return digest
@@ -203,13 +210,14 @@ def _keep_adapter(path: Path, model: str, base: str | None, *, fetch: bool) -> s
     from registry.profile import build
 
     config = _check_adapter(path)
+    signatures.demand(f"The adapter in {path}", path)
     named = base or config.get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         raise UsageError(f"{path / 'adapter_config.json'} names no base.", hint="Name it with --base.")
     revision = config.get("revision") if base is None else None
     bundle.check_tensors(path / "adapter_model.safetensors", "adapter_model.safetensors")
     exact = revision if isinstance(revision, str) and revision else "main"
-    found = bases.resolve(named, exact) if fetch else bases.known(named)
+    found = bases.resolve(named, exact) if fetch else bases.known(named, None if exact == "main" else exact)
     servable.check(path, found.folder)
     draft = VersionDraft(
         model=model,

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit
 
+from infra import web
 from infra.db import Connection, load_queries, one
 from infra.errors import NotFound, TunesmithError, Unreachable
 from infra.settings import get_settings
@@ -369,10 +369,6 @@ def _url() -> str:
     return get_settings().need("mlflow_url").rstrip("/")
 
 
-def _on_loopback(url: str) -> bool:
-    return (urlsplit(url).hostname or "") in ("127.0.0.1", "localhost", "::1")
-
-
 def _client() -> MlflowClient:
     return _client_of(_url())
 
@@ -381,7 +377,7 @@ def _client() -> MlflowClient:
 def _client_of(url: str) -> MlflowClient:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    if _on_loopback(url):  # MLflow's client reads proxies from the environment, for loopback too
+    if web.on_loopback(url):  # MLflow's client reads proxies from the environment, for loopback too
         for name in ("NO_PROXY", "no_proxy"):
             os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
     from mlflow import MlflowClient
@@ -419,7 +415,11 @@ def _rest(seconds: float = 10) -> Iterator[httpx.Client]:
     login = (user, password) if user and password else None
     headers = {"authorization": f"Bearer {token}"} if token and not login else None
     with httpx.Client(
-        base_url=f"{url}/api/2.0/mlflow/", timeout=seconds, trust_env=not _on_loopback(url), auth=login, headers=headers
+        base_url=f"{url}/api/2.0/mlflow/",
+        timeout=seconds,
+        trust_env=not web.on_loopback(url),
+        auth=login,
+        headers=headers,
     ) as rest:
         yield rest
 

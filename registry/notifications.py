@@ -70,7 +70,7 @@ def _deliver(conn: Connection, target: Target, url: str | None, limit: int) -> i
                 send(url, {"text": in_words(body)})
             else:
                 send(url, body, sign_as=name)
-        except TunesmithError as error:
+        except (TunesmithError, ValueError, OSError) as error:  # an address may be wrong in many ways
             told = {"id": number, "target": target, "error": str(error)[:1000]}
             told["seconds"] = min(300.0, 2.0 ** min(attempts, 9))
             if attempts + 1 >= _ATTEMPTS:

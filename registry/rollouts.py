@@ -15,22 +15,22 @@ from typing import Any, Literal
 
 from psycopg.types.json import Jsonb
 
-from infra.db import Connection, load_queries, one
+from infra.db import Connection, load_queries
 from infra.errors import Conflict, NotFound, UsageError
 from registry import deployments
 from registry.deployments import Change
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
-End = Literal["promoted", "rolled_back", "stopped"]
+End = Literal["promoted", "taken_back", "stopped"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A step is passed with `min_requests` of the challenger's after `min_minutes`; one that has too few after
-    `max_hours` ends the canary, undecided. After the last one the version is promoted. A version that is no worse is
-    taken back with a probability of at most `alpha`, over all steps."""
+    `max_hours` ends the canary, undecided. After the last one the version is promoted. The test takes a
+    version that is no worse back with a probability of at most `alpha`, over all steps; its alerts may too."""
 
-    steps: tuple[float, ...] = (0.01, 0.05, 0.25, 0.5, 1.0)
+    steps: tuple[float, ...] = (0.01, 0.05, 0.25, 0.5)  # and then all: at 100 % nobody is left to compare with
     min_requests: int = 100
     min_minutes: float = 10.0
     max_hours: float = 24.0
@@ -70,7 +70,7 @@ class Rollout:
     plan: dict[str, Any]
     actor: str
     reason: str
-    state: Literal["running", "promoted", "rolled_back", "stopped"]
+    state: Literal["running"] | End
     step: int
     begun_at: datetime
     step_at: datetime
@@ -89,7 +89,7 @@ class Rollout:
         return self.parsed.steps[self.step]
 
     def to_json(self) -> dict[str, Any]:
-        body = {**asdict(self), "share": self.share, "steps": self.plan["steps"]}
+        body = {**asdict(self), "share": self.share}
         times = {name: at.astimezone(UTC) for name, at in body.items() if isinstance(at, datetime)}
         return {name: value for name, value in (body | times).items() if name != "id"}
 
@@ -97,17 +97,22 @@ class Rollout:
 def begin(
     conn: Connection, model: str, number: int, plan: Plan, *, actor: str, reason: str,
     expect_generation: int | None = None,
-) -> tuple[Change, Rollout]:  # fmt: skip
+) -> Change:  # fmt: skip
     """Give a version the first step's share, to be stepped from there; what runs already as asked is left as it is.
 
     Raises Conflict where another canary in steps runs, and as `deployments.canary` does; Refused also for a version
     whose gate did not pass, since it could not be promoted in the end.
     """
     deployments.check_passed(conn, model, number)
-    now = running(conn, model)
+    if expect_generation is None:
+        deployments.lock(conn, model)  # of two that begin at once the second sees the first
+    now, there = lock(conn, model), deployments.read(conn, model)
+    if now is not None and (there.challenger, there.challenger_share) != (now.version, now.share):
+        end(conn, now, "stopped")  # by hand, and the watcher has not come by since
+        now = None
     if now is not None:
         if (now.version, now.plan) == (number, plan.to_json()):
-            return Change(changed=False, deployment=deployments.read(conn, model)), now
+            return Change(changed=False, deployment=deployments.read(conn, model))
         raise Conflict(
             f"A canary of {model}:{now.version} is at {100 * now.share:g} % already.",
             hint=f"Stop it first with `tunesmith canary {model} --stop`.",
@@ -115,8 +120,7 @@ def begin(
     change = deployments.canary(
         conn, model, number, share=plan.steps[0], actor=actor, reason=reason, expect_generation=expect_generation
     )
-    row = one(
-        conn,
+    conn.execute(
         SQL["begin"],
         {
             "model": model,
@@ -127,7 +131,7 @@ def begin(
             "reason": reason,
         },
     )
-    return change, Rollout(**row)
+    return change
 
 
 def running(conn: Connection, model: str) -> Rollout | None:

@@ -1,7 +1,6 @@
 -- name: begin
 insert into rollout (model, version, champion, plan, actor, reason)
 values (%(model)s, %(version)s, %(champion)s, %(plan)s, %(actor)s, %(reason)s)
-returning *
 
 -- name: running
 select * from rollout where model = %(model)s and state = 'running'

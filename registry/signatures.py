@@ -38,16 +38,14 @@ def sign(folder: Path) -> str | None:
     password = settings.signing_key_password
     # Named in what is signed, so that whoever checks the folder knows that this file is not part of it
     ignoring = hashing.Config().set_ignored_paths(paths=[SIGNATURE])
-    with tempfile.TemporaryDirectory(prefix="tunesmith-sign-") as scratch:
-        made = Path(scratch, SIGNATURE)
-        config = signing.Config().set_hashing_config(ignoring)
-        config.use_elliptic_key_signer(
-            private_key=settings.signing_key, password=password.get_secret_value().encode() if password else None
-        )
-        config.sign(folder, made)
-        new = folder.parent / f".{folder.name}.sig"  # there whole or not at all: the folder may be one of the store's
-        new.write_bytes(made.read_bytes())
-        new.replace(folder / SIGNATURE)
+    config = signing.Config().set_hashing_config(ignoring)
+    config.use_elliptic_key_signer(
+        private_key=settings.signing_key.expanduser(),
+        password=password.get_secret_value().encode() if password else None,
+    )
+    new = folder.parent / f".{folder.name}.sig"  # there whole or not at all: the folder may be one of the store's
+    config.sign(folder, new)
+    new.replace(folder / SIGNATURE)
     return _name(key)
 
 
@@ -77,6 +75,8 @@ def check(folder: Path) -> str | None:
         return None
     named = signer(folder)
     if named not in keys:
+        if not demanded():  # another's, or our own from before it was replaced
+            return None
         raise Refused(
             f"The bundle in {folder} is signed by the key {named or 'of no name'}, which is not trusted here.",
             hint="Trusted are those that TUNESMITH_TRUSTED_KEYS names.",
@@ -103,13 +103,15 @@ def demanded() -> bool:
     return get_settings().trusted_keys is not None
 
 
-def demand(what: str, folder: Path) -> None:
-    """Raise Refused when signatures are demanded and a bundle has none of a trusted key; `what` it is of."""
-    if demanded() and check(folder) is None:
+def demand(what: str, folder: Path) -> str | None:
+    """What `check` gives. Raises Refused also when signatures are demanded and a bundle has none; `what` it is of."""
+    key = check(folder)
+    if key is None and demanded():
         raise Refused(
             f"{what} is not signed, and here only what a trusted key signed may be used.",
             hint="Sign it with `tunesmith sign` where TUNESMITH_SIGNING_KEY is.",
         )
+    return key
 
 
 def _known() -> dict[str, PublicKeyTypes]:

@@ -78,8 +78,7 @@ def _bundle(version: Version) -> str:
 
 def _signature(version: Version) -> Check:
     def look() -> str | None:
-        signatures.demand(version.name, version.folder())
-        key = signatures.check(version.folder())
+        key = signatures.demand(version.name, version.folder())
         return key and f"by the key {key}"
 
     check = _check("signature", look)

@@ -91,7 +91,7 @@ class Version:
         return f"{self.model}:{self.number}"
 
     def outline(self) -> dict[str, Any]:
-        """What who made it is told."""
+        """Its model, number, method and bundle, as JSON for whoever registered it."""
         return {"model": self.model, "version": self.number, "method": self.method, "bundle": self.bundle_digest}
 
     @property

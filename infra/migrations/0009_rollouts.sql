@@ -7,7 +7,7 @@ create table rollout (
     plan jsonb not null,                    -- registry/rollouts.py
     actor text not null,
     reason text not null,
-    state text not null default 'running' check (state in ('running', 'promoted', 'rolled_back', 'stopped')),
+    state text not null default 'running' check (state in ('running', 'promoted', 'taken_back', 'stopped')),
     step int not null default 0,
     begun_at timestamptz not null default clock_timestamp(),
     step_at timestamptz not null default clock_timestamp(),

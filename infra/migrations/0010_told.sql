@@ -7,6 +7,9 @@ alter table notification
 drop index notification_open;
 create index notification_open on notification (target, id) where done_at is null;
 
+-- When an alert was told; only what was told when it opened is told to be over
+alter table alert add column told_at timestamptz;
+
 -- Alerts that nobody wants to be told of for a while; they open and close all the same.
 create table silence (
     id bigint generated always as identity primary key,

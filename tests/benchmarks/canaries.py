@@ -130,7 +130,7 @@ def roll_out(case: Case, random: np.random.Generator) -> tuple[str, int]:
                 continue
             since = 0
             found = decide(PLAN, step, sides.streams(before), requests=here, in_step=timedelta(minutes=minutes))
-            if found.action in ("roll_back", "promote"):
+            if found.action in ("take_back", "promote"):
                 return found.action, seen
             if found.action == "advance":
                 break
@@ -146,7 +146,7 @@ def main() -> None:
     for number, case in enumerate(CASES):
         random, begun = np.random.default_rng(number), time.monotonic()
         ends = [roll_out(case, random) for _ in range(runs)]
-        taken = [requests for action, requests in ends if action == "roll_back"]
+        taken = [requests for action, requests in ends if action == "take_back"]
         if case.worse:
             caught = sum(requests <= REQUESTS for requests in taken)
             bound = int(stats.binom.ppf(0.01, runs, CAUGHT))

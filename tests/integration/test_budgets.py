@@ -17,7 +17,7 @@ from deploy.budgets import Budgets, Limit, OverLimit
 from infra import ports
 from infra.db import one, transaction
 from infra.errors import NotFound, UsageError
-from infra.settings import Settings, get_settings
+from infra.settings import Settings
 from registry import deployments
 from tests.conftest import forget
 
@@ -168,4 +168,3 @@ def test_limits_are_set_shown_and_taken_away(database: Settings) -> None:
         (["model:demo", "--off", "--usd-per-day", "1"], UsageError),
     ):  # fmt: skip
         assert isinstance(run(commands.limit, *arguments).exception, error), arguments
-    assert get_settings().database_url is not None

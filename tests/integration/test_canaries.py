@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 from datetime import timedelta
 
@@ -28,12 +29,14 @@ def begun(database: Settings) -> Rollout:
     add_versions("m", "pass", "pass", "pass", "fail")
     with transaction() as conn:
         deployments.promote(conn, "m", 1, **WHO)
-        return rollouts.begin(conn, "m", 2, PLAN, **WHO)[1]
+        rollouts.begin(conn, "m", 2, PLAN, **WHO)
+        return rollouts.newest(conn, "m")
 
 
 def serve(version: int, each: int, *, first: int = 15, last: int = 2, **changes: object) -> None:
     """So many requests in each of the minutes, ``first`` to ``last`` ago."""
     profile = traffic.profile([], [])
+    changes = {"slot": "champion" if version == 1 else "challenger"} | changes
     events = [
         traffic.event("m", version, profile, PAIR, at=traffic.minutes_ago(minute)) | changes
         for minute in range(first, last, -1)
@@ -97,7 +100,7 @@ def test_a_worse_version_is_taken_back(begun: Rollout) -> None:
     serve(2, 2, status=503)
     turn()
     rollout, there, ledger = now()
-    assert (rollout.state, there.champion, there.challenger) == ("rolled_back", 1, None)
+    assert (rollout.state, there.champion, there.challenger) == ("taken_back", 1, None)
     assert (ledger[-1].action, ledger[-1].slot) == ("stop", "challenger")
     assert "it is worse: 100 % answers with status 500 or more, the champion's 0 %, of 26 requests" in rollout.said
 
@@ -109,7 +112,7 @@ def test_slow_and_long_are_told_by_what_the_champion_did_before(begun: Rollout) 
     serve(2, 20, latency_ms=250.0)
     turn()
     rollout, _, _ = now()
-    assert rollout.state == "rolled_back"
+    assert rollout.state == "taken_back"
     assert {f["name"] for f in rollout.findings if f["worse"]} == {"slow", "slowest"}
     assert "slower" in rollout.said
 
@@ -131,6 +134,52 @@ def test_who_changes_the_deployment_by_hand_has_the_last_word(begun: Rollout) ->
     assert now()[0].state == "promoted"
 
 
+def test_a_challenger_whose_champion_went_is_taken_off(begun: Rollout) -> None:
+    with transaction() as conn:
+        deployments.promote(conn, "m", 3, **WHO)
+    turn()
+    rollout, there, _ = now()
+    assert (rollout.state, there.champion, there.challenger) == ("stopped", 3, None)
+
+
+def test_pinned_requests_and_copies_pass_no_step(begun: Rollout) -> None:
+    pass_time(20)
+    serve(1, 6)
+    serve(2, 9, slot="pinned")
+    serve(2, 9, slot="shadow")
+    turn()
+    assert now()[0].said == "0 of 50 requests, 20 of 10 minutes"
+
+
+def test_a_stopped_canary_can_be_begun_again_at_once(begun: Rollout) -> None:
+    with transaction() as conn:
+        deployments.stop(conn, "m", "challenger", **WHO)
+        assert rollouts.begin(conn, "m", 2, PLAN, **WHO).changed
+    assert now()[0].id != begun.id
+
+
+def test_of_two_that_begin_at_once_one_begins(database: Settings) -> None:
+    add_versions("m", "pass", "pass", "pass")
+    with transaction() as conn:
+        deployments.promote(conn, "m", 1, **WHO)
+    ready, ended = threading.Barrier(4), list[str]()
+
+    def begin(number: int) -> None:
+        ready.wait()
+        try:
+            with transaction() as conn:
+                ended.append(str(rollouts.begin(conn, "m", number, PLAN, **WHO).changed))
+        except Conflict:
+            ended.append("conflict")
+
+    threads = [threading.Thread(target=begin, args=(2 + each % 2,)) for each in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(ended) == ["False", "True", "conflict", "conflict"]
+
+
 def test_too_little_traffic_ends_it_undecided(begun: Rollout) -> None:
     pass_time(61)
     turn()
@@ -144,7 +193,7 @@ def test_an_alert_of_its_own_takes_it_back(begun: Rollout) -> None:
         for version in (1, 2):
             conn.execute(
                 "insert into alert (id, model, version, rule, severity, message)"
-                " values (%s, 'm', %s, 'drift', 'warning', 'other questions')",
+                " values (%s, 'm', %s, 'p95_ttft_ms above', 'warning', 'it is slow')",
                 (uuid.uuid4(), version),
             )
         canaries.step(conn, "m", traffic.minutes_ago(0))
@@ -153,32 +202,38 @@ def test_an_alert_of_its_own_takes_it_back(begun: Rollout) -> None:
         conn.execute("update alert set closed_at = now() where version = 1")
         canaries.step(conn, "m", traffic.minutes_ago(0))
         assert [a["version"] for a in alerts.listing(conn)] == [2]
-    assert now()[0].state == "rolled_back"
-    assert "drift: other questions" in now()[2][-1].reason
+    assert now()[0].state == "taken_back"
+    assert "p95_ttft_ms above: it is slow" in now()[2][-1].reason
 
 
-def test_approvals_that_are_missing_hold_it_at_the_last_step(database: Settings) -> None:
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [((0.5,), "all steps are passed, but m:2 is not promoted: it needs 1 approval"),
+     ((0.1, 0.5), "from 10 % to 50 %, but m:2 gets no more traffic: it needs 1 approval")],
+)  # fmt: skip
+def test_approvals_that_are_missing_hold_it_where_it_is(
+    database: Settings, steps: tuple[float, ...], words: str
+) -> None:
     add_versions("m", "pass")
     with transaction() as conn:
         add_version(conn, "m", 2, approvals=1)
         deployments.promote(conn, "m", 1, **WHO)
-        rollouts.begin(conn, "m", 2, Plan(steps=(0.5,), min_requests=10, min_minutes=0), **WHO)
+        rollouts.begin(conn, "m", 2, Plan(steps=steps, min_requests=10, min_minutes=0), **WHO)
     pass_time(20)
     serve(2, 1)
     turn()
     rollout, there, _ = now()
-    assert (rollout.state, there.champion, there.challenger) == ("running", 1, 2)
-    assert "all steps are passed, but m:2 is not promoted: it needs 1 approval" in rollout.said
+    assert (rollout.state, rollout.step, there.champion, there.challenger) == ("running", 0, 1, 2)
+    assert words in rollout.said
     with transaction() as conn:
         approvals.approve(conn, "m", 2, actor="os:bob@here", role="operator", reason="read it")
     turn()
-    assert (now()[0].state, now()[1].champion) == ("promoted", 2)
+    assert now()[0].state == "promoted" or now()[1].challenger_share == 0.5
 
 
 def test_one_canary_at_a_time_and_only_of_what_passed(begun: Rollout) -> None:
     with transaction() as conn:
-        change, same = rollouts.begin(conn, "m", 2, PLAN, **WHO)
-        assert (change.changed, same) == (False, begun)
+        assert not rollouts.begin(conn, "m", 2, PLAN, **WHO).changed
     for plan, number in ((Plan(), 2), (PLAN, 3)):
         with transaction() as conn, pytest.raises(Conflict, match="m:2 is at 10 % already"):
             rollouts.begin(conn, "m", number, plan, **WHO)

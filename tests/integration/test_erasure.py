@@ -60,7 +60,7 @@ def test_only_theirs_is_erased_and_counts_stay(kept: list[dict[str, Any]]) -> No
         done = erasure.erase(conn, "ada", **WHO)
     assert (done["events"], done["feedback"], done["datasets"], done["versions"]) == (2, 1, [], [])
     bob = (text_digest("bob"), False, "Return x.", "bob-2", "Mine.", "x", -1.0)
-    bare = (None, True, None, None, None, None)
+    bare = ("erased", True, None, None, None, None)
     assert texts() == sorted([bob, (*bare, None), (*bare, -1.0)], key=str)
     with transaction() as conn:
         assert windows.read(conn, "m", 1, traffic.minutes_ago(10), traffic.minutes_ago(0)).requests == 3
@@ -78,7 +78,30 @@ def test_what_is_on_its_way_comes_without_text_and_what_comes_later_with_it(kept
         rows = conn.execute("select id, messages is null as bare, subject from request_event where id = any(%s)",
                             ([late["id"], later["id"]],)).fetchall()  # fmt: skip
     found = {str(row["id"]): (row["bare"], row["subject"]) for row in rows}
-    assert found == {late["id"]: (True, None), later["id"]: (False, text_digest("ada"))}
+    assert found == {late["id"]: (True, "erased"), later["id"]: (False, text_digest("ada"))}
+
+
+def test_feedback_that_comes_later_keeps_no_text_either(kept: list[dict[str, Any]]) -> None:
+    late = dict(kept[0], id=str(traffic.uuid7(traffic.minutes_ago(1))))
+    say = {"score": -1, "correction": "Mine again.", "label": "x"}
+    with transaction() as conn:
+        feedback.record(conn, [feedback.parse(say | {"id": late["id"]})])  # before its event is there
+        erasure.erase(conn, "ada", **WHO)
+        feedback.record(conn, [feedback.parse(say | {"id": kept[1]["id"]})])
+    store([late])
+    with transaction() as conn:
+        feedback.settle(conn)
+        rows = conn.execute("select correction, label, score from feedback where request_id = any(%s)",
+                            ([late["id"], kept[1]["id"]],)).fetchall()  # fmt: skip
+    assert [tuple(row.values()) for row in rows] == [(None, None, -1.0)] * 2
+
+
+def test_copies_of_their_requests_are_theirs(kept: list[dict[str, Any]]) -> None:
+    copy = dict(kept[1], id=str(traffic.uuid7(traffic.minutes_ago(2))), subject=None, client_request_id=kept[1]["id"])
+    store([copy])
+    with transaction() as conn:
+        assert erasure.erase(conn, "ada", **WHO)["events"] == 3
+        assert conn.execute("select from request_event where subject is null").fetchone() is None
 
 
 def test_who_learned_from_their_corrections_is_named(kept: list[dict[str, Any]]) -> None:

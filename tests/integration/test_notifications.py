@@ -258,10 +258,18 @@ def test_nobody_is_told_of_what_is_silenced_or_mere_information(slack: Receiver)
     listed = CliRunner().invoke(commands.alerts, []).output
     assert "nobody is told of m: drift until" in listed
     assert listed.count("open  ") == 3  # they are there all the same
-    assert "1 silence ended" in CliRunner().invoke(commands.silence, ["m", "--off"]).output
     judge("drift", "calm")
     deliver()
-    assert [each["type"] for each in slack.got] == ["alert.opened", "alert.closed"]
+    assert len(slack.got) == 1  # nor that it is over, what nobody was told of
+    judge("drift", "over")
+    assert "1 silence ended" in CliRunner().invoke(commands.silence, ["m", "--off"]).output
+    judge("drift", "over")
+    deliver()
+    assert [each["data"]["rule"] for each in slack.got] == ["error_rate above", "drift"]  # told once it is wanted
+    CliRunner().invoke(commands.silence, ["m", "--for", "2h", "--reason", "known"])
+    judge("drift", "calm")
+    deliver()
+    assert slack.got[-1]["type"] == "alert.closed"  # who was told waits for it
     for wrong in (["m", "--for", "2h"], ["m", "--for", "soon", "--reason", "x"], ["m"], ["m", "--off", "--for", "2h"]):
         assert isinstance(CliRunner().invoke(commands.silence, wrong).exception, UsageError), wrong
     assert isinstance(CliRunner().invoke(commands.silence, ["none", "--off"]).exception, NotFound)

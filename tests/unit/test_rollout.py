@@ -78,7 +78,7 @@ def test_a_calm_canary_waits_advances_and_is_promoted() -> None:
 
 def test_what_is_worse_is_taken_back_and_said() -> None:
     found = asked({"errors": constant(30, 2, 10, 1, 90), "slow": constant(30, 5, 10, 45, 90)}, requests=0, minutes=0)
-    assert found.action == "roll_back"
+    assert found.action == "take_back"
     assert found.reason.startswith(
         "it is worse: 20 % answers with status 500 or more, the champion's 1.11 %, of 300 requests (evidence "
     )
@@ -96,7 +96,7 @@ def test_a_difference_that_does_not_matter_takes_nobody_back() -> None:
 
 def test_an_alert_of_the_challengers_own_takes_it_back() -> None:
     found = asked({}, alerts=("drift: its answers are longer",))
-    assert (found.action, found.reason.endswith("drift: its answers are longer")) == ("roll_back", True)
+    assert (found.action, found.reason.endswith("drift: its answers are longer")) == ("take_back", True)
 
 
 def test_equal_versions_are_rarely_taken_back_however_often_one_looks() -> None:
@@ -112,7 +112,7 @@ def test_equal_versions_are_rarely_taken_back_however_often_one_looks() -> None:
                 champion_bad=random.binomial(champion_of, rate).tolist(), champion_of=champion_of.tolist(),
                 before=(round(1000 * rate), 1000),
             )  # fmt: skip
-        taken += asked(streams).action == "roll_back"
+        taken += asked(streams).action == "take_back"
     assert taken <= 15  # of a Binomial(150, 0.05) more is as rare as 1 in 180
 
 
