@@ -132,6 +132,7 @@ def make_trainer(
         use_cpu=True,
         dataloader_pin_memory=False,
         seed=seed,
+        train_sampling_strategy="sequential",  # rows come in the order that both sides take
         logging_steps=10,
         save_strategy="no",
         report_to="none",
