@@ -323,7 +323,9 @@ def _show_rollout(now: dict[str, Any], as_json: bool) -> None:
     if rows:
         _table((f"of {name}'s answers", "share", f"version {now['champion']}'s", "of", "evidence"), rows)
         needed = 1 / now["plan"]["alpha"]
-        out.print(f"It is taken back when the mean of the evidence reaches {needed:g}; 1 is none.")
+        out.print(
+            f"It is taken back when the evidence of one of these, and the mean of all, reaches {needed:g}; 1 is none."
+        )
 
 
 def _share(value: float | None) -> str | None:

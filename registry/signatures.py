@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import tempfile
 from pathlib import Path
@@ -173,7 +174,7 @@ def _name(key: PublicKeyTypes) -> str:
 
 def _package() -> None:
     try:
-        import model_signing  # noqa: F401
+        importlib.import_module("model_signing.signing")
     except ImportError as error:
         raise UsageError(
             "Signatures need the package model-signing, which is not installed.",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 from starlette.responses import RedirectResponse, Response
 
@@ -20,26 +21,10 @@ def promote_form(visit: Visit) -> Response:
 
 
 def promote(visit: Visit) -> Response:
-    """Compare-and-set on the generation the person saw. Raises NotAllowed for an override that is no admin's."""
-    name, number = check_model_name(visit.path("model")), _number(visit)
-    force = visit.form.get("force") == "yes"
+    """Raises NotAllowed for an override that is no admin's."""
+    number, force = _number(visit), visit.form.get("force") == "yes"
     check_force(visit.identity, force)
-    try:
-        with transaction() as conn:
-            deployments.promote(
-                conn,
-                name,
-                number,
-                actor=visit.actor,
-                reason=visit.form.get("reason", ""),
-                expect_generation=whole(visit.form.get("generation", ""), "generation"),
-                force=force,
-            )
-    except TunesmithError as error:
-        if error.http_status in (400, 409, 412):
-            return _ask(visit, number, error)
-        raise
-    return RedirectResponse(f"/models/{name}", 303)
+    return _change(visit, number, lambda conn, name, who: deployments.promote(conn, name, number, force=force, **who))
 
 
 def rollout_form(visit: Visit) -> Response:
@@ -47,26 +32,55 @@ def rollout_form(visit: Visit) -> Response:
 
 
 def begin_rollout(visit: Visit) -> Response:
-    """A canary in steps; compare-and-set, likewise."""
-    name, number = check_model_name(visit.path("model")), _number(visit)
-    try:
+    """A canary in steps."""
+    number = _number(visit)
+
+    def begin(conn: Connection, name: str, who: dict[str, Any]) -> None:
         plan = rollouts.Plan(
             steps=tuple(parse_share(part) for part in visit.form.get("steps", "").split(",")),
             min_requests=_count(visit.form.get("requests", "")),
         )
+        rollouts.begin(conn, name, number, plan, **who)
+
+    return _change(visit, number, begin, "rollout")
+
+
+def rollback_form(visit: Visit) -> Response:
+    return _ask(visit, None, None)
+
+
+def rollback(visit: Visit) -> Response:
+    """`to` is optional."""
+    to = visit.form.get("to", "")
+    number = whole(to, "version") if to else None
+    return _change(visit, None, lambda conn, name, who: deployments.rollback(conn, name, to=number, **who))
+
+
+def stop_challenger(visit: Visit) -> Response:
+    """The champion has all of the traffic again; a canary in steps ends by that. Whatever generation it is at: who
+    presses stop means it."""
+    name = check_model_name(visit.path("model"))
+    with transaction() as conn:
+        deployments.stop(conn, name, "challenger", actor=visit.actor, reason="stopped in the console")
+    return RedirectResponse(f"/models/{name}", 303)
+
+
+def _change(
+    visit: Visit,
+    number: int | None,
+    act: Callable[[Connection, str, dict[str, Any]], object],
+    kind: Literal["promote", "rollout"] = "promote",
+) -> Response:
+    """Compare-and-set on the generation the person saw; what refuses it is told in the form that they came from."""
+    name = check_model_name(visit.path("model"))
+    try:
+        generation = whole(visit.form.get("generation", ""), "generation")
+        who = {"actor": visit.actor, "reason": visit.form.get("reason", ""), "expect_generation": generation}
         with transaction() as conn:
-            rollouts.begin(
-                conn,
-                name,
-                number,
-                plan,
-                actor=visit.actor,
-                reason=visit.form.get("reason", ""),
-                expect_generation=whole(visit.form.get("generation", ""), "generation"),
-            )
+            act(conn, name, who)
     except TunesmithError as error:
         if error.http_status in (400, 409, 412):
-            return _ask(visit, number, error, "rollout")
+            return _ask(visit, number, error, kind)
         raise
     return RedirectResponse(f"/models/{name}", 303)
 
@@ -75,38 +89,6 @@ def _count(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 10):
         raise UsageError(f"{text[:40]!a} is no number of requests.", hint="Such as 100.")
     return int(text)
-
-
-def stop_challenger(visit: Visit) -> Response:
-    """The champion has all of the traffic again; a canary in steps ends by that."""
-    name = check_model_name(visit.path("model"))
-    with transaction() as conn:
-        deployments.stop(conn, name, "challenger", actor=visit.actor, reason=visit.form.get("reason", ""))
-    return RedirectResponse(f"/models/{name}", 303)
-
-
-def rollback_form(visit: Visit) -> Response:
-    return _ask(visit, None, None)
-
-
-def rollback(visit: Visit) -> Response:
-    """Compare-and-set, likewise; `to` is optional."""
-    name, to = check_model_name(visit.path("model")), visit.form.get("to", "")
-    try:
-        with transaction() as conn:
-            deployments.rollback(
-                conn,
-                name,
-                actor=visit.actor,
-                reason=visit.form.get("reason", ""),
-                to=whole(to, "version") if to else None,
-                expect_generation=whole(visit.form.get("generation", ""), "generation"),
-            )
-    except TunesmithError as error:
-        if error.http_status in (400, 409, 412):
-            return _ask(visit, None, error)
-        raise
-    return RedirectResponse(f"/models/{name}", 303)
 
 
 def _ask(

@@ -36,10 +36,10 @@ def key_id(stand: Stand, role: str = "service") -> str:
     return stand.keys[role].split("_")[1]
 
 
-def limit(whose: str, **amounts: float) -> None:
+def limit(whose: str, kind: budgets.Kind, amount: float) -> None:
     scope, name = budgets.parse_whose(whose)
     with transaction() as conn:
-        budgets.limit(conn, scope, name, amounts, actor="test")  # type: ignore[arg-type]
+        budgets.limit(conn, scope, name, {kind: amount}, actor="test")
 
 
 def early_in_a_minute(needed: float = 20) -> None:
@@ -59,7 +59,7 @@ def test_a_limit_of_requests_holds_over_two_gateways(stand: Stand) -> None:
     with second.running_gateway():
         second.wait_ready()
         early_in_a_minute()
-        limit(f"key:{key_id(stand)}", requests=10)
+        limit(f"key:{key_id(stand)}", "requests", 10)
         time.sleep(2.2)  # within two seconds everywhere
         got = [each.ask() for _ in range(15) for each in (stand, second)]
         assert [event["status"] for event in stand.wait_events(30)].count(429) == 20
@@ -78,16 +78,16 @@ def test_a_limit_of_requests_holds_over_two_gateways(stand: Stand) -> None:
 
 def test_tokens_and_money_are_counted_when_they_are_known(stand: Stand) -> None:
     early_in_a_minute()
-    limit("model:demo", tokens=20)  # an answer here has 8
+    limit("model:demo", "tokens", 20)  # an answer here has 8
     time.sleep(2.2)
     assert statuses(stand, 5) == [200, 200, 200, 429, 429]
     with transaction() as conn:
         budgets.unlimit(conn, "model", "demo")
-    limit(f"key:{key_id(stand)}", usd=5e-7)  # and costs 2.8e-7
+    limit(f"key:{key_id(stand)}", "usd", 5e-7)  # and costs 2.8e-7
     time.sleep(2.2)
     assert statuses(stand, 4) == [200, 200, 429, 429]
     assert "$5e-07 a day" in stand.ask().json()["error"]["message"]
-    limit(f"key:{key_id(stand)}", usd=1.0)
+    limit(f"key:{key_id(stand)}", "usd", 1.0)
     time.sleep(2.2)
     assert statuses(stand, 1) == [200]
 
@@ -149,6 +149,18 @@ def test_while_the_database_is_away_a_gateway_counts_alone(database: Settings, m
     assert admitted(purses, "k", 15) == 5
     with transaction() as conn:
         assert one(conn, "select sum(used) as n from spending")["n"] == 25
+
+
+def test_a_gateway_that_ends_gives_back_what_it_did_not_use(database: Settings) -> None:
+    early_in_a_minute(10)
+    purses = Budgets()
+    purses._set([Limit(scope="key", name="k", kind="requests", amount=100)])
+    assert admitted(purses, "k", 7) == 7
+    with transaction() as conn:
+        assert one(conn, "select sum(used) as n from spending")["n"] == 10  # two parts of five
+    RUNNER.run(purses.close())
+    with transaction() as conn:
+        assert one(conn, "select sum(used) as n from spending")["n"] == 7
 
 
 def test_limits_are_set_shown_and_taken_away(database: Settings) -> None:
