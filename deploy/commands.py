@@ -137,6 +137,85 @@ def _show_limits(rows: list[dict[str, Any]], as_json: bool) -> None:
     out.print(table)
 
 
+@click.group()
+def upstream() -> None:
+    """Addresses of hosted models, by the names that versions have for them."""
+
+
+@upstream.command(name="set")
+@click.argument("name")
+@click.option("--url", required=True, help="Such as https://api.example.org/v1.")
+@click.option("--key-env", metavar="VARIABLE", help="The environment variable of gateways and runs that holds the key.")
+@click.option(
+    "--timeout", "seconds", type=click.FloatRange(min=1, max=600), default=60.0, show_default=True,
+    help="Seconds of silence after which the next model is asked.",
+)  # fmt: skip
+@json_option
+def set_(name: str, url: str, key_env: str | None, seconds: float, as_json: bool) -> None:
+    """Name an address, or move a name to another; gateways follow within seconds."""
+    from infra.db import transaction
+    from registry import upstreams
+    from registry.deployments import actor_here
+
+    with transaction() as conn:
+        upstreams.put(conn, name, url, key_env=key_env, timeout_seconds=seconds, actor=actor_here())
+        mine = [row for row in upstreams.listing(conn) if row["name"] == name]
+    _show_upstreams(mine, as_json)
+
+
+@upstream.command(name="list")
+@json_option
+def list_upstreams(as_json: bool) -> None:
+    """All of them, and which models are asked there now."""
+    from infra.db import transaction
+    from registry import upstreams
+
+    with transaction() as conn:
+        found = upstreams.listing(conn)
+    _show_upstreams(found, as_json)
+
+
+@upstream.command()
+@click.argument("name")
+@json_option
+def remove(name: str, as_json: bool) -> None:
+    """Forget a name that no version in a slot needs."""
+    from infra.db import transaction
+    from registry import upstreams
+
+    with transaction() as conn:
+        upstreams.remove(conn, name)
+    if as_json:
+        print_json({"name": name, "removed": True})
+    else:
+        out.print(f"{name} is forgotten.")
+
+
+def _show_upstreams(rows: list[dict[str, Any]], as_json: bool) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    if as_json:
+        print_json({"upstreams": rows})
+        return
+    if not rows:
+        out.print("There is no upstream. Name one: tunesmith upstream set NAME --url URL.")
+        return
+    table = Table("name", "address", "key in", "timeout", "asked for", "by", box=None)
+    for row in rows:
+        models = ", ".join(row["models"])
+        cells = (
+            row["name"],
+            row["url"],
+            row["key_env"] or "none",
+            f"{row['timeout_seconds']:g} s",
+            models,
+            row["actor"],
+        )
+        table.add_row(*(escape(safe(cell)) for cell in cells))
+    out.print(table)
+
+
 @click.command()
 @click.option("--base", required=True, metavar="DIGEST|PATH", help="A kept base's digest, or what `base.path` takes.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="0: any free one, named in the log.")

@@ -22,17 +22,19 @@ from typing import Any
 
 import psycopg
 
-from deploy.routing import Route, Served, Table
+from deploy.routing import Place, Route, Served, Table
 from deploy.upstream import Busy, Upstream
 from infra.db import connect, load_queries, transaction
 from infra.errors import NotFound, TunesmithError, Unreachable
 from infra.settings import Settings
 from infra.storage import get as stored
 from registry import signatures
-from registry.bundle import ADAPTER_WEIGHTS, verify
+from registry.bundle import ADAPTER_WEIGHTS, Hosted, verify
 from registry.deployments import standing
 from registry.pricing import MachinePrice, Price, parse_price
 from registry.profile import Extractor, Profile
+from registry.upstreams import Upstream as Address
+from registry.upstreams import every as addresses
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
 log = logging.getLogger(__name__)
@@ -92,6 +94,8 @@ class Follower:
         self._loaded: dict[uuid.UUID, set[Ref]] = {}  # what each engine answered a first request of
         self._engines: tuple[Engine, ...] = ()
         self._stale: dict[uuid.UUID, float] = {}  # since when we have seen an engine's row stale
+        self._upstreams: Mapping[str, Address] = {}
+        self._answered: set[Ref] = set()  # hosted versions that answered a first request
         self._failures: dict[Ref, _Failure] = {}
         self._previous: dict[str, tuple[int, int | None]] = {}  # model -> generation, rollback's target
         self._warming: dict[Ref, asyncio.Task[None]] = {}
@@ -111,7 +115,7 @@ class Follower:
             while True:
                 self._changed.clear()
                 try:
-                    wishes, self._engines = await loop.run_in_executor(self._thread, self._read)
+                    wishes, self._engines, self._upstreams = await loop.run_in_executor(self._thread, self._read)
                     self._apply(wishes)
                     self.synced = True
                     await loop.run_in_executor(self._thread, self._report)
@@ -167,7 +171,7 @@ class Follower:
             except RuntimeError:
                 return  # the loop is closed
 
-    def _read(self) -> tuple[list[Wish], tuple[Engine, ...]]:
+    def _read(self) -> tuple[list[Wish], tuple[Engine, ...], Mapping[str, Address]]:
         with transaction() as conn:
             wishes = []
             for row in conn.execute(SQL["deployments"]).fetchall():
@@ -179,7 +183,8 @@ class Follower:
                 row["monitoring"] = row["monitoring"] or {}
                 wishes.append(Wish(previous=self._previous[model][1], **row))
             engines = self._alive(conn.execute(SQL["engines"]).fetchall())
-        return wishes, engines
+            upstreams = addresses(conn)
+        return wishes, engines, upstreams
 
     def _alive(self, rows: Iterable[dict[str, Any]]) -> tuple[Engine, ...]:
         """The engines whose rows are fresh, and those that we know whose rows became stale only a moment ago: while
@@ -274,22 +279,27 @@ class Follower:
         for engine in self._engines:
             engines[engine.base_digest] = (*engines.get(engine.base_digest, ()), engine.url)
         resident = {ref: served for ref, served in self._versions.items() if self._is_loaded(served)}
-        self.table = Table(routes=routes, resident=resident, engines=engines)
+        self.table = Table(routes=routes, resident=resident, engines=engines, upstreams=self._upstreams)
 
     def _is_loaded(self, served: Served) -> bool:
-        return any((served.model, served.number) in refs for refs in self._loaded.values())
+        ref = served.model, served.number
+        return ref in self._answered or any(ref in refs for refs in self._loaded.values())
 
     def _set_monitoring(self, wish: Wish) -> None:
         """A model's price and text settings change without a new version."""
         for ref, served in list(self._versions.items()):
             if ref[0] == wish.model:
-                price, keep_text = self._monitoring(wish.monitoring)
+                price, keep_text = self._monitoring(wish.monitoring, served.hosted)
                 if (price, keep_text) != (served.price, served.keep_text):
                     self._versions[ref] = replace(served, price=price, keep_text=keep_text)
 
-    def _monitoring(self, monitoring: Mapping[str, Any]) -> tuple[Price, bool]:
-        own = monitoring.get("price")
-        price = parse_price(own) if own else MachinePrice(per_machine_hour_usd=self.settings.machine_usd_per_hour)
+    def _monitoring(self, monitoring: Mapping[str, Any], hosted: Hosted | None) -> tuple[Price, bool]:
+        """What a version's requests cost, and whether their text is kept; a hosted model has a price of its own."""
+        price: Price = MachinePrice(per_machine_hour_usd=self.settings.machine_usd_per_hour)
+        if hosted is not None and hosted.price is not None:
+            price = hosted.price
+        elif own := monitoring.get("price"):
+            price = parse_price(own)
         return price, bool(monitoring.get("keep_text", False))
 
     # ------------------------------------------------------------ warming
@@ -299,8 +309,11 @@ class Follower:
         if ref in self._warming or (failure and time.monotonic() < failure.again_at):
             return
         served = self._versions.get(ref)
-        if served is not None and all(ref in self._loaded.get(engine.id, ()) for engine in self._of_base(served)):
-            return  # on all its engines, or there is none to load it
+        if served is not None and served.hosted is None:
+            if all(ref in self._loaded.get(engine.id, ()) for engine in self._of_base(served)):
+                return  # on all its engines, or there is none to load it
+        elif ref in self._answered:
+            return
 
         async def make_ready() -> None:
             try:
@@ -335,7 +348,7 @@ class Follower:
         folder = stored("bundle", row["bundle_digest"])
         manifest = verify(folder, row["bundle_digest"])
         adapter = ADAPTER_WEIGHTS in manifest.files
-        price, keep_text = self._monitoring((settings or {}).get("monitoring") or {})
+        price, keep_text = self._monitoring((settings or {}).get("monitoring") or {}, manifest.hosted)
         return Served(
             model=model,
             number=number,
@@ -348,18 +361,25 @@ class Follower:
             price=price,
             keep_text=keep_text,
             created=row["created"],
+            hosted=manifest.hosted,
         )
 
     async def _load(self, ref: Ref) -> None:
-        """Load a version into every engine of its base that lacks it. Raises Unreachable when there is none."""
+        """Load a version into every engine of its base that lacks it; a hosted one has only to answer. Raises
+        Unreachable when there is none."""
         served = self._versions[ref]
+        if served.hosted:
+            await self.upstream.try_out(replace(self.table, upstreams=self._upstreams).places(served), served)
+            self._answered.add(ref)
+            log.info("%s is ready", served.name)
+            return
         engines = self._of_base(served)
         if not engines:
             raise Unreachable(f"No engine runs for the base {served.base_digest[:19]} of {served.name}.")
         for engine in engines:
             if ref not in self._loaded.get(engine.id, ()):
                 await self.upstream.load(engine.url, served)
-                await self.upstream.try_out(engine.url, served)
+                await self.upstream.try_out([Place(name=engine.url, url=engine.url, model=served.adapter)], served)
                 self._loaded.setdefault(engine.id, set()).add(ref)
                 self._changed.set()
                 log.info("%s is ready in the engine at %s", served.name, engine.url)
@@ -382,6 +402,7 @@ class Follower:
         idle = [ref for ref in self._versions if ref not in keep and ref not in self._warming]
         for ref in idle[: max(0, len(idle) - IDLE_VERSIONS)]:
             served = self._versions.pop(ref)
+            self._answered.discard(ref)
             holders = [engine.url for engine in self._engines if ref in self._loaded.get(engine.id, ())]
             for refs in self._loaded.values():
                 refs.discard(ref)

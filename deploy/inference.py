@@ -24,7 +24,7 @@ from deploy.budgets import Budgets, OverLimit
 from deploy.follower import Follower
 from deploy.metrics import Metrics
 from deploy.recorder import Event, Recorder
-from deploy.routing import Served, Wanted, parse, pick
+from deploy.routing import Place, Served, Wanted, parse, pick
 from deploy.shapes import Asked, BadRequest, Kind, for_engine, parse_request
 from deploy.upstream import BadAnswer, Busy, Upstream
 from infra.errors import TunesmithError
@@ -34,7 +34,7 @@ from registry.profile import FEATURES, Answer
 
 log = logging.getLogger(__name__)
 
-_PATHS = {"chat": "/v1/chat/completions", "completion": "/v1/completions"}
+_PATHS = {"chat": "/chat/completions", "completion": "/completions"}
 _PREFIX = {"chat": "chatcmpl-", "completion": "cmpl-"}
 _NO_FEATURES = (float("nan"),) * len(FEATURES)
 _GONE = 499  # nginx's number for a client that closed the connection
@@ -87,7 +87,16 @@ class _Call:
         self.finish_reason: str | None = None
 
     def take(self, piece: dict[str, Any]) -> None:
-        """Learn from an answer or a chunk of one, and put our name on it."""
+        """Learn from an answer or a chunk of one, and put our name on it. Raises BadAnswer for one of another shape."""
+        try:
+            self._learn(piece)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise BadAnswer("What answered is not OpenAI's shape.") from error
+        piece["id"] = f"{_PREFIX[self.kind]}{self.id}"
+        if self.served is not None:
+            piece["model"] = self.served.name
+
+    def _learn(self, piece: dict[str, Any]) -> None:
         if (usage := piece.get("usage")) is not None:
             self.prompt_tokens = int(usage.get("prompt_tokens") or 0)
             self.completion_tokens = int(usage.get("completion_tokens") or 0)
@@ -105,9 +114,6 @@ class _Call:
                     self.first_at = time.perf_counter()
                 self.text.append(text)
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
-        piece["id"] = f"{_PREFIX[self.kind]}{self.id}"
-        if self.served is not None:
-            piece["model"] = self.served.name
 
 
 class Inference:
@@ -232,26 +238,24 @@ class Inference:
             call.served = served
         if call.slot == "pinned":
             self.follower.used(served)
-        engines = table.engines.get(served.base_digest, ())
+        places = table.places(served)
         body = for_engine(asked, served)
         if asked.stream:
-            await self._stream(call, engines, body, send)
+            await self._stream(call, places, body, send)
         else:
-            answer = await self.upstream.complete(engines, served, _PATHS[call.kind], body)
-            if not answer.get("choices"):
-                raise BadAnswer("The engine's answer has no choices.")
+            answer = await self.upstream.complete(places, served, _PATHS[call.kind], body)
             call.take(answer)
             call.first_at = None  # the whole answer came at once; only the engine saw its first token
             call.status = 200
             await self._send_whole(call, send, orjson.dumps(answer))
         route = table.routes.get(wanted.model)
         if route is not None and route.shadow is not None and call.slot in ("champion", "challenger"):
-            self._copy(call, route.shadow, table.engines.get(route.shadow.base_digest, ()))
+            self._copy(call, route.shadow, table.places(route.shadow))
 
-    async def _stream(self, call: _Call, engines: tuple[str, ...], body: dict[str, Any], send: Send) -> None:
+    async def _stream(self, call: _Call, places: tuple[Place, ...], body: dict[str, Any], send: Send) -> None:
         asked, served = call.asked, call.served
         assert asked is not None and served is not None  # noqa: S101, PT018
-        async with aclosing(self.upstream.stream(engines, served, _PATHS[call.kind], body)) as chunks:
+        async with aclosing(self.upstream.stream(places, served, _PATHS[call.kind], body)) as chunks:
             async for chunk in chunks:
                 call.take(chunk)
                 if not call.sent:
@@ -267,8 +271,6 @@ class Inference:
                         "more_body": True,
                     }
                 )
-        if not call.sent:
-            raise BadAnswer("The engine's stream was empty.")
         call.status = 200
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
@@ -305,7 +307,7 @@ class Inference:
         if call.sent:
             await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n"})
             return
-        seconds = error.retry_after if isinstance(error, OverLimit) else 1
+        seconds = error.retry_after if isinstance(error, OverLimit | Busy) else 1
         more = ((b"retry-after", b"%d" % seconds),) if error.http_status in (429, 503) else ()
         if error.http_status in (408, 413):  # the rest of the body was not read
             more = ((b"connection", b"close"),)
@@ -374,16 +376,16 @@ class Inference:
             )
         )
 
-    def _copy(self, call: _Call, shadow: Served, engines: tuple[str, ...]) -> None:
+    def _copy(self, call: _Call, shadow: Served, places: tuple[Place, ...]) -> None:
         """Ask the shadow version the same, after the client has its answer; only the event tells of it."""
         if len(self._shadows) >= SHADOWS:
             self.metrics.shadow_dropped.inc()
             return
-        task = asyncio.create_task(self._ask_shadow(call, shadow, engines))
+        task = asyncio.create_task(self._ask_shadow(call, shadow, places))
         self._shadows.add(task)
         task.add_done_callback(self._shadows.discard)
 
-    async def _ask_shadow(self, original: _Call, shadow: Served, engines: tuple[str, ...]) -> None:
+    async def _ask_shadow(self, original: _Call, shadow: Served, places: tuple[Place, ...]) -> None:
         # Its event names the request it is a copy of as its client's id.
         call = _Call(original.kind, original.identity, str(original.id))
         asked = original.asked
@@ -393,7 +395,7 @@ class Inference:
         body.pop("stream", None)
         body.pop("stream_options", None)
         try:
-            call.take(await self.upstream.complete(engines, shadow, _PATHS[call.kind], body))
+            call.take(await self.upstream.complete(places, shadow, _PATHS[call.kind], body))
             call.first_at, call.status = None, 200
         except TunesmithError as error:
             call.status, call.error = error.http_status, f"{error.code}: {error.message}"

@@ -42,7 +42,15 @@ class Metrics:
         self.unauthenticated = Counter(
             "tunesmith_unauthenticated", "Requests without a valid key.", registry=self.registry
         )
-        self.retries = Gauge("tunesmith_upstream_retries", "Attempts on engines that failed.", registry=self.registry)
+        self.retries = Gauge(
+            "tunesmith_upstream_retries", "Requests that were tried again, or elsewhere.", registry=self.registry
+        )
+        self.open = Gauge(
+            "tunesmith_upstream_open",
+            "Whether what kept failing is left alone: 0 no, 0.5 until one request has tried it, 1 yes.",
+            ["upstream"],
+            registry=self.registry,
+        )
         self.events = Gauge(
             "tunesmith_events", "Request events by what became of them.", ["state"], registry=self.registry
         )

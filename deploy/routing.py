@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from infra.errors import NotFound, Unreachable, UsageError
 
 if TYPE_CHECKING:
+    from registry.bundle import Hosted
     from registry.pricing import Price
     from registry.profile import Extractor
+    from registry.upstreams import Upstream
 
 Slot = Literal["champion", "challenger", "shadow", "pinned"]
 _MODEL = re.compile(r"([a-z0-9][a-z0-9-]{0,62})(?:@(champion|challenger)|:([1-9][0-9]{0,8}))?")
@@ -32,9 +34,28 @@ class Wanted:
     number: int | None = None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where a version is asked: an engine of its base, or a hosted model at an upstream. `name` is the engine's address
+    or the upstream's name; `seconds` is how long an answer may take, None: as long as an engine's may."""
+
+    name: str
+    url: str
+    model: str
+    hosted: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    key_env: str | None = None
+    seconds: float | None = None
+
+    @property
+    def who(self) -> str:
+        return f"The upstream {self.name}" if self.hosted else "The engine"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Served:
-    """A version that passed its checks, with all that answering and recording need."""
+    """A version that passed its checks, with all that answering and recording need. `hosted` is what answers in
+    the base's place."""
 
     model: str
     number: int
@@ -47,6 +68,7 @@ class Served:
     price: Price
     keep_text: bool
     created: int  # seconds since 1970
+    hosted: Hosted | None = None
 
     @property
     def name(self) -> str:
@@ -69,11 +91,31 @@ class Route:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
     """What serves. `resident` holds every version that is loaded, in a slot or not; `engines` maps a base's
-    digest to the addresses of its engines."""
+    digest to the addresses of its engines, `upstreams` a name to where hosted models are asked."""
 
     routes: Mapping[str, Route] = field(default_factory=dict)
     resident: Mapping[tuple[str, int], Served] = field(default_factory=dict)
     engines: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    upstreams: Mapping[str, Upstream] = field(default_factory=dict)
+
+    def places(self, served: Served) -> tuple[Place, ...]:
+        """Where a version is asked: any of its engines, or its hosted models in their order."""
+        if not served.hosted:
+            urls = self.engines.get(served.base_digest, ())
+            return tuple(Place(name=url, url=url, model=served.adapter) for url in urls)
+        return tuple(
+            Place(
+                name=there.name,
+                url=there.url,
+                model=each.model,
+                hosted=True,
+                options=each.options,
+                key_env=there.key_env,
+                seconds=there.timeout_seconds,
+            )
+            for each in served.hosted.models
+            if (there := self.upstreams.get(each.upstream)) is not None
+        )
 
 
 def parse(model: object) -> Wanted:

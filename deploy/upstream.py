@@ -1,156 +1,226 @@
-"""How the gateway speaks to engines: vLLM's HTTP contract over one pool of connections.
+"""How the gateway has answers made: by engines over vLLM's HTTP contract, and by hosted models over OpenAI's.
 
-A request that has not answered anything yet is tried again, on the next engine where there is one, at most
-`ATTEMPTS` times; after its first token it is not, since the client has that token.
+A request that has not answered anything yet is tried again, at the next place where there is one, at most `ATTEMPTS`
+times, or once at each place where there are more; after its first token it is not, since the client has that token.
+Engines of one base take turns; hosted models are asked in the version's order. A place that keeps failing is left alone
+for a while (deploy/breaker.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import random
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any, ClassVar
 
 import aiohttp
 import orjson
 
-from deploy.routing import Served
+from deploy.breaker import Breaker
+from deploy.routing import Place, Served
 from infra.errors import TunesmithError, Unreachable, UsageError
+from registry.upstreams import read_key
 
 ATTEMPTS = 3
 CONNECT_SECONDS = 3.0
 ANSWER_SECONDS = 600.0  # for a whole answer
 SILENCE_SECONDS = 120.0  # between two pieces of one
+_ENGINE_RESTS = 2.0  # seconds at most that a failing engine is left alone
+_PLACES = 1000  # that anything is remembered of
+_SAID = 500
 
 
 class BadAnswer(TunesmithError):
-    """An engine died in the middle of an answer, or what it said is not an answer."""
+    """Who answers died in the middle of an answer, or what it said is not an answer."""
 
     http_status: ClassVar[int] = 502
     code: ClassVar[str] = "upstream"
 
 
 class Busy(TunesmithError):
-    """No place for another request right now."""
+    """No place for another request before `retry_after` seconds."""
 
     http_status: ClassVar[int] = 429
     code: ClassVar[str] = "busy"
+    retry_after: int = 1
 
 
 class _TryAgain(Exception):
-    """This attempt failed in a way that another may not; the cause says how."""
+    """This attempt failed in a way that another may not; the cause says how. `sick`: the place itself is to blame."""
+
+    def __init__(self, *, sick: bool = True) -> None:
+        self.sick = sick
 
 
 class Upstream:
-    """The gateway's client of engines; belongs to one event loop. `open` it, `close` it."""
+    """The gateway's client of engines and hosted models; belongs to one event loop. `open` it, `close` it."""
 
     def __init__(self, secret: str | None) -> None:
         self._headers = {"authorization": f"Bearer {secret}"} if secret else {}
         self._turn = itertools.count()
-        self._http: aiohttp.ClientSession | None = None
+        self._engines: aiohttp.ClientSession | None = None
+        self._hosted: aiohttp.ClientSession | None = None
         self.retries = 0
+        self.breakers: dict[str, Breaker] = {}  # by a place's name
 
     async def open(self) -> None:
-        self._http = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
-            timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS, connect=CONNECT_SECONDS, sock_read=SILENCE_SECONDS),
-            headers={**self._headers, "content-type": "application/json"},
-            cookie_jar=aiohttp.DummyCookieJar(),
-            trust_env=False,  # engines are private; requests to them never go through a proxy
-            read_bufsize=2**20,
-        )
+        # Engines are private: requests to them never go through a proxy, and their secret goes nowhere else
+        self._engines = _session(self._headers, trust_env=False)
+        self._hosted = _session({}, trust_env=True)
 
     async def close(self) -> None:
-        if self._http is not None:
-            await self._http.close()
+        for session in (self._engines, self._hosted):
+            if session is not None:
+                await session.close()
 
     # ------------------------------------------------------------ answers
 
-    async def complete(self, engines: Sequence[str], served: Served, path: str, body: Mapping[str, Any]) -> Any:
-        """The whole answer, as the engine's JSON object. Raises as `stream` does."""
-        answers = [answer async for answer in self._attempts(engines, served, path, body, stream=False)]
+    async def complete(self, places: Sequence[Place], served: Served, path: str, body: Mapping[str, Any]) -> Any:
+        """The whole answer, as the JSON object that came. Raises as `stream` does."""
+        answers = [answer async for answer in self._attempts(places, served, path, body, stream=False)]
         return answers[0]
 
     def stream(
-        self, engines: Sequence[str], served: Served, path: str, body: Mapping[str, Any]
+        self, places: Sequence[Place], served: Served, path: str, body: Mapping[str, Any]
     ) -> AsyncGenerator[dict[str, Any], None]:
-        """The answer's chunks; use it in `contextlib.aclosing`: closing it closes the connection, by which the
-        engine frees the slot.
+        """The answer's chunks; use it in `contextlib.aclosing`: closing it closes the connection, by which an engine
+        frees the slot.
 
-        Raises Unreachable (no engine), Busy, UsageError (the engine refuses the request), BadAnswer; after the
-        first chunk only BadAnswer.
+        Raises Unreachable (nobody answers), Busy, UsageError (the request is refused), BadAnswer; after the first chunk
+        only BadAnswer.
         """
-        return self._attempts(engines, served, path, body, stream=True)
+        return self._attempts(places, served, path, body, stream=True)
 
     async def _attempts(
-        self, engines: Sequence[str], served: Served, path: str, body: Mapping[str, Any], *, stream: bool
+        self, places: Sequence[Place], served: Served, path: str, body: Mapping[str, Any], *, stream: bool
     ) -> AsyncGenerator[Any, None]:
-        if not engines:
-            raise Unreachable(
-                f"No engine runs for the base of {served.name}.", hint="`tunesmith status` shows the engines."
-            )
-        data = orjson.dumps({**body, "model": served.adapter})
-        first = next(self._turn)
+        if not places:
+            raise _nowhere(served)
+        first = 0 if served.hosted else next(self._turn)
+        order = [places[(first + n) % len(places)] for n in range(len(places))]
         cause: BaseException | None = None
-        for attempt in range(ATTEMPTS):
-            engine = engines[(first + attempt) % len(engines)]
+        for attempt in range(max(ATTEMPTS, len(order))):
+            # The next one in order that takes requests; where none does, there is no use in waiting
+            open_to_us = (order[(attempt + n) % len(order)] for n in range(len(order)))
+            place = next((p for p in open_to_us if self._breaker(p).admit()), None)
+            if place is None:
+                break
+            if attempt:
+                self.retries += 1
+                await asyncio.sleep(random.uniform(0.02, 0.1) * attempt)
             begun = False
             try:
-                async with aclosing(self._attempt(engine, served, path, data, stream=stream)) as pieces:
+                async with aclosing(self._attempt(place, served, path, body, stream=stream)) as pieces:
                     async for piece in pieces:
+                        if not begun:
+                            self._breaker(place).succeeded()
                         begun = True
                         yield piece
                 return
-            except (_TryAgain, aiohttp.ClientError, OSError, TimeoutError) as error:
+            except UsageError:  # the place is well, the request is not
+                self._breaker(place).succeeded()
+                raise
+            except (_TryAgain, BadAnswer, aiohttp.ClientError, OSError, TimeoutError) as error:
+                if not isinstance(error, _TryAgain) or error.sick:
+                    self._breaker(place).failed()
                 cause = error.__cause__ if isinstance(error, _TryAgain) and error.__cause__ else error
                 if begun:
-                    raise BadAnswer("The engine broke off in the middle of an answer.") from cause
-            self.retries += 1
-            await asyncio.sleep(random.uniform(0.02, 0.1) * (attempt + 1))
+                    if isinstance(cause, BadAnswer):
+                        raise cause from None
+                    raise BadAnswer(f"{place.who} broke off in the middle of an answer.") from cause
         if isinstance(cause, TunesmithError):
             raise cause
+        if cause is None:
+            raise self._resting(order, served)
         raise Unreachable(
-            f"The engine of {served.name} does not answer.", hint="Try again; `tunesmith status` shows the engines."
+            f"{order[0].who} of {served.name} does not answer.", hint="Try again; `tunesmith status` shows the engines."
         ) from cause
 
+    def _breaker(self, place: Place) -> Breaker:
+        breaker = self.breakers.get(place.name)
+        if breaker is None:
+            while len(self.breakers) >= _PLACES:
+                del self.breakers[next(iter(self.breakers))]
+            # Which engines live is known otherwise too; one that is back must not wait
+            breaker = self.breakers[place.name] = Breaker() if place.hosted else Breaker(longest=_ENGINE_RESTS)
+        return breaker
+
+    def _resting(self, places: Sequence[Place], served: Served) -> TunesmithError:
+        """Nobody may be asked just now: all failed again and again, or asked for a pause."""
+        seconds = min(self._breaker(place).seconds for place in places)
+        names = " and ".join(place.name for place in places)
+        if all(self._breaker(place).state == "closed" for place in places):
+            busy = Busy(f"{names} had too many requests of {served.name}.", hint="Try again later.")
+            busy.retry_after = max(1, math.ceil(seconds))
+            return busy
+        return Unreachable(
+            f"{names} failed again and again, and is asked by {served.name} in {seconds:.1f} s again.",
+            hint="`/metrics` shows it as tunesmith_upstream_open.",
+        )
+
     async def _attempt(
-        self, engine: str, served: Served, path: str, data: bytes, *, stream: bool
+        self, place: Place, served: Served, path: str, body: Mapping[str, Any], *, stream: bool
     ) -> AsyncGenerator[Any, None]:
-        async with self._post(engine, path, data) as response:
+        asked = {**body, **place.options, "model": place.model}
+        if None in place.options.values():
+            asked = {name: value for name, value in asked.items() if value is not None}
+        async with self._post(place, path, orjson.dumps(asked)) as response:
             if response.status != 200:
-                await self._explain(engine, served, response)
+                await self._explain(place, served, response)
             if not stream:
-                yield _object(await response.read())
+                answer = _answer(await response.read(), place)
+                if not answer["choices"]:
+                    raise BadAnswer(f"{place.who}'s answer has no choices.")
+                yield answer
                 return
+            empty = True
             async for line in response.content:
                 if not line.startswith(b"data:"):
                     continue
                 text = line[5:].strip()
                 if text == b"[DONE]":
+                    if empty:
+                        raise BadAnswer(f"{place.who}'s stream was empty.")
                     return
-                chunk = _object(text)
-                if "error" in chunk:
-                    raise BadAnswer(f"The engine failed: {_said(chunk)}")
-                yield chunk
+                yield _answer(text, place)
+                empty = False
             raise aiohttp.ClientPayloadError("the stream ended early")
 
-    async def _explain(self, engine: str, served: Served, response: aiohttp.ClientResponse) -> None:
-        """Raise what a refusal of the engine means here."""
+    async def _explain(self, place: Place, served: Served, response: aiohttp.ClientResponse) -> None:
+        """Raise what a refusal means here."""
         try:
             said = _said(orjson.loads(await response.read()))
         except orjson.JSONDecodeError:
             said = f"status {response.status}"
+        if place.hosted:
+            self._explain_hosted(place, response, said)
         if response.status == 404 and served.adapter_path is not None:
             # The engine was restarted, or let go of the adapter to make room.
-            await self.load(engine, served)
-            raise _TryAgain
+            await self.load(place.url, served)
+            raise _TryAgain(sick=False)
         if response.status in (429, 503):
-            raise _TryAgain from Busy(f"The engine is full: {said}", hint="Try again in a second.")
+            raise _TryAgain(sick=False) from Busy(f"The engine is full: {said}", hint="Try again in a second.")
         if response.status in (400, 413, 422):
             raise UsageError(said)
         raise _TryAgain from BadAnswer(f"The engine failed: {said}")
+
+    def _explain_hosted(self, place: Place, response: aiohttp.ClientResponse, said: str) -> None:
+        if response.status == 429:
+            busy = Busy(f"{place.who} takes no more requests now: {said}", hint="Try again later.")
+            seconds = _retry_after(response.headers.get("retry-after", ""))
+            self._breaker(place).pause(seconds)
+            busy.retry_after = max(1, math.ceil(seconds))
+            raise _TryAgain(sick=False) from busy
+        if response.status in (400, 413, 422):
+            raise UsageError(said)
+        if response.status in (401, 403):  # such messages tend to repeat the key
+            said = "it refuses the key"
+        raise _TryAgain from BadAnswer(f"{place.who} failed with status {response.status}: {said}")
 
     # ------------------------------------------------------------ adapters
 
@@ -167,18 +237,29 @@ class Upstream:
         """Make an engine let go of an adapter; one that is not there is no error. Raises Unreachable."""
         await self._tell(engine, "/v1/unload_lora_adapter", orjson.dumps({"lora_name": adapter}))
 
-    async def try_out(self, engine: str, served: Served) -> None:
-        """One short request to a version; returns when it answered. Raises BadAnswer, Busy, Unreachable."""
-        body = {"model": served.adapter, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
-        status, said = await self._tell(engine, "/v1/chat/completions", orjson.dumps({**body, "temperature": 0}))
-        if status in (429, 503):
-            raise Busy(f"The engine is full: {said}")
-        if status != 200:
-            raise BadAnswer(f"{served.name} fails its first request: {said}")
+    async def try_out(self, places: Sequence[Place], served: Served) -> None:
+        """One short request to a version at the first of the places that answers, also at one that was left alone;
+        returns when one did. Raises BadAnswer, Busy, UsageError, Unreachable."""
+        body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2, "temperature": 0}
+        failure: BaseException = _nowhere(served)
+        for place in places:
+            try:
+                async with aclosing(self._attempt(place, served, "/chat/completions", body, stream=False)) as answer:
+                    await anext(answer)
+            except _TryAgain as error:
+                failure = error.__cause__ or BadAnswer(f"{served.name} fails its first request.")
+            except (TunesmithError, aiohttp.ClientError, OSError, TimeoutError) as error:
+                failure = error
+            else:
+                self._breaker(place).succeeded()
+                return
+        if isinstance(failure, TunesmithError):
+            raise failure
+        raise Unreachable(f"{places[-1].who} at {places[-1].url} does not answer: {failure}") from failure
 
     async def _tell(self, engine: str, path: str, data: bytes) -> tuple[int, str]:
         try:
-            async with self._post(engine, path, data) as response:
+            async with self._session(self._engines).post(engine + path, data=data) as response:
                 text = await response.text()
                 if response.status == 200:
                     return 200, text
@@ -189,20 +270,78 @@ class Upstream:
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise Unreachable(f"The engine at {engine} does not answer: {error}") from error
 
-    def _post(self, engine: str, path: str, data: bytes) -> Any:
-        if self._http is None:
+    def _post(self, place: Place, path: str, data: bytes) -> Any:
+        if not place.hosted:
+            return self._session(self._engines).post(place.url + "/v1" + path, data=data)
+        try:
+            key = read_key(place.key_env)
+        except ValueError as error:
+            raise _TryAgain from BadAnswer(f"{place.who} cannot be asked: {error}.")
+        return self._session(self._hosted).post(
+            place.url + path,
+            data=data,
+            headers={"authorization": f"Bearer {key}"} if key else {},
+            allow_redirects=False,
+            timeout=aiohttp.ClientTimeout(
+                total=ANSWER_SECONDS, connect=CONNECT_SECONDS, sock_read=place.seconds or SILENCE_SECONDS
+            ),
+        )
+
+    @staticmethod
+    def _session(session: aiohttp.ClientSession | None) -> aiohttp.ClientSession:
+        if session is None:
             raise RuntimeError("Upstream is not open")
-        return self._http.post(engine + path, data=data)
+        return session
 
 
-def _object(data: bytes) -> dict[str, Any]:
+def _nowhere(served: Served) -> Unreachable:
+    if served.hosted:
+        names = " or ".join(sorted({each.upstream for each in served.hosted.models}))
+        return Unreachable(
+            f"{served.name} is asked at {names}, which has no address here.", hint="See `tunesmith upstream list`."
+        )
+    return Unreachable(f"No engine runs for the base of {served.name}.", hint="`tunesmith status` shows the engines.")
+
+
+def _session(headers: Mapping[str, str], *, trust_env: bool) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
+        timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS, connect=CONNECT_SECONDS, sock_read=SILENCE_SECONDS),
+        headers={**headers, "content-type": "application/json"},
+        cookie_jar=aiohttp.DummyCookieJar(),
+        trust_env=trust_env,
+        read_bufsize=2**20,
+    )
+
+
+def _answer(data: bytes, place: Place) -> dict[str, Any]:
+    """An answer, or a chunk of one. Raises BadAnswer for what is none."""
     try:
         value = orjson.loads(data)
     except orjson.JSONDecodeError as error:
-        raise BadAnswer("The engine did not answer in JSON.") from error
+        raise BadAnswer(f"{place.who} did not answer in JSON.") from error
     if not isinstance(value, dict):
-        raise BadAnswer("The engine did not answer with an object.")
+        raise BadAnswer(f"{place.who} did not answer with an object.")
+    if value.get("error") is not None:
+        raise BadAnswer(f"{place.who} failed: {_said(value)}")
+    choices = value.get("choices")
+    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+        raise BadAnswer(f"{place.who}'s answer has no choices.")
     return value
+
+
+def _retry_after(asked: str) -> float:
+    """Seconds (RFC 9110, section 10.2.3: a number, or a date); 1 where it does not say."""
+    try:
+        seconds = float(asked)
+        return max(0.0, seconds) if math.isfinite(seconds) else 1.0
+    except ValueError:
+        pass
+    try:
+        at = parsedate_to_datetime(asked)
+    except ValueError:
+        return 1.0
+    return max(0.0, (at.replace(tzinfo=at.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
 
 
 def _said(answer: Any) -> str:
@@ -211,5 +350,5 @@ def _said(answer: Any) -> str:
         error = answer.get("error", answer)
         message = error.get("message") or error.get("detail") if isinstance(error, dict) else error
         if message:
-            return str(message)[:500]
+            return str(message)[:_SAID]
     return "no reason given"

@@ -54,6 +54,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "feedback": ("monitoring.commands:feedback", "Send corrections in bulk."),
     "limit": ("deploy.commands:limit", "What a key or a model may use."),
     "limits": ("deploy.commands:limits", "All limits, and what is taken of them."),
+    "upstream": ("deploy.commands:upstream", "Addresses of hosted models."),
     "keys": ("deploy.commands:keys", "Create, list and revoke API keys."),
     "serve": ("monitoring.commands:serve", "The gateway and the console, one process."),
     "engine": ("deploy.commands:engine", "One base and its adapters, one process."),

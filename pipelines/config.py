@@ -26,7 +26,7 @@ from pydantic import (
 
 from infra.storage import file_digest, text_digest
 from pipelines import config_file
-from pipelines.config_address import Section
+from pipelines.config_address import HostedVersion, Section
 from pipelines.config_evaluation import Evaluation, Gate
 from pipelines.config_file import Problem, Source
 from pipelines.config_serving import Monitoring, Retrain, Rollout
@@ -34,6 +34,7 @@ from pipelines.config_space import Space, did_you_mean, refused
 from pipelines.tuning.objectives import MEASURES
 from registry.names import MODEL_NAME
 
+NOT_OF_HOSTED = ("loss", "perplexity", "tokens_per_second")  # a chat address tells no probabilities
 BUILTIN_BASES = ("builtin:smollm2-135m", "builtin:tiny")
 
 
@@ -236,6 +237,7 @@ class PipelineConfig(Section):
     ]
     data: Data
     prompt: Prompt = Prompt()
+    hosted: HostedVersion | None = None
     generation: Generation = Generation()
     tuning: Tuning = Tuning()
     evaluation: Evaluation = Evaluation()
@@ -269,19 +271,33 @@ class PipelineConfig(Section):
         return value
 
     @model_validator(mode="after")
-    def _prompt_alone(self) -> PipelineConfig:
-        """A prompt on the base is not searched for, nor trained again."""
-        if self.tuning.method != "prompt":
+    def _without_training(self) -> PipelineConfig:
+        """A prompt on the base, or a hosted model, is not searched for, nor trained again."""
+        if self.trains:
             return self
-        plain = Tuning(method="prompt").model_dump()
+        what = "method: prompt" if self.hosted is None else "a hosted model"
+        plain = Tuning(method=self.tuning.method).model_dump()
         unused = [f"tuning.{name}" for name, value in self.tuning.model_dump().items() if value != plain[name]]
         unused += ["retrain"] if self.retrain is not None else []
-        found = [("tuning", f"method: prompt trains nothing; leave {name} out") for name in unused]
-        if not self.prompt.system:
+        found = [("tuning", f"{what} trains nothing; leave {name} out") for name in unused]
+        if self.hosted is None and not self.prompt.system:
             found.append(("prompt", "method: prompt is the base with a prompt; add system: and the prompt"))
+        for gate in self.gates if self.hosted is not None else ():
+            if gate.metric in NOT_OF_HOSTED:
+                found.append(("gates", f"a hosted model has no {gate.metric}; gate on another metric, as token_f1"))
         if found:
             raise refused(found)
         return self
+
+    @property
+    def trains(self) -> bool:
+        """Whether a version of this file has an adapter of its own."""
+        return self.hosted is None and self.tuning.method != "prompt"
+
+    @property
+    def method(self) -> str:
+        """How a version of this file is made."""
+        return "hosted" if self.hosted is not None else self.tuning.method
 
     def jsonable(self) -> dict[str, Any]:
         """The whole configuration as plain JSON values; `PipelineConfig.model_validate` reads it back."""

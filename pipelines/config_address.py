@@ -1,15 +1,15 @@
-"""The sections of a pipeline file that name an OpenAI-shaped address: a judge, and a hosted model to compare with."""
+"""The sections of a pipeline file that name an OpenAI-shaped address: a judge, a hosted model to compare with, and a
+version that hosted models answer."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from registry.pricing import TokenPrice
+from registry.upstreams import check_url, check_variable
 
 PLACES = ("rubric", "question", "expected", "answer")
 """What a judge's own prompt may hold in braces."""
@@ -26,6 +26,13 @@ def absolute(value: Any, info: ValidationInfo) -> Path:
     if not isinstance(value, str | Path) or not str(value).strip():
         raise ValueError(f"must be a path, not {value!r}")
     return Path((info.context or {}).get("folder", Path.cwd()), Path(value).expanduser()).absolute()
+
+
+def check_options(value: dict[str, Any]) -> dict[str, Any]:
+    """Fields of requests that a file may set."""
+    if taken := sorted(value.keys() & {"model", "messages", "stream", "n"}):
+        raise ValueError(f"cannot set {taken[0]}; leave it out")
+    return value
 
 
 class Address(Section):
@@ -45,33 +52,17 @@ class Address(Section):
     @field_validator("url")
     @classmethod
     def _address(cls, value: str | None) -> str | None:
-        """Messages never quote what was given: it may hold a secret."""
-        if value is None:
-            return None
-        try:
-            parts = urlsplit(value)
-            known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:
-            known = False
-        if not known or not value.isprintable() or " " in value:
-            raise ValueError("is no address; write it as https://api.example.org/v1")
-        if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
-            raise ValueError("holds more than an address; put the key into a variable and name that in key_env")
-        return value.rstrip("/").removesuffix("/chat/completions")
+        return None if value is None else check_url(value)
 
     @field_validator("key_env")
     @classmethod
     def _variable(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", value):
-            raise ValueError("must be the name of an environment variable, such as JUDGE_KEY, never the key itself")
-        return value
+        return None if value is None else check_variable(value)
 
     @field_validator("options")
     @classmethod
     def _options(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if taken := sorted(value.keys() & {"model", "messages", "stream", "n"}):
-            raise ValueError(f"cannot set {taken[0]}; leave it out")
-        return value
+        return check_options(value)
 
 
 class Judge(Address):
@@ -114,3 +105,21 @@ class Hosted(Address):
 
     system: str | None = Field(default=None, max_length=20_000)
     price: HostedPrice | None = None
+
+
+class HostedModel(Section):
+    """A model at an upstream, which `tunesmith upstream` gives its address. `options` are put into each request's body,
+    a null takes a field out of it."""
+
+    upstream: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+    model: str = Field(min_length=1, max_length=200)
+    options: Annotated[dict[str, Any], AfterValidator(check_options)] = {}
+
+
+class HostedVersion(Section):
+    """A version that hosted models answer: the first, and when it fails in serving the next. It is judged by the
+    answers of the first, `parallel` requests at a time."""
+
+    models: Annotated[tuple[HostedModel, ...], Field(min_length=1, max_length=8)]
+    price: HostedPrice | None = None
+    parallel: int = Field(default=4, ge=1, le=16)

@@ -24,6 +24,7 @@ from infra.errors import Conflict, NotFound, Refused, TunesmithError, UsageError
 from infra.settings import get_settings
 from pipelines import config as configs
 from pipelines import config_evaluation, runs, schedules
+from pipelines.config_address import Address
 from pipelines.config_space import largest_rank
 from pipelines.evaluation.catalogue import DEFAULT, SUITES
 from pipelines.progress import report
@@ -38,9 +39,10 @@ from registry import (
     profile,
     rollouts,
     studies,
+    upstreams,
     versions,
 )
-from registry.bundle import Generation
+from registry.bundle import Generation, Hosted, HostedModel
 from registry.datasets import Row
 from registry.pricing import MachinePrice, parse_price
 
@@ -187,6 +189,8 @@ def prepare(plan: Plan, run: runs.Run) -> dict[str, Any]:
         from pipelines.data.prepare import prepare as prepare_rows
 
         say = _progress(run, "prepare")
+        if (hosted := _hosted(plan.config)) is not None:
+            _address(hosted)  # better now than after the data
         say(f"base {plan.config.base.path}")
         old = None
         if plan.kind == "retrain" and plan.champion is not None and plan.champion.dataset_digest is not None:
@@ -197,8 +201,8 @@ def prepare(plan: Plan, run: runs.Run) -> dict[str, Any]:
         else:
             base = bases.resolve(plan.config.base.path, plan.config.base.revision)
         dataset = prepare_rows(plan.config, extra=plan.corrections, old=old, progress=say)
-        trained = plan.config.tuning.method != "prompt"
-        counts = dict(dataset.counts) | {"too_long": _too_long(plan.config, dataset, base) if trained else 0}
+        too_long = _too_long(plan.config, dataset, base) if plan.config.trains else 0
+        counts = dict(dataset.counts) | {"too_long": too_long}
         say(", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count), 1, 1)
         return {"dataset": dataset.digest, "base": base.digest, "counts": counts}
 
@@ -222,11 +226,11 @@ def _too_long(config: configs.PipelineConfig, dataset: datasets.Dataset, base: b
 
 def search(plan: Plan, run: runs.Run, data: dict[str, Any]) -> dict[str, Any]:
     """The best adapter of an Optuna study: ``{"study", "trial", "params", "value", "adapter", "importances", ...}``; of
-    a prompt on the base, all of them empty."""
+    a prompt on the base, or a hosted model, all of them empty."""
 
     def work() -> dict[str, Any]:
-        if plan.config.tuning.method == "prompt":
-            report("search", "none: a prompt on the base", 1, 1)
+        if not plan.config.trains:
+            report("search", f"none: {'a prompt on the base' if plan.config.hosted is None else 'hosted'}", 1, 1)
             nothing = dict.fromkeys(("study", "trial", "value", "adapter", "stopped_by"))
             return {**nothing, "params": {}, "trials": 0, "pruned": 0, "importances": {}}
         from pipelines.tuning.search import make_spec
@@ -318,10 +322,12 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
         if adapter is not None:
             rows = dataset.rows("validation")
             served["servability"] = servability.check(base, adapter, best["params"], rows, config.prompt.system)
-        champion = plan.champion if plan.champion and plan.champion.base_digest == base.digest else None
+        champion = plan.champion if plan.champion and _comparable(plan.champion, base.digest) else None
+        hosted = _hosted(config)
         judged = judge(
             base=base,
-            candidate=adapter,
+            candidate=_address(hosted, config.hosted.parallel) if hosted and config.hosted else adapter,
+            price=hosted.price if hosted else None,
             champion=_beside(champion) if champion else None,
             rows=dataset.rows("test"),
             training=dataset.rows("train") if adapter is not None else (),
@@ -350,10 +356,11 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
         digest = versions.seal(
             versions.VersionDraft(
                 model=config.model,
-                method=config.tuning.method,
+                method=config.method,
                 base=base,
                 adapter=adapter,
                 system=config.prompt.system,
+                hosted=hosted,
                 generation=Generation(**config.generation.model_dump()),
                 dataset=dataset.digest,
                 study=best["study"],
@@ -373,10 +380,46 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
     return run.stage("evaluate", work)
 
 
+def _comparable(version: versions.Version, base_digest: str) -> bool:
+    """Whether a version can answer beside others of a base: it is one of it, or asked over an address."""
+    return version.parsed.hosted is not None or version.base_digest == base_digest
+
+
 def _beside(champion: versions.Version) -> Serving:
     from pipelines.evaluation.judgement import Serving
 
-    return Serving(adapter=champion.adapter(), system=champion.parsed.prompt.system)
+    hosted = champion.parsed.hosted
+    return Serving(
+        adapter=_address(hosted) if hosted is not None else champion.adapter(),
+        system=champion.parsed.prompt.system,
+        price=hosted.price if hosted is not None else None,
+    )
+
+
+def _hosted(config: configs.PipelineConfig) -> Hosted | None:
+    """What the file's version is answered by, as it will stand in the bundle."""
+    if config.hosted is None:
+        return None
+    return Hosted(
+        models=tuple(HostedModel(**each.model_dump()) for each in config.hosted.models),
+        price=config.hosted.price.tokens if config.hosted.price is not None else None,
+    )
+
+
+def _address(hosted: Hosted, parallel: int = 4) -> Address:
+    """Where the first of a version's models is asked, once all have an address. Raises NotFound."""
+    first = hosted.models[0]
+    with transaction() as conn:
+        upstreams.check(conn, hosted)
+        there = upstreams.get(conn, first.upstream)
+    return Address(
+        url=there.url,
+        model=first.model,
+        key_env=there.key_env,
+        timeout_seconds=there.timeout_seconds,
+        options=first.options,
+        parallel=parallel,
+    )
 
 
 def _machine(price: Mapping[str, float] | None) -> MachinePrice:
@@ -394,9 +437,12 @@ def _profile(
     from monitoring.feedback import similarity
     from registry import prompts
 
-    tokenizer = bases.load_tokenizer(base.folder)
-    rows = [*dataset.rows("train"), *dataset.rows("validation")]
-    inputs = [(row.prompt, len(prompts.encode(tokenizer, row.prompt, system=config.prompt.system))) for row in rows]
+    if config.hosted is not None:  # it counts tokens itself, and did so for the test rows only
+        inputs = [(row.prompt, tokens) for row, tokens in zip(judged.rows, judged.prompt_tokens, strict=True)]
+    else:
+        tokenizer = bases.load_tokenizer(base.folder)
+        rows = [*dataset.rows("train"), *dataset.rows("validation")]
+        inputs = [(row.prompt, len(prompts.encode(tokenizer, row.prompt, system=config.prompt.system))) for row in rows]
     judged_rows = list(zip(judged.rows, judged.answers, judged.prompt_tokens, strict=True))
     answers = [(row.prompt, answer, tokens) for row, answer, tokens in judged_rows]
     similarities = [s for row, answer, _ in judged_rows if (s := similarity(answer.text, row.answer)) is not None]
@@ -543,11 +589,12 @@ def evaluate_again(name: str, suites: Sequence[str] = (), config: Path | None = 
     price = given.monitoring.price if given is not None else made["price"] if made else None
     policy = (made or {}).get("gates") or ()
     champion = _champion(model)
-    beside = champion is not None and champion.number != number and champion.base_digest == version.base_digest
-    adapter = version.adapter()
+    beside = champion is not None and champion.number != number and _comparable(champion, version.base_digest)
+    adapter, hosted = version.adapter(), version.parsed.hosted
     evaluation = judge(
         base=bases.load(version.base_digest),
-        candidate=adapter,
+        candidate=_address(hosted) if hosted is not None else adapter,
+        price=hosted.price if hosted is not None else None,
         champion=_beside(champion) if champion is not None and beside else None,
         rows=dataset.rows("test"),
         training=dataset.rows("train") if adapter is not None else (),

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from infra.errors import Refused
 from infra.storage import file_digest, text_digest
+from registry.pricing import TokenPrice
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,9 +67,27 @@ class Generation(_Value):
     top_p: float = Field(default=1.0, gt=0, le=1)
 
 
+class HostedModel(_Value):
+    """A model at an upstream (registry/upstreams.py). `options` are put into each request's body, a null takes a field
+    out of it."""
+
+    upstream: str
+    model: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Hosted(_Value):
+    """What answers in the base's place: the first of `models`, and when it fails the next. `price` is that of the
+    first; without it the model's own holds."""
+
+    models: tuple[HostedModel, ...] = Field(min_length=1, max_length=8)
+    price: TokenPrice | None = None
+
+
 class Manifest(_Value):
     """version.json. The version's number is not in it: MLflow gives it, and the bundle is sealed before. `training`
-    is what it takes beside the params to train it again (pipelines/reproduction.py)."""
+    is what it takes beside the params to train it again (pipelines/reproduction.py). Where a `hosted` model answers,
+    the base is the one that it was judged beside."""
 
     format: Literal[1] = 1
     model: str
@@ -81,6 +100,9 @@ class Manifest(_Value):
     trial: int | None = None
     params: dict[str, Any] = Field(default_factory=dict)
     training: dict[str, Any] | None = None
+    hosted: Hosted | None = Field(
+        default=None, exclude_if=lambda value: value is None
+    )  # older bundles have no such key
     code_version: str
     files: dict[str, Digest] = Field(default_factory=dict)
 

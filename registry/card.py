@@ -28,8 +28,7 @@ def render(manifest: Manifest, evaluation: Mapping[str, Any] | None, decision: D
         _front_matter(manifest, evaluation),
         f"# {manifest.model}",
         "",
-        f"{_inline(manifest.base.id)} (revision `{_inline(manifest.base.revision)}`, {manifest.base.dtype}) "
-        + (f"with a `{_inline(manifest.method)}` adapter." if manifest.method != "prompt" else "with a prompt."),
+        _what(manifest),
         "",
     ]
     if manifest.prompt.system:
@@ -41,6 +40,18 @@ def render(manifest: Manifest, evaluation: Mapping[str, Any] | None, decision: D
     return "\n".join(lines)
 
 
+def _what(manifest: Manifest) -> str:
+    base = f"{_inline(manifest.base.id)} (revision `{_inline(manifest.base.revision)}`, {manifest.base.dtype})"
+    if manifest.hosted is not None:
+        asked = ", then ".join(
+            f"`{_inline(each.model)}` at {_inline(each.upstream)}" for each in manifest.hosted.models
+        )
+        return f"Answered by {asked}; judged beside {base}."
+    return base + (
+        f" with a `{_inline(manifest.method)}` adapter." if manifest.method != "prompt" else " with a prompt."
+    )
+
+
 def _front_matter(manifest: Manifest, evaluation: Mapping[str, Any] | None) -> str:
     from ruamel.yaml import YAML
 
@@ -49,8 +60,9 @@ def _front_matter(manifest: Manifest, evaluation: Mapping[str, Any] | None) -> s
         for name, measured in (evaluation or {"metrics": {}})["metrics"].items()
         if measured.get("candidate") and measured["candidate"]["estimate"] is not None
     ]
-    content: dict[str, Any] = {"base_model": manifest.base.id, "tags": ["tunesmith", manifest.method]}
-    if manifest.has_adapter or manifest.method != "prompt":
+    content: dict[str, Any] = {} if manifest.hosted else {"base_model": manifest.base.id}
+    content["tags"] = ["tunesmith", manifest.method]
+    if manifest.has_adapter or manifest.method not in ("prompt", "hosted"):
         content["library_name"] = "peft"
     content["pipeline_tag"] = "text-generation"
     if results:

@@ -74,6 +74,9 @@ def show(version: str, as_json: bool) -> None:
     gate, evaluation = facts["gate"], facts["evaluation"]
     flat = {**facts, "base": f"{facts['base']['id']} ({facts['base']['digest']})"}
     flat |= {"prompt": facts["prompt"]["system"], "created_at": _time(facts["created_at"])}
+    if facts["hosted"]:
+        asked = [f"{each['model']} at {each['upstream']}" for each in facts["hosted"]["models"]]
+        flat |= {"base": None, "hosted": ", then ".join(asked)}
     flat |= {"gate": gate["decision"] if gate else "never judged"}
     for name in ("generation", "params"):
         flat[name] = ", ".join(f"{key} {value}" for key, value in facts[name].items())

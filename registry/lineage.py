@@ -31,6 +31,7 @@ def of_version(conn: Connection, ref: Ref) -> dict[str, Any]:
         "version": found.number,
         "bundle": found.bundle_digest,
         "base": manifest.base.model_dump(mode="json"),
+        "hosted": manifest.hosted and manifest.hosted.model_dump(mode="json"),
         "dataset": dataset,
         "study": manifest.study,
         "trial": manifest.trial,

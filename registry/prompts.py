@@ -21,9 +21,7 @@ def render(tokenizer: Any, messages: Messages, *, system: str | None = None, gen
 
     Raises ValueError, with the template's own words, for a conversation that the template refuses.
     """
-    turns = [dict(m) for m in messages]
-    if system is not None and not any(m["role"] == "system" for m in turns):
-        turns.insert(0, {"role": "system", "content": system})
+    turns = with_system(messages, system)
     template = None if tokenizer.chat_template else FALLBACK_TEMPLATE
     try:
         text = tokenizer.apply_chat_template(
@@ -32,6 +30,14 @@ def render(tokenizer: Any, messages: Messages, *, system: str | None = None, gen
     except Exception as error:  # jinja2's errors, and those that templates raise on their own
         raise ValueError(f"the chat template refuses these messages: {error}") from error
     return str(text)
+
+
+def with_system(messages: Messages, system: str | None) -> list[dict[str, Any]]:
+    """A conversation with `system` put first when it has no system message."""
+    turns = [dict(m) for m in messages]
+    if system is not None and not any(m["role"] == "system" for m in turns):
+        turns.insert(0, {"role": "system", "content": system})
+    return turns
 
 
 def encode(tokenizer: Any, messages: Messages, *, system: str | None = None) -> list[int]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from infra import storage
 from infra.db import transaction
 from infra.errors import NotFound, TunesmithError, Unreachable
-from registry import bundle, deployments, mlflow, signatures, versions
+from registry import bundle, deployments, mlflow, signatures, upstreams, versions
 from registry.versions import Version
 
 State = Literal["ok", "failed", "unreachable", "none"]
@@ -41,12 +41,14 @@ def verify_version(model: str, number: int) -> list[Check]:
         length = deployments.read(conn, model).generation
         evidence = _check("evidence", lambda: _evidence(version, lambda digest: versions.evidence(conn, digest)))
     whole = f"{length} entries, chained"
+    hosted = version.parsed.hosted
     return [
         _check("bundle", lambda: _bundle(version)),
         _signature(version),
         evidence,
         _check("mlflow", lambda: _mlflow(version)),
         _check("base", lambda: _stored("base", version.base_digest)),
+        *([_check("upstreams", lambda: _upstreams(hosted))] if hosted is not None else []),
         _check("dataset", lambda: _stored("dataset", version.dataset_digest)),
         Check(name="ledger", state="failed" if problems else "ok", detail=" ".join(problems) or whole),
     ]
@@ -103,6 +105,12 @@ def _mlflow(version: Version) -> str:
             raise TunesmithError(f"{version.name} was deleted in MLflow; it is still served from the store.") from error
         bundle.verify(copy, version.bundle_digest)
     return f"the same files, model {version.mlflow_model_id}"
+
+
+def _upstreams(hosted: bundle.Hosted) -> str:
+    with transaction() as conn:
+        found = [upstreams.get(conn, each.upstream) for each in hosted.models]
+    return ", ".join(f"{each.model} at {there.url}" for each, there in zip(hosted.models, found, strict=True))
 
 
 def _stored(kind: Literal["base", "dataset"], digest: str | None) -> str | None:

@@ -18,8 +18,8 @@ from psycopg.types.json import Jsonb
 from infra import storage
 from infra.db import Connection, load_queries, transaction
 from infra.errors import NotFound, Refused, TunesmithError, UsageError
-from registry import bundle, card, deployments, environment, mlflow, servable, signatures
-from registry.bundle import BaseIdentity, Generation, Manifest, Prompt, canonical_json
+from registry import bundle, card, deployments, environment, mlflow, servable, signatures, upstreams
+from registry.bundle import BaseIdentity, Generation, Hosted, Manifest, Prompt, canonical_json
 from registry.evidence import evidence, keep_evidence
 from registry.gates import Decision
 from registry.names import MODEL_NAME, Ref, check_model_name, parse_ref, parse_version
@@ -45,13 +45,15 @@ SQL = load_queries(Path(__file__).with_suffix(".sql"))
 @dataclass(frozen=True, kw_only=True)
 class VersionDraft:
     """All that is sealed into a bundle. `adapter` is a folder with a plain PEFT adapter, or None for a prompt on the
-    base; `evaluation` and `profile` are JSON; `decision` is the gate's, None when none was asked."""
+    base, or for what is `hosted`; `evaluation` and `profile` are JSON; `decision` is the gate's, None when none was
+    asked."""
 
     model: str
     method: str
     base: Base
     adapter: Path | None
     system: str | None = None
+    hosted: Hosted | None = None
     generation: Generation = field(default_factory=Generation)
     dataset: str | None = None
     study: str | None = None
@@ -133,8 +135,8 @@ def register(
     version that MLflow already has is taken up. `mlflow_run_id` is the run that made it; one is made when it is None.
     `guard` is called in each transaction, to refuse a run that lost its lease.
 
-    Raises NotFound for no such bundle, Refused when it is not what was sealed or no engine could serve it, Unreachable
-    without MLflow.
+    Raises NotFound for no such bundle, or upstream, Refused when it is not what was sealed or no engine could serve it,
+    Unreachable without MLflow.
     """
     folder = storage.get("bundle", digest)
     manifest = bundle.verify(folder, digest)
@@ -147,6 +149,9 @@ def register(
         return Version(**found)
     if manifest.has_adapter:
         servable.check(folder / "adapter", storage.get("base", manifest.base.digest))
+    if manifest.hosted is not None:
+        with transaction() as conn:
+            upstreams.check(conn, manifest.hosted)
     evaluation = _json(folder / "evaluation.json")
     gate = evaluation.pop("gate", None) if evaluation else None
     metrics = headline(evaluation)
@@ -324,6 +329,7 @@ def _fill(folder: Path, draft: VersionDraft) -> Manifest:
         method=draft.method,
         base=base,
         prompt=Prompt(system=draft.system),
+        hosted=draft.hosted,
         generation=draft.generation,
         dataset=draft.dataset,
         study=draft.study,

@@ -11,7 +11,7 @@ from registry import approvals, bundle, deployments, mlflow, signatures, version
 from registry.names import Ref
 
 _TIMED = ("p95_latency_ms", "tokens_per_second")
-_COMPARED = ("base", "prompt", "generation", "dataset", "method", "study", "params", "code_version")
+_COMPARED = ("base", "prompt", "hosted", "generation", "dataset", "method", "study", "params", "code_version")
 
 
 def list_versions(conn: Connection, model: str) -> dict[str, Any]:
@@ -44,6 +44,7 @@ def describe(conn: Connection, ref: Ref) -> dict[str, Any]:
         "method": found.method,
         "base": of("base"),
         "prompt": of("prompt"),
+        "hosted": of("hosted"),
         "generation": of("generation"),
         "dataset": of("dataset"),
         "study": found.study,

@@ -25,7 +25,7 @@ from deploy.auth import create_key
 from infra import ports, storage
 from infra.db import transaction
 from registry import bundle
-from registry.bundle import BaseIdentity, Generation, Manifest, Prompt
+from registry.bundle import BaseIdentity, Generation, Hosted, Manifest, Prompt
 
 BASE = "sha256:" + "b" * 64
 GATEWAY = """
@@ -69,12 +69,15 @@ def add_version(
     adapter: Path | None = None,
     system: str | None = None,
     settings: dict[str, Any] | None = None,
+    hosted: Hosted | None = None,
 ) -> None:
-    """A registered version, with a real adapter or one of random numbers."""
+    """A registered version, with a real adapter or one of random numbers, or none where hosted models answer."""
     add_base(base)
     with storage.scratch("bundle") as folder:
         (folder / "adapter").mkdir()
-        if adapter is not None:
+        if hosted is not None:
+            (folder / bundle.ENVIRONMENT).write_text("{}")
+        elif adapter is not None:
             for name in (bundle.ADAPTER_CONFIG, bundle.ADAPTER_WEIGHTS):
                 shutil.copy(adapter / Path(name).name, folder / name)
         else:
@@ -90,6 +93,7 @@ def add_version(
             prompt=Prompt(system=system),
             generation=Generation(max_tokens=17, temperature=0.25),
             params={"seed": number},
+            hosted=hosted,
             code_version="test",
         )
         digest = bundle.write(folder, manifest)
@@ -180,9 +184,9 @@ class Stand:
             yield
 
     @contextmanager
-    def running_gateway(self, **limits: Any) -> Iterator[None]:
+    def running_gateway(self, *, secret: str = engine_peer.SECRET, **limits: Any) -> Iterator[None]:
         port = self.url.rsplit(":", 1)[1]
-        environment = {"TUNESMITH_PORT": port, "TUNESMITH_ENGINE_SECRET": engine_peer.SECRET}
+        environment = {"TUNESMITH_PORT": port, "TUNESMITH_ENGINE_SECRET": secret}
         with child("-c", GATEWAY, repr(limits), log=self.home / "gateway.log", **environment) as self.gateway:
             yield
 

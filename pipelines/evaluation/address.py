@@ -7,7 +7,6 @@ The key is read from the environment when a client is made; it stands in no mess
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import Counter
@@ -21,6 +20,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from pipelines import config_address
+from registry.upstreams import read_key
 
 _TRIES = 4
 _LONGEST_WAIT = 60.0  # seconds that a Retry-After may ask for
@@ -49,6 +49,7 @@ class Said:
     seconds: float
     prompt_tokens: int | None
     completion_tokens: int | None
+    finish_reason: str | None = None
 
 
 class Client:
@@ -81,16 +82,26 @@ class Client:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._http.close()
 
     def ask_all(
-        self, asked: Sequence[Messages], *, max_tokens: int, progress: Callable[[int], None] | None = None
+        self,
+        asked: Sequence[Messages],
+        *,
+        max_tokens: int,
+        progress: Callable[[int], None] | None = None,
+        temperature: float = 0.0,
     ) -> list[Said | None]:
         """The answers in the order of what was asked, at most `parallel` requests at a time; None for one that failed.
         Raises Unavailable when the address is given up."""
         found: list[Said | None] = []
         with ThreadPoolExecutor(self.parallel, thread_name_prefix="address") as pool:
-            futures = [pool.submit(self.ask, messages, max_tokens=max_tokens) for messages in asked]
+            futures = [
+                pool.submit(self.ask, messages, max_tokens=max_tokens, temperature=temperature) for messages in asked
+            ]
             try:
                 for future in futures:
                     found.append(future.result())
@@ -100,9 +111,14 @@ class Client:
                 pool.shutdown(cancel_futures=True)
         return found
 
-    def ask(self, messages: Messages, *, max_tokens: int) -> Said | None:
+    def ask(self, messages: Messages, *, max_tokens: int, temperature: float = 0.0) -> Said | None:
         """One answer, or None when it failed. Raises Unavailable when the address is given up."""
-        body = {"model": self.model, "messages": list(messages), "max_tokens": max_tokens, "temperature": 0}
+        body = {
+            "model": self.model,
+            "messages": list(messages),
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+        }
         body = {name: value for name, value in (body | dict(self.options)).items() if value is not None}
         failure, said, pause = "failed", "", 0.0
         for attempt in range(_TRIES):
@@ -173,20 +189,17 @@ class Client:
 
 
 def _key(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise Unavailable(f"the environment variable {variable} holds no key")
-    if not key.isascii() or not key.isprintable():  # else the HTTP library's own error would quote it
-        raise Unavailable(f"the environment variable {variable} holds characters that no key has")
-    return key
+    try:
+        return read_key(variable)
+    except ValueError as error:
+        raise Unavailable(str(error)) from None
 
 
 def _read(response: httpx.Response, model: str, seconds: float) -> Said | None:
     try:
         value = response.json()
-        message = value["choices"][0]["message"]
+        choice = value["choices"][0]
+        message = choice["message"]
         text = message.get("content")
         usage = value.get("usage") or {}
         tokens = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
@@ -202,6 +215,7 @@ def _read(response: httpx.Response, model: str, seconds: float) -> Said | None:
         seconds=seconds,
         prompt_tokens=prompt,
         completion_tokens=completion,
+        finish_reason=ended if isinstance(ended := choice.get("finish_reason"), str) else None,
     )
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from deploy.adapters import Adapters
 from deploy.decoding import Batch, Request, Result, generate, open_model
 from deploy.sampling import Sampling
+from infra.errors import Unreachable
+from pipelines.config_address import Address
+from pipelines.evaluation.address import Client, Said, Unavailable
+from pipelines.evaluation.hosted import MISSING
 from registry import prompts
 from registry.bases import Base
 from registry.datasets import Row
@@ -20,15 +26,31 @@ _BATCH_ROWS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
+class HostedResult(Result):
+    """A hosted model's answer, with the tokens that it counted itself, None where it does not. Its `tokens` are not
+    told; `seconds` is the whole request's time, network included, NaN where it failed: its text is then empty."""
+
+    prompt_tokens: int | None
+    completion_tokens: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Case:
     """A row in tokens: its prompt, as it is served, and the completion after it, as it is trained on. `own` has the
-    prompts of versions with another system prompt, which they are given in place of the first `replaced` tokens."""
+    prompts of versions with another system prompt, which they are given in place of the first `replaced` tokens;
+    `system` is the system prompt of the others, `systems` those of these."""
 
     row: Row
     whole: tuple[int, ...]
     prompt_length: int
     own: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     replaced: int = 0
+    system: str | None = None
+    systems: Mapping[str, str | None] = field(default_factory=dict)
+
+    def messages(self, version: str) -> list[dict[str, Any]]:
+        """What this version is asked, as a chat."""
+        return prompts.with_system(self.row.prompt, self.systems.get(version, self.system))
 
     def of(self, version: str) -> Case:
         """The case as this version is asked."""
@@ -47,18 +69,28 @@ class Case:
         return len(self.whole) - self.prompt_length
 
 
-class Bench:
-    """Versions side by side. A version is a name, and an adapter's folder or None for the base alone."""
+Version = Path | Address | None
+"""An adapter's folder, the address of a hosted model, or None for the base alone."""
 
-    def __init__(self, base: Base, versions: Mapping[str, Path | None]) -> None:
+
+class Bench:
+    """Versions side by side: `versions` are those on the base, `hosted` those that are asked over an address. Be sure
+    to `close` it."""
+
+    def __init__(self, base: Base, versions: Mapping[str, Version]) -> None:
         self.model, self.tokenizer = open_model(base.folder)
         # The last columns of many rows are no contiguous block, and torch would copy the head's weight for each row
         self.model.get_output_embeddings().register_forward_pre_hook(_contiguous)
         self.adapters = Adapters(self.model)
-        self.versions = dict(versions)
-        for name, folder in versions.items():
+        self.versions = {name: where for name, where in versions.items() if not isinstance(where, Address)}
+        for name, folder in self.versions.items():
             if folder is not None:
                 self.adapters.load(name, folder)
+        self.hosted = {name: _client(where) for name, where in versions.items() if isinstance(where, Address)}
+
+    def close(self) -> None:
+        for client in self.hosted.values():
+            client.close()
 
     def cases(
         self, rows: Sequence[Row], *, system: str | None, max_tokens: int, own: Mapping[str, str | None] | None = None
@@ -82,6 +114,8 @@ class Bench:
                         prompt_length=prompt_length,
                         own=others,
                         replaced=prompt_length,
+                        system=system,
+                        systems=dict(own or {}),
                     )
                 )
         return found
@@ -139,10 +173,11 @@ class Bench:
         seed: int = 0,
         progress: Callable[[int], None] | None = None,
     ) -> dict[str, list[Result]]:
-        """For each version the answers, at most ``max_tokens[version]`` long; all versions in one batch. Greedy
-        unless there is a `temperature`; then a case that comes twice is drawn twice, each time by a seed of its own."""
+        """The answers of each version in `max_tokens`, at most so long; all versions of the base in one batch. Greedy
+        unless there is a `temperature`; then a case that comes twice is drawn twice, on the base each time by a seed
+        of its own. Raises Unreachable when a hosted model does not answer more than a few of them."""
         order = sorted(range(len(cases)), key=lambda n: len(cases[n].prompt))
-        asked = [(name, number) for number in order for name in self.versions]
+        asked = [(name, number) for number in order for name in self.versions if name in max_tokens]
         results = generate(
             self.model,
             self.tokenizer,
@@ -154,21 +189,33 @@ class Bench:
             max_rows=_BATCH_ROWS,
             progress=progress,
         )
-        found: dict[str, dict[int, Result]] = {name: {} for name in self.versions}
+        found: dict[str, dict[int, Result]] = {name: {} for name in max_tokens}
         for (name, number), result in zip(asked, results, strict=True):
             found[name][number] = result
-        return {name: [found[name][n] for n in range(len(cases))] for name in self.versions}
+        done = len(asked)
+        for name, client in self.hosted.items():
+            if name in max_tokens:
+                say = partial(_onwards, progress, done)
+                chats = [case.messages(name) for case in cases]
+                found[name] = dict(enumerate(_ask(client, chats, max_tokens[name], temperature, say)))
+                done += len(cases)
+        return {name: [found[name][n] for n in range(len(cases))] for name in max_tokens}
 
     def alone(self, cases: Sequence[Case], *, max_tokens: int, seconds: float, least: int) -> dict[str, list[Result]]:
         """For each version the answers to requests that come one at a time, the versions by turns, so that what
         else the machine does falls on all of them; ends after `seconds`, but not before `least` rows."""
-        found: dict[str, list[Result]] = {name: [] for name in self.versions}
+        found: dict[str, list[Result]] = {name: [] for name in (*self.versions, *self.hosted)}
         begun = time.monotonic()
         for number, case in enumerate(cases):
             if number >= least and time.monotonic() - begun > seconds:
                 break
             for name in self.versions:
                 found[name].append(self._alone(self._request(name, case, max_tokens)))
+            for name, client in self.hosted.items():
+                try:
+                    found[name].append(_hosted_result(client.ask(case.messages(name), max_tokens=max_tokens)))
+                except Unavailable as error:
+                    raise _away(error.why) from error
         return found
 
     def _alone(self, request: Request) -> Result:
@@ -186,6 +233,52 @@ class Bench:
         adapter = version if self.versions[version] is not None else None
         sampling = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
         return Request(prompt=case.of(version).prompt, adapter=adapter, sampling=sampling)
+
+
+def _ask(
+    client: Client,
+    asked: Sequence[list[dict[str, Any]]],
+    max_tokens: int,
+    temperature: float,
+    progress: Callable[[int], None],
+) -> list[HostedResult]:
+    try:
+        said = client.ask_all(asked, max_tokens=max_tokens, temperature=temperature, progress=progress)
+    except Unavailable as error:
+        raise _away(error.why) from error
+    if (missing := sum(answer is None for answer in said)) > MISSING * len(said):
+        raise _away(f"{missing} of {len(said)} requests to {client.model} have no answer")
+    return [_hosted_result(answer) for answer in said]
+
+
+def _onwards(progress: Callable[[int], None] | None, before: int, done: int) -> None:
+    if progress:
+        progress(before + done)
+
+
+def _client(address: Address) -> Client:
+    try:
+        return Client(address)
+    except Unavailable as error:
+        raise _away(error.why) from error
+
+
+def _away(why: str) -> Unreachable:
+    return Unreachable(f"A hosted version cannot be judged: {why}.", hint="Mend it, then run the same command again.")
+
+
+def _hosted_result(said: Said | None) -> HostedResult:
+    return HostedResult(
+        text=said.text if said else "",
+        tokens=(),
+        finish_reason="error" if said is None else "length" if said.finish_reason == "length" else "stop",
+        mean_logprob=math.nan,
+        logprobs=(),
+        engine_seconds=0.0,
+        seconds=said.seconds if said else math.nan,
+        prompt_tokens=said.prompt_tokens if said else None,
+        completion_tokens=said.completion_tokens if said else None,
+    )
 
 
 def _contiguous(module: object, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -32,7 +32,7 @@ def means(
         values = {
             who: list(numbers) if chosen is None else [numbers[n] for n in chosen] for who, numbers in versions.items()
         }
-        if any(value is not None for value in values["candidate"]):
+        if any(value is not None for value in values.get("candidate", ())):
             found[name] = compare(values, mean, difference)
     return found
 
@@ -51,7 +51,7 @@ def compare(
         return estimate(given).to_json() if given else None
 
     def beside(who: str) -> dict[str, Any] | None:
-        pairs = zip(values["candidate"], values[who], strict=True) if who in values else ()
+        pairs = zip(values["candidate"], values[who], strict=True) if {"candidate", who} <= values.keys() else ()
         both = [(one, other) for one, other in pairs if one is not None and other is not None]
         return difference([one for one, _ in both], [other for _, other in both]).to_json() if both else None
 

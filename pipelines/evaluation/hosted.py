@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import config_address
 from pipelines.evaluation.address import Client, Said, Unavailable
+from registry.prompts import with_system
 
 if TYPE_CHECKING:
     from pipelines.evaluation.answers import Case
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 SUITES = frozenset({"quality", "latency", "cost", "judge"})
 NOT_APPLICABLE = {
     "loss": "needs the probabilities of a given text, which a chat address does not tell",
-    "perplexity": "needs them too",
+    "perplexity": "needs the probabilities of a given text, which a chat address does not tell",
     "tokens_per_second": "counts tokens of its own",
 }
 MISSING = 0.1  # of what was asked: with more missing there are no numbers
@@ -52,12 +53,12 @@ def ask(
     try:
         with Client(config) as client:
             for number in first:
-                said[number] = client.ask(_messages(cases[number], own), max_tokens=max_tokens)
+                said[number] = client.ask(with_system(cases[number].row.prompt, own), max_tokens=max_tokens)
                 progress(len(said))
             rest = [number for number in range(len(cases)) if number not in said]
             begun = len(said)
             answers = client.ask_all(
-                [_messages(cases[number], own) for number in rest],
+                [with_system(cases[number].row.prompt, own) for number in rest],
                 max_tokens=max_tokens,
                 progress=lambda done: progress(begun + done),
             )
@@ -76,13 +77,6 @@ def ask(
     about |= {"served": served, "not_applicable": NOT_APPLICABLE, "requests": dict(client.counts), "notes": notes}
     timed = {number: answer.seconds for number in first if (answer := said[number]) is not None}
     return Answers(said=[said[number] for number in range(len(cases))], seconds=timed, about=about)
-
-
-def _messages(case: Case, system: str | None) -> list[dict[str, str]]:
-    turns = [{"role": message["role"], "content": message["content"]} for message in case.row.prompt]
-    if system is not None and all(turn["role"] != "system" for turn in turns):
-        turns.insert(0, {"role": "system", "content": system})
-    return turns
 
 
 def _kinds(counts: Mapping[str, int]) -> str:

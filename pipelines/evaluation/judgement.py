@@ -15,7 +15,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +31,7 @@ from pipelines.evaluation import scores, slices, suites
 from pipelines.evaluation.suites import Progress, Setting
 from registry.bases import Base
 from registry.datasets import Row
-from registry.pricing import MachinePrice
+from registry.pricing import MachinePrice, TokenPrice
 from registry.profile import Answer
 
 EXAMPLES = 12
@@ -46,10 +48,12 @@ class Lengths(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Serving:
-    """The champion with its own system prompt; `adapter` is None for a prompt on the base."""
+    """The champion with its own system prompt; `adapter` is None for a prompt on the base, or the address of a hosted
+    model, with its price."""
 
-    adapter: Path | None
+    adapter: Path | config_address.Address | None
     system: str | None
+    price: TokenPrice | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +70,7 @@ class Evaluation:
 def evaluate(
     *,
     base: Base,
-    candidate: Path | None,
+    candidate: Path | config_address.Address | None,
     champion: Path | Serving | None,
     rows: Sequence[Row],
     training: Sequence[Row] = (),
@@ -79,23 +83,28 @@ def evaluate(
     toxicity: Toxicity | None = None,
     judge: config_address.Judge | None = None,
     hosted: config_address.Hosted | None = None,
+    price: TokenPrice | None = None,
     machine: MachinePrice | None = None,
     wanted: Sequence[str | None] = (),
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Judge an adapter, or the base with a prompt (None), by the suites of these `names`, on at most `limit` of the
-    rows; `training` are those that it learned from. The base is asked with the same system prompt, so that the
-    difference is the adapter's; where there is none, without one, so that it is the prompt's. A champion that is a path
-    has the same prompt. `machine` is the price of the machine that would serve, and `wanted` slices are not left out.
+    """Judge an adapter, the base with a prompt (None) or a hosted model, by the suites of these `names`, on at most
+    `limit` of the rows; `training` are those that it learned from. The base is asked with the same system prompt, so
+    that the difference is the adapter's or the model's; beside a prompt on it without one, so that it is the prompt's.
+    A champion that is a path has the same prompt. `machine` is the price of the machine that would serve, `price` that
+    of a hosted candidate's tokens, and `wanted` slices are not left out.
 
-    Raises UsageError when there is no row, or none that fits the base's context.
+    Raises UsageError when there is no row, or none that fits the base's context, Unreachable when a hosted candidate or
+    champion does not answer.
     """
-    from pipelines.evaluation.answers import Bench
+    from pipelines.evaluation.answers import Bench, HostedResult, Version
 
     say = progress or (lambda *_: None)
     say("loading the base")
     beside = Serving(adapter=champion, system=system) if isinstance(champion, Path) else champion
-    versions = {"candidate": candidate, "base": None} | ({"champion": beside.adapter} if beside is not None else {})
+    versions: dict[str, Version] = {"candidate": candidate, "base": None}
+    if beside is not None:
+        versions["champion"] = beside.adapter
     bench = Bench(base, versions)
     sample = choose(rows, limit, seed)
     systems = _systems(system, prompt_alone=candidate is None, beside=beside)
@@ -118,11 +127,13 @@ def evaluate(
         toxicity=toxicity,
         judge=judge,
         hosted_config=hosted if hosted_models.SUITES & set(names) else None,
+        prices={"candidate": price, "champion": beside.price if beside is not None else None},
         machine=machine or MachinePrice(per_machine_hour_usd=0.0),
     )
-    found = {name: suites.measure(name, setting) for name in names}
+    with closing(bench):
+        found = {name: suites.measure(name, setting) for name in names}
+        answers = setting.answers
     say("done", 1, 1)
-    answers = setting.answers
     about = {name: f.about for name, f in found.items() if f.about}
     if setting.hosted is not None:
         about["hosted"] = dict(setting.hosted.about)
@@ -148,13 +159,23 @@ def evaluate(
         answers=[
             Answer(
                 text=result.text,
+                completion_tokens=result.completion_tokens or 0,
+                finish_reason=result.finish_reason,
+            )
+            if isinstance(result, HostedResult)
+            else Answer(
+                text=result.text,
                 completion_tokens=len(result.tokens),
                 finish_reason=result.finish_reason,
                 mean_logprob=result.mean_logprob,
             )
             for result in answers["candidate"]
         ],
-        prompt_tokens=[len(case.prompt) for case in cases],
+        # As they are counted where they are answered: live traffic is held against them
+        prompt_tokens=[
+            (result.prompt_tokens or 0) if isinstance(result, HostedResult) else len(case.prompt)
+            for case, result in zip(cases, answers["candidate"], strict=True)
+        ],
     )
 
 
@@ -189,7 +210,8 @@ def _examples(setting: Setting) -> list[dict[str, Any]]:
     chrf = scores.Chrf()
     given, texts = setting.answers["candidate"], setting.texts
     rows = [case.row for case in setting.cases]
-    order = sorted(range(len(rows)), key=lambda n: (chrf(given[n].text, rows[n].answer), given[n].mean_logprob))
+    logprobs = [0.0 if math.isnan(answer.mean_logprob) else answer.mean_logprob for answer in given]
+    order = sorted(range(len(rows)), key=lambda n: (chrf(given[n].text, rows[n].answer), logprobs[n]))
     return [
         {
             "messages": list(rows[n].prompt),

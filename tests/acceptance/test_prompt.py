@@ -98,6 +98,33 @@ def test_a_prompt_is_a_version_that_serves_and_is_judged_beside_a_hosted_model(
     longer = wait_until_it_answers(stack, "prompted:2", "prompted:2")["usage"]["prompt_tokens"]
     assert short != longer  # each with its own prompt
 
+    # A version that is answered there, judged against the serving one on the base
+    hosted = [
+        "--set=tuning={}",
+        "--set=hosted={models: [{upstream: own, model: 'prompted:1'}], price: {input_per_million_usd: 1, "
+        "output_per_million_usd: 2}}",
+        "--set=evaluation.suites=[quality, latency, cost]",
+        "--set=gates=[{metric: chrf, against: champion, must: not_worse, margin: 1}]",
+        "--set=promote=manual",
+    ]
+    done = stack.tunesmith("run", "-c", str(config), *hosted, "--json")
+    assert done.returncode == 5, done.stdout  # nobody has said where that is
+    assert "There is no upstream 'own'" in done.stdout
+    url = f"{stack.gateway_url}/v1"
+    assert stack.tunesmith("upstream", "set", "own", "--url", url, "--key-env", "GATEWAY_KEY").returncode == 0
+    done = stack.tunesmith("run", "-c", str(config), *hosted, "--json")
+    assert done.returncode == 0, done.stderr
+    third = json.loads(done.stdout)
+    assert (third["version"], third["gate"]["decision"]) == (3, "pass")
+    chrf = third["evaluation"]["metrics"]["chrf"]
+    assert chrf["vs_champion"]["n"] == chrf["candidate"]["n"] > 0
+    assert third["evaluation"]["metrics"]["cost_per_1000_usd"]["candidate"]["estimate"] > 0
+    shown = json.loads(stack.tunesmith("show", "prompted:3", "--json").stdout)
+    assert (shown["method"], shown["hosted"]["models"][0]["model"]) == ("hosted", "prompted:1")
+    assert stack.tunesmith("verify", "prompted:3").returncode == 0
+    again = json.loads(stack.tunesmith("evaluate", "prompted:3", "--json").stdout)["evaluation"]["metrics"]
+    assert again["chrf"]["candidate"] == chrf["candidate"]
+
     out = tmp_path / "out"
     assert stack.tunesmith("export", "prompted:2", str(out)).returncode == 0
     assert not bundle.read(out).has_adapter

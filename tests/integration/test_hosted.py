@@ -12,9 +12,11 @@ import pytest
 from address_peer import Answer, serving
 
 from infra import ports
-from pipelines.config_address import Hosted, HostedPrice
+from infra.errors import Unreachable
+from pipelines.config_address import Address, Hosted, HostedPrice
 from pipelines.evaluation import report
 from pipelines.evaluation.answers import Bench
+from pipelines.evaluation.catalogue import DEFAULT, SUITES
 from pipelines.evaluation.judgement import Serving, evaluate
 from registry import prompts
 from registry.bases import Base
@@ -127,7 +129,7 @@ def test_rows_without_its_answer_are_left_out_of_its_column(base: Base) -> None:
         "2 of 30 requests to it have no answer (0 timed out, 0 limited, 2 failed)." in found["about"]["hosted"]["notes"]
     )
     assert found["about"]["cost"]["notes"] == [
-        "The hosted model's cost is unavailable: no price is given (evaluation.hosted.price)."
+        "The cost of the hosted model is unavailable: no price is given (evaluation.hosted.price)."
     ]
     LOST |= {f"Where is parcel {n}?" for n in range(0, 30, 6)}
     with serving(answer) as peer:
@@ -181,3 +183,69 @@ def test_an_adapter_and_its_base_have_the_same_prompt(base: Base, tmp_path: Path
     ).evaluation["metrics"]["loss"]  # fmt: skip
     assert found["base"] == found["champion"]
     assert found["candidate"] != found["base"]
+
+
+def _hosted_candidate(base: Base, peer: Any, *names: str, **more: Any) -> dict[str, Any]:
+    address = Address(url=peer.url, model="big", options={"user": "us"})
+    evaluation: dict[str, Any] = evaluate(
+        base=base, candidate=address, champion=more.pop("champion", None), rows=[row(n) for n in range(ROWS)],
+        system="Name the intent.", generation=Generation(max_tokens=4), names=names, price=PRICE.tokens,
+        machine=MachinePrice(per_machine_hour_usd=0.10), **more,
+    ).evaluation  # fmt: skip
+    return evaluation
+
+
+def test_a_hosted_candidate_stands_beside_the_base_and_a_champion_on_it(base: Base) -> None:
+    with serving(slow) as peer:
+        found = _hosted_candidate(
+            base, peer, *SUITES, champion=Serving(adapter=None, system="Be brief."), judge=None, hosted=None
+        )
+    metrics, about = found["metrics"], found["about"]
+    assert metrics["exact_match"]["candidate"]["estimate"] == 1
+    assert metrics["exact_match"]["vs_champion"]["n"] == metrics["exact_match"]["vs_base"]["n"] == ROWS
+    assert metrics["p95_latency_ms"]["candidate"]["estimate"] >= 50
+    assert metrics["consistency"]["candidate"]["estimate"] == 1
+    # Seven words in, two out, as this server counts
+    assert metrics["cost_per_1000_usd"]["candidate"]["estimate"] == pytest.approx(7 + 2 * 4)
+    assert "the serving version on" in about["cost"]["notes"][-1]
+    for metric in ("loss", "perplexity", "tokens_per_second", "general_text_loss", "answer_tokens_per_word"):
+        assert metric not in metrics
+        assert metric in found["unavailable"]
+    assert {body["user"] for body in peer.bodies} == {"us"}
+    # What cannot be told passes no gate
+    decision = decide([Gate(metric="loss", must="better")], found, on_underpowered="refuse", first=False)
+    assert decision.decision == "fail"
+    assert "Hosted" not in report.render("m", found, decision.to_json())
+
+
+def test_its_profile_counts_tokens_as_it_does(base: Base) -> None:
+    with serving(slow) as peer:
+        judged = evaluate(
+            base=base, candidate=Address(url=peer.url, model="big"), champion=None, rows=[row(1)], system=None,
+            generation=Generation(max_tokens=4), names=("quality",),
+        )  # fmt: skip
+    assert (judged.prompt_tokens, judged.answers[0].completion_tokens) == ([4], 2)
+    assert judged.answers[0].mean_logprob is None
+
+
+def test_a_hosted_champion_is_asked_the_test_rows_alone(base: Base) -> None:
+    with serving(slow) as peer:
+        champion = Serving(adapter=Address(url=peer.url, model="big"), system="Be big.", price=PRICE.tokens)
+        found = judged(base, None, *DEFAULT, "cost", "consistency", "privacy", "compatibility", champion=champion)
+    assert {text.split()[0] for text in peer.asked()} == {"Where"}
+    assert len(peer.bodies) == ROWS + 25  # once for quality, and one at a time for latency
+    assert peer.bodies[0]["messages"][0] == {"role": "system", "content": "Be big."}
+    metrics = found["metrics"]
+    assert metrics["exact_match"]["champion"]["estimate"] == 1
+    assert metrics["golden_kept"]["candidate"] is not None
+    assert metrics["consistency"]["champion"] is None
+    assert metrics["loss"]["vs_champion"] is None
+    assert "the new version on" in found["about"]["cost"]["notes"][-1]
+
+
+def test_a_candidate_that_does_not_answer_is_not_judged(base: Base) -> None:
+    def fails(body: dict[str, Any]) -> Answer:
+        return 400, {}, {"error": {"message": "no"}}
+
+    with serving(fails) as peer, pytest.raises(Unreachable, match="cannot be judged"):
+        _hosted_candidate(base, peer, "quality")

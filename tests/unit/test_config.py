@@ -575,6 +575,33 @@ def test_a_prompt_needs_a_prompt_and_no_search(tmp_path: Path) -> None:
     assert load(minimal(tmp_path, "tuning: {method: prompt}\nprompt: {system: Be brief.}\n")).tuning.method == "prompt"
 
 
+def test_a_hosted_version_names_upstreams_and_trains_nothing(tmp_path: Path) -> None:
+    models = "hosted: {models: [{upstream: openai, model: big, options: {max_tokens: null}}], price: {%s}}\n"
+    price = "input_per_million_usd: 1, output_per_million_usd: 2"
+    gates = "gates: [{metric: token_f1, must: at_least, value: 0.1}]\n"
+    config = load(minimal(tmp_path, models % price + gates))
+    assert (config.method, config.trains) == ("hosted", False)
+    assert config.hosted is not None
+    assert config.hosted.models[0].options == {"max_tokens": None}
+    assert PipelineConfig.model_validate(config.jsonable()).jsonable() == config.jsonable()
+    with pytest.raises(ConfigError) as error:
+        load(minimal(tmp_path, models % price + "tuning: {trials: 3}\nretrain: {on: drift}\n"))
+    assert sorted(message for _, _, message in problems(error)) == [
+        "a hosted model has no loss; gate on another metric, as token_f1",
+        "a hosted model has no loss; gate on another metric, as token_f1",
+        "a hosted model trains nothing; leave retrain out",
+        "a hosted model trains nothing; leave tuning.trials out",
+    ]
+    for wrong, said in (
+        ("hosted: {models: []}\n", "must have at least one entry"),
+        ("hosted: {models: [{upstream: Open AI, model: big}]}\n", "upstream"),
+        ("hosted: {models: [{upstream: a, model: big, options: {messages: []}}]}\n", "cannot set messages"),
+        ("hosted: {models: [{upstream: a, model: big, url: 'https://x.org'}]}\n", "is not a known key"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            load(minimal(tmp_path, wrong + gates))
+
+
 def test_the_judged_example_names_every_setting_of_an_address() -> None:
     config = load(EXAMPLES / "judged.yaml")
     text = (EXAMPLES / "judged.yaml").read_text()

@@ -14,7 +14,7 @@ from pipelines.data.split import position
 from pipelines.evaluation import hosted as hosted_models
 from pipelines.evaluation.comparison import Measured, means
 from registry.datasets import Row, make_row
-from registry.pricing import MachinePrice
+from registry.pricing import MachinePrice, TokenPrice
 
 if TYPE_CHECKING:
     from deploy.decoding import Result
@@ -29,7 +29,7 @@ class Setting:
     """What suites have to work with. `cases` are the test rows, `training` those that the candidate learned from, in
     no order; answers are at most `max_tokens` long, and sampled ones are served at `temperature`. `systems` has the
     versions whose system prompt is not `system`; `schema`, `toxicity`, `judge` and `hosted_config` are those of the
-    pipeline file, `machine` is the price of the machine that would serve."""
+    pipeline file, `machine` is the price of the machine that would serve, `prices` are those of hosted versions."""
 
     bench: Bench
     cases: Sequence[Case]
@@ -44,12 +44,13 @@ class Setting:
     toxicity: Toxicity | None = None
     judge: config_address.Judge | None = None
     hosted_config: config_address.Hosted | None = None
+    prices: Mapping[str, TokenPrice | None] = field(default_factory=dict)
     machine: MachinePrice = field(default_factory=lambda: MachinePrice(per_machine_hour_usd=0.0))
 
     @cached_property
     def answers(self) -> dict[str, list[Result]]:
         """Every version's greedy answers to the test rows, asked when they are first wanted."""
-        return self.ask(self.cases, "answers")
+        return self._ask((*self.bench.versions, *self.bench.hosted), self.cases, "answers")
 
     @cached_property
     def hosted(self) -> hosted_models.Answers | None:
@@ -89,11 +90,18 @@ class Setting:
         return self.bench.alone(chosen, max_tokens=self.max_tokens, seconds=_SECONDS, least=_LEAST)
 
     def ask(self, cases: Sequence[Case], what: str, *, temperature: float = 0.0) -> dict[str, list[Result]]:
-        """Every version's answers to other cases, greedy unless there is a `temperature`; `what` is shown meanwhile."""
-        most = dict.fromkeys(self.bench.versions, self.max_tokens)
+        """Versions' answers to other cases, greedy unless there is a `temperature`; `what` is shown meanwhile. A hosted
+        champion is not asked: other cases may be training text, or worse."""
+        asked = [*self.bench.versions, *(name for name in self.bench.hosted if name == "candidate")]
+        return self._ask(asked, cases, what, temperature=temperature)
+
+    def _ask(
+        self, names: Sequence[str], cases: Sequence[Case], what: str, *, temperature: float = 0.0
+    ) -> dict[str, list[Result]]:
+        most = dict.fromkeys(names, self.max_tokens)
         # The untuned base seldom ends by itself; twice the longest expected answer is enough to judge it by. Versions
         # that are to serve are given what they would be given in serving.
-        if self.bench.versions["candidate"] is not None:
+        if self.bench.versions.get("candidate") is not None:
             most["base"] = min(self.max_tokens, 2 * max(case.completion_length for case in self.cases) + 8)
         asked = len(cases) * len(most)
         return self.bench.answers(

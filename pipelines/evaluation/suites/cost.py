@@ -7,77 +7,105 @@ machine, and the capacity that the break-even is held against, are on the safe s
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
+from pipelines.evaluation.answers import HostedResult
 from pipelines.evaluation.comparison import means
 from pipelines.evaluation.suites import Finding, Setting
-from registry.pricing import break_even_per_day
+from registry.pricing import TokenPrice, break_even_per_day
 
 METRIC = "cost_per_1000_usd"
+_NAMES = {"candidate": "the new version", "champion": "the serving version", "hosted": "the hosted model"}
+
+
+class Counted(Protocol):
+    """An answer with its tokens, as the address that gave it counts them."""
+
+    @property
+    def prompt_tokens(self) -> int | None: ...
+    @property
+    def completion_tokens(self) -> int | None: ...
 
 
 def measure(setting: Setting) -> Finding:
     timed = setting.order[: len(setting.alone["candidate"])]
     costs: dict[str, list[float | None]] = {}
+    notes = []
     for who, answers in setting.alone.items():
         costs[who] = [None] * len(setting.cases)
         for n, answer in zip(timed, answers, strict=True):
-            costs[who][n] = 1000 * setting.machine.cost_usd(0, 0, answer.seconds)
-    about: dict[str, Any] = {"machine_usd_per_hour": setting.machine.per_machine_hour_usd}
-    if setting.hosted is not None and "unavailable" not in setting.hosted.about:
-        hosted, why = _hosted(setting)
-        if hosted:
-            costs["hosted"] = hosted
+            if not isinstance(answer, HostedResult):
+                costs[who][n] = 1000 * setting.machine.cost_usd(0, 0, answer.seconds)
+    for who, price, given in _hosted(setting):
+        found, why = _by_tokens(price, given, "evaluation.hosted.price" if who == "hosted" else "hosted.price")
+        if found:
+            costs[who] = found
         else:
-            about["notes"] = [f"The hosted model's cost is unavailable: {why}."]
+            costs.pop(who, None)
+            notes.append(f"The cost of {_NAMES[who]} is unavailable: {why}.")
+    about: dict[str, Any] = {"machine_usd_per_hour": setting.machine.per_machine_hour_usd}
     metrics = means({METRIC: costs})
-    if "hosted" in costs:
-        about |= _break_even(setting, metrics[METRIC])
-    return Finding(metrics=metrics, about=about)
+    hosted = [who for who, _, _ in _hosted(setting) if who in costs]
+    own = [who for who in ("candidate", "champion") if who in costs and who not in hosted]
+    if hosted and own and METRIC in metrics:
+        broken_even = _break_even(setting, own[0], hosted[0], metrics[METRIC])
+        notes += broken_even.pop("notes")
+        about |= broken_even
+    if notes:
+        about["notes"] = notes
+    why_not = {} if METRIC in metrics else {METRIC: notes[0].rstrip(".")}
+    return Finding(metrics=metrics, about=about, unavailable=why_not)
 
 
-def _hosted(setting: Setting) -> tuple[list[float | None], str]:
-    """The cost of 1,000 requests like each row; empty, and why, when it cannot be told."""
-    assert setting.hosted is not None and setting.hosted_config is not None  # noqa: S101, PT018
-    price = setting.hosted_config.price
+def _hosted(setting: Setting) -> Iterator[tuple[str, TokenPrice | None, Sequence[Counted | None]]]:
+    """Whoever answers over an address: its name, price, and answers to the test rows."""
+    for who in setting.bench.hosted:
+        yield who, setting.prices.get(who), [a for a in setting.answers[who] if isinstance(a, HostedResult)]
+    if setting.hosted is not None and "unavailable" not in setting.hosted.about and setting.hosted_config is not None:
+        price = setting.hosted_config.price
+        yield "hosted", price.tokens if price is not None else None, setting.hosted.said
+
+
+def _by_tokens(price: TokenPrice | None, given: Sequence[Counted | None], field: str) -> tuple[list[float | None], str]:
+    """The cost of 1,000 requests like each row; empty, and why, when it cannot be told. `field` is where a pipeline
+    file says the price."""
     if price is None:
-        return [], "no price is given (evaluation.hosted.price)"
-    found: list[float | None] = []
-    for said in setting.hosted.said:
-        known = said is not None and said.prompt_tokens is not None and said.completion_tokens is not None
-        found.append(
-            1000 * price.tokens.cost_usd(said.prompt_tokens or 0, said.completion_tokens or 0, 0.0)
-            if said is not None and known
-            else None
-        )
+        return [], f"no price is given ({field})"
+    found = [
+        1000 * price.cost_usd(said.prompt_tokens, said.completion_tokens, 0.0)
+        if said is not None and said.prompt_tokens is not None and said.completion_tokens is not None
+        else None
+        for said in given
+    ]
     return (
         (found, "") if any(f is not None for f in found) else ([], "its answers do not say how many tokens they have")
     )
 
 
-def _break_even(setting: Setting, cost: dict[str, Any]) -> dict[str, Any]:
-    """The volume from which the candidate on its machine is cheaper, with the interval of the hosted model's cost; see
+def _break_even(setting: Setting, own: str, hosted: str, cost: dict[str, Any]) -> dict[str, Any]:
+    """The volume from which a version on its machine is cheaper, with the interval of the hosted model's cost; see
     `registry.pricing.break_even_per_day`."""
-    results = setting.alone["candidate"]
+    results = setting.alone[own]
     seconds = sum(result.seconds for result in results) / len(results)
     capacity = 86_400 / seconds
-    machine, hosted = setting.machine, cost["hosted"]
+    machine, theirs = setting.machine, cost[hosted]
     # A cheaper hosted model moves the break-even up, so the ends change places
     volumes = {
-        end: break_even_per_day(machine, (hosted[other] or 0.0) / 1000, capacity)
+        end: break_even_per_day(machine, (theirs[other] or 0.0) / 1000, capacity)
         for end, other in (("estimate", "estimate"), ("low", "high"), ("high", "low"))
     }
     hourly = machine.per_machine_hour_usd
     a_day = f"A machine at {hourly:g} USD an hour costs {24 * hourly:.2f} USD a day"
     able = f"answers up to {_round(capacity)} requests a day, one at a time"
-    theirs = f"the hosted model costs {hosted['estimate']:.4f} USD for 1,000 requests"
+    costs = f"{_NAMES[hosted]} costs {theirs['estimate']:.4f} USD for 1,000 requests"
     if (volume := volumes["estimate"]) is None:
-        note = f"{a_day} and {able}; {theirs}: at no volume that it can answer is the new version on it cheaper."
+        note = f"{a_day} and {able}; {costs}: at no volume that it can answer is {_NAMES[own]} on it cheaper."
     else:
         between = [_round(v) if (v := volumes[end]) is not None else "never" for end in ("low", "high")]
         note = (
-            f"{a_day} and {able}; {theirs}. From {_round(volume)} requests a day (95 % interval {between[0]} to "
-            f"{between[1]}) the new version on its machine is cheaper."
+            f"{a_day} and {able}; {costs}. From {_round(volume)} requests a day (95 % interval {between[0]} to "
+            f"{between[1]}) {_NAMES[own]} on its machine is cheaper."
         )
     return {
         "seconds_per_request": seconds,

@@ -10,12 +10,16 @@ import json
 from pathlib import Path
 
 from pipelines.evaluation.answers import Case
+from pipelines.evaluation.catalogue import SUITES
 from pipelines.evaluation.comparison import means
+from pipelines.evaluation.hosted import NOT_APPLICABLE
 from pipelines.evaluation.suites import Finding, Setting
 from registry.datasets import make_row
 
 
 def measure(setting: Setting) -> Finding:
+    if "candidate" not in setting.bench.versions:
+        return Finding(metrics={}, unavailable=dict.fromkeys(SUITES["forgetting"], NOT_APPLICABLE["loss"]))
     instructions, texts = [], []
     for line in Path(__file__).with_name("general.jsonl").read_text(encoding="utf-8").splitlines():
         value = json.loads(line)

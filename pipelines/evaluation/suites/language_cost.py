@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipelines.evaluation import languages
+from pipelines.evaluation.catalogue import SUITES
 from pipelines.evaluation.comparison import Measured, means
 from pipelines.evaluation.suites import Finding, Setting
 from registry.statistics import mean_ci
@@ -22,7 +23,12 @@ _MOST = 8  # languages in the table, the most frequent
 
 def measure(setting: Setting) -> Finding:
     """An empty answer has no number, nor a word in a language without spaces; the table is of the candidate."""
-    answers = {who: [answer.text for answer in given] for who, given in setting.answers.items()}
+    # A hosted model counts by a tokeniser of its own, which is not known here
+    on_base = setting.bench.versions
+    if "candidate" not in on_base:
+        why = "the tokeniser of a hosted model is not known"
+        return Finding(metrics={}, unavailable=dict.fromkeys(SUITES["language_cost"], why))
+    answers = {who: [answer.text for answer in given] for who, given in setting.answers.items() if who in on_base}
     questions = [case.row.prompt[-1]["content"] for case in setting.cases]
     tokens = _tokens(setting)
     per = {"answer_tokens_per_character": _per_character, "answer_tokens_per_word": _per_word}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from pipelines.evaluation.comparison import compare, means
+from pipelines.evaluation.hosted import NOT_APPLICABLE
 from pipelines.evaluation.suites import Finding, Setting
 from registry.statistics import Estimate, percentile_ci, percentile_difference
 
@@ -13,9 +15,14 @@ def measure(setting: Setting) -> Finding:
     """Tokens a second are those of a row's answer over its time. A hosted model's time is the whole request's, network
     included; its tokens are of another kind."""
     results = setting.alone
-    rates = {who: [len(r.tokens) / max(r.seconds, 1e-9) for r in answers] for who, answers in results.items()}
+    rates = {
+        who: [len(r.tokens) / max(r.seconds, 1e-9) for r in answers]
+        for who, answers in results.items()
+        if who not in setting.bench.hosted
+    }
     milliseconds: dict[str, list[float | None]] = {
-        who: [1000 * r.seconds for r in answers] for who, answers in results.items()
+        who: [1000 * r.seconds if math.isfinite(r.seconds) else None for r in answers]
+        for who, answers in results.items()
     }
     if setting.hosted is not None:
         asked = setting.order[: len(results["candidate"])]
@@ -31,5 +38,6 @@ def measure(setting: Setting) -> Finding:
         metrics={
             "p95_latency_ms": compare(milliseconds, p95, difference),
             **means({"tokens_per_second": rates}),
-        }
+        },
+        unavailable={} if "candidate" in rates else {"tokens_per_second": NOT_APPLICABLE["tokens_per_second"]},
     )

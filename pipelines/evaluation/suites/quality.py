@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.evaluation import labels, scores
 from pipelines.evaluation.comparison import Measured, compare, means
+from pipelines.evaluation.hosted import NOT_APPLICABLE
 from pipelines.evaluation.suites import Finding, Setting
 from registry.statistics import Estimate, resampled
 
@@ -31,15 +32,19 @@ def measure(setting: Setting) -> Finding:
             told = [None if text is None else value for text, value in zip(given, values, strict=True)]
             measured.setdefault(metric, {})[who] = told
     lengths = [case.completion_length for case in setting.cases]
-    metrics = means(measured) | {
-        "perplexity": compare(
+    metrics = means(measured)
+    about: dict[str, Any] = {}
+    not_applicable: dict[str, str] = {}
+    unavailable: dict[str, str] = {}
+    if "candidate" in losses:
+        metrics["perplexity"] = compare(
             {who: list(zip(values, lengths, strict=True)) for who, values in losses.items()},
             lambda rows: _perplexity(rows),
             _perplexity,
         )
-    }
-    about: dict[str, Any] = {}
-    not_applicable: dict[str, str] = {}
+    else:
+        del measured["loss"]
+        unavailable |= {metric: NOT_APPLICABLE[metric] for metric in ("loss", "perplexity")}
     if are_labels:
         metrics["macro_f1"] = labels.macro_f1(texts, expected)
         about["labels"] = labels.by_label(texts, expected)
@@ -48,7 +53,7 @@ def measure(setting: Setting) -> Finding:
         not_applicable |= dict.fromkeys(("label_accuracy", "macro_f1"), "the expected answers are no labels")
     if setting.schema is None:
         not_applicable["schema_valid"] = "the model has no JSON schema (evaluation.schema)"
-    return Finding(metrics=metrics, rows=measured, not_applicable=not_applicable, about=about)
+    return Finding(metrics=metrics, rows=measured, not_applicable=not_applicable, unavailable=unavailable, about=about)
 
 
 def _perplexity(rows: Sequence[Loss], others: Sequence[Loss] | None = None) -> Estimate:

@@ -1,0 +1,222 @@
+"""Hosted versions: a gateway that asks models at two upstreams, of which one dies, refuses or talks nonsense."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import engine_peer
+import openai
+import pytest
+from click.testing import CliRunner
+from serving import Stand, add_version, child, make_stand, wait_for
+
+from deploy.breaker import FAILURES
+from infra import ports
+from infra.db import transaction
+from infra.errors import NotFound, Refused, UsageError
+from infra.settings import Settings
+from pipelines.cli import tunesmith
+from registry import deployments, upstreams
+from registry.bundle import Hosted, HostedModel
+from registry.pricing import TokenPrice
+
+HOSTED = Hosted(
+    models=(
+        HostedModel(upstream="first", model="base", options={"top_p": None, "reasoning_effort": "low"}),
+        HostedModel(upstream="second", model="base"),
+    ),
+    price=TokenPrice(per_1k_prompt_tokens_usd=1.0, per_1k_completion_tokens_usd=10.0),
+)
+
+
+class Upstreams:
+    """Two servers, each a process that can be killed and started again."""
+
+    def __init__(self, home: Path) -> None:
+        first = ports.free()
+        self.ports = {"first": first, "second": ports.free(but=[first])}
+        self.home = home
+        self.running: dict[str, ExitStack] = {}
+
+    def start(self, name: str) -> None:
+        stack = self.running[name] = ExitStack()
+        stack.enter_context(child(engine_peer.__file__, str(self.ports[name]), log=self.home / f"{name}.log"))
+        wait_for(lambda: not ports.is_free(self.ports[name]), what=f"for {name}")
+
+    def kill(self, name: str) -> None:
+        self.running.pop(name).close()
+
+    def url(self, name: str) -> str:
+        return f"http://127.0.0.1:{self.ports[name]}"
+
+
+@pytest.fixture
+def both(database: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Upstreams]:
+    monkeypatch.setenv("PEER_KEY", engine_peer.SECRET)
+    both = Upstreams(database.home)
+    with transaction() as conn:
+        for name in both.ports:
+            upstreams.put(conn, name, f"{both.url(name)}/v1", key_env="PEER_KEY", timeout_seconds=5, actor="test")
+    for name in both.ports:
+        both.start(name)
+    yield both
+    for name in list(both.running):
+        both.kill(name)
+
+
+@contextmanager
+def _serving(settings: Settings) -> Iterator[Stand]:
+    """A gateway alone: nothing here has an engine. Its secret is another one than the upstreams' key."""
+    add_version("demo", 1, hosted=HOSTED, system="Be kind.")
+    with transaction() as conn:
+        deployments.promote(conn, "demo", 1, actor="test", reason="test", force=True)
+    with make_stand(settings.home) as stand, stand.running_gateway(secret="the-engines-own"):
+        stand.wait_ready()
+        yield stand
+
+
+def _stats(stand: Stand, both: Upstreams, name: str) -> Any:
+    head = {"authorization": f"Bearer {engine_peer.SECRET}"}
+    return stand.http.get(f"{both.url(name)}/stats", headers=head).json()
+
+
+def _open(stand: Stand, name: str) -> float | None:
+    text = stand.http.get(f"{stand.url}/metrics", headers=stand.header()).text
+    found = re.search(rf'tunesmith_upstream_open{{upstream="{name}"}} (\S+)', text)
+    return float(found[1]) if found else None
+
+
+def test_a_hosted_version_is_asked_priced_and_recorded_like_any(database: Settings, both: Upstreams) -> None:
+    with (
+        _serving(database) as stand,
+        openai.OpenAI(base_url=f"{stand.url}/v1", api_key=stand.keys["service"]) as client,
+    ):
+        tools: Any = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+        answer = client.chat.completions.create(
+            model="demo", messages=[{"role": "user", "content": "hello"}], tools=tools, response_format={"type": "text"}
+        )
+        assert (answer.model, answer.choices[0].message.content) == ("demo:1", "base word0 word1")
+        chunks = client.chat.completions.create(
+            model="demo", messages=[{"role": "user", "content": "hello"}], stream=True
+        )
+        assert "".join(c.choices[0].delta.content or "" for c in chunks) == "base word0 word1"
+        body = next(b for b in _stats(stand, both, "first")["bodies"] if "tools" in b)
+        assert (body["model"], body["tools"], body["reasoning_effort"]) == ("base", tools, "low")
+        assert body["response_format"] == {"type": "text"}
+        assert body["messages"][0] == {"role": "system", "content": "Be kind."}
+        assert "top_p" not in body
+        assert _stats(stand, both, "second")["bodies"] == []
+        for event in stand.wait_events(2):
+            assert (event["version"], event["slot"], event["status"]) == (1, "champion", 200)
+            assert event["cost_usd"] == pytest.approx((5 * 1.0 + 3 * 10.0) / 1000)
+
+
+def test_an_upstream_that_dies_is_not_noticed_by_clients_and_is_asked_again_when_it_is_back(
+    database: Settings, both: Upstreams
+) -> None:
+    with _serving(database) as stand:
+        assert stand.ask().status_code == 200
+        both.kill("first")
+        for number in range(4 * FAILURES):
+            assert stand.ask(stream=bool(number % 2)).status_code == 200
+        assert _open(stand, "first") in (1.0, 0.5)
+        assert _open(stand, "second") == 0
+        assert _stats(stand, both, "second")["answered"] == 4 * FAILURES
+
+        both.kill("second")
+        wait_for(lambda: stand.ask().status_code == 503 and stand.ask().json()["error"]["message"].startswith("first"))
+        refused = stand.ask()
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"] == "1"
+        assert "first and second failed again and again" in refused.json()["error"]["message"]
+
+        both.start("first")
+        wait_for(lambda: stand.ask().status_code == 200, 40, "for the first to be asked again")
+        wait_for(lambda: _open(stand, "first") == 0, 5)
+        before = _stats(stand, both, "first")["answered"]
+        assert [stand.ask().status_code for _ in range(5)] == [200] * 5
+        assert _stats(stand, both, "first")["answered"] == before + 5
+
+
+def test_garbage_refusals_and_breaks_end_in_clear_errors(database: Settings, both: Upstreams) -> None:
+    with _serving(database) as stand:
+        garbage = stand.ask(text="garbage")
+        assert (garbage.status_code, garbage.json()["error"]["code"]) == (502, "upstream")
+        assert garbage.json()["error"]["message"] == "The upstream first did not answer in JSON."  # the last of three
+        assert (
+            len([b for b in _stats(stand, both, "second")["bodies"] if b["messages"][-1]["content"] == "garbage"]) == 1
+        )
+        failed = stand.ask(text="fail")
+        assert failed.status_code == 502
+        assert "failed with status 500: fail" in failed.json()["error"]["message"]
+        broken = stand.ask(text="break", stream=True)
+        assert broken.status_code == 200  # it had begun
+        assert '"code":"upstream"' in broken.text
+        assert "broke off in the middle" in broken.text
+        full = stand.ask(text="full")
+        assert (full.status_code, full.json()["error"]["code"]) == (429, "busy")
+        assert int(full.headers["retry-after"]) >= 1
+        again = stand.ask()  # both have asked for a pause of a second
+        assert again.status_code == 429
+        assert "had too many requests" in again.json()["error"]["message"]
+        wait_for(lambda: stand.ask().status_code == 200, 10)
+
+
+def test_a_key_that_is_not_there_or_wrong_is_somebody_elses_trouble(
+    database: Settings, both: Upstreams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WRONG_KEY", "sk-secret-of-mine")
+    with transaction() as conn:
+        upstreams.put(conn, "first", f"{both.url('first')}/v1", key_env="NOT_THERE", actor="test")
+    with _serving(database) as stand:
+        assert stand.ask().status_code == 200
+        assert _stats(stand, both, "first")["bodies"] == []
+        with transaction() as conn:
+            for name in both.ports:
+                upstreams.put(conn, name, f"{both.url(name)}/v1", key_env="WRONG_KEY", actor="test")
+        wait_for(lambda: stand.ask().status_code == 502, 10, "for the new addresses")
+        said = stand.ask().text
+        assert "refuses the key" in said
+        log = (stand.home / "gateway.log").read_text()
+        for text in (said, log):
+            assert "sk-secret" not in text
+        with transaction() as conn:
+            upstreams.put(conn, "second", f"{both.url('second')}/v1", key_env="PEER_KEY", actor="test")
+        wait_for(lambda: stand.ask().status_code == 200, 10, "for the right key")
+
+
+def test_addresses_by_command(database: Settings) -> None:
+    runner = CliRunner()
+
+    def run(*arguments: str) -> str:
+        done = runner.invoke(tunesmith, ["upstream", *arguments])
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        return done.output
+
+    assert "There is no upstream" in run("list")
+    shown = run("set", "first", "--url", "https://api.example.org/v1/chat/completions", "--key-env", "EXAMPLE_KEY")
+    assert "https://api.example.org/v1 " in shown
+    assert "EXAMPLE_KEY" in shown
+    for wrong in (
+        ("set", "Bad Name", "--url", "https://x.org"),
+        ("set", "x", "--url", "ftp://x.org"),
+        ("set", "x", "--url", "https://ann:secret@x.org"),
+        ("set", "x", "--url", "https://x.org", "--key-env", "sk-secret"),
+    ):
+        with pytest.raises(UsageError) as error:
+            run(*wrong)
+        assert "secret" not in error.value.message
+    with pytest.raises(NotFound):
+        run("remove", "second")
+    run("set", "second", "--url", "http://127.0.0.1:1/v1")
+    add_version("demo", 1, hosted=HOSTED)
+    with transaction() as conn:
+        deployments.promote(conn, "demo", 1, actor="test", reason="test", force=True)
+    with pytest.raises(Refused, match="demo:1"):
+        run("remove", "second")
+    assert "demo" in run("list")
