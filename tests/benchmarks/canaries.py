@@ -16,9 +16,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
-
-sys.path = [each for each in sys.path if Path(each) != Path(__file__).parent]  # registry.py here is no package
 
 import numpy as np
 from numpy.typing import NDArray

@@ -30,11 +30,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-sys.path = [each for each in sys.path if Path(each) != Path(__file__).parent]  # registry.py here is no package
-
 import psutil
+from _home import started, temporary_home
 
-from infra import migrate, ports, postgres, processes, services
+from infra import ports, services
 from infra.db import transaction
 from infra.settings import get_settings
 from pipelines.config_space import order
@@ -640,20 +639,18 @@ def mlflow_server(bench: Bench) -> Iterator[None]:
     """MLflow as `tunesmith up` starts it; its address in the environment."""
     port = ports.free()
     service = services.mlflow(get_settings(), port, os.environ | {"OMP_NUM_THREADS": "1"})
-    with (bench.home / "mlflow.log").open("wb") as log:
-        server = service.start(log)
+    log = bench.home / "mlflow.log"
+
+    def start() -> subprocess.Popen[bytes]:
+        with log.open("wb") as file:
+            return service.start(file)
+
+    with started(start, service.ready, "MLflow", log):
+        os.environ["MLFLOW_TRACKING_URI"] = str(service.url)
         try:
-            until = time.monotonic() + 300
-            while not service.ready():
-                if time.monotonic() > until or server.poll() is not None:
-                    sys.exit(f"MLflow did not start:\n{(bench.home / 'mlflow.log').read_text()[-3000:]}")
-                time.sleep(0.3)
-            os.environ["MLFLOW_TRACKING_URI"] = str(service.url)
             yield
         finally:
             os.environ.pop("MLFLOW_TRACKING_URI", None)
-            processes.signal_group(server.pid, signal.SIGKILL)
-            server.wait()
 
 
 def check_that_all_is_there(experiment: str, curves: Sequence[Sequence[float]]) -> None:
@@ -702,29 +699,14 @@ def ours_log(job: Mapping[str, Any]) -> None:
 @contextlib.contextmanager
 def prepared(size: Size, base_id: str) -> Iterator[Bench]:
     """A home of our own with a database, and the base in it."""
-    for name in [n for n in os.environ if n.startswith(("TUNESMITH_", "MLFLOW_", "PREFECT_", "PG"))]:
-        del os.environ[name]
-    home = Path(tempfile.mkdtemp(prefix="tunesmith-bench-"))
-    home.chmod(0o755)  # as root PostgreSQL runs as another user
-    os.environ |= {
-        "TUNESMITH_HOME": str(home), "PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false", "DO_NOT_TRACK": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "MLFLOW_DISABLE_TELEMETRY": "true",
-    }  # fmt: skip
-    try:
-        with postgres.running(home) as (cluster, port):
-            os.environ["TUNESMITH_DATABASE_URL"] = cluster.url(port)
-            get_settings.cache_clear()
-            migrate.create_databases(get_settings())
-            migrate.migrate(get_settings().database())
-            with transaction() as conn:
-                conn.execute("insert into model (name) values ('m')")
-            say("making the base")
-            base = bases.resolve(base_id)
-            meter = Meter()
-            meter.start()
-            yield Bench(home=home, size=size, base=base, meter=meter)
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
+    with temporary_home() as home:
+        with transaction() as conn:
+            conn.execute("insert into model (name) values ('m')")
+        say("making the base")
+        base = bases.resolve(base_id)
+        meter = Meter()
+        meter.start()
+        yield Bench(home=home.folder, size=size, base=base, meter=meter)
 
 
 OURS: dict[str, Callable[[Mapping[str, Any]], None]] = {"search": ours_search, "pack": ours_pack, "log": ours_log}

@@ -1,6 +1,6 @@
 """Promotions against MLflow's own alias calls, on one PostgreSQL; listing and comparing at ten thousand versions.
 
-    .venv/bin/python tests/benchmarks/registry.py [--short] [--rounds N]
+    .venv/bin/python tests/benchmarks/promotions.py [--short] [--rounds N]
 
 Sixteen clients over HTTP: ours `PATCH /api/v1/models/{m}/deployment` of `tunesmith serve`, one process; MLflow's
 `registered-models/alias` of its server with a worker a core, on uvloop. Both write through to the disk. Two shapes:
@@ -16,29 +16,26 @@ import argparse
 import http.client
 import json
 import os
-import shutil
-import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path = [each for each in sys.path if Path(each) != Path(__file__).parent]  # registry.py here is no package
-
 import psutil
 import psycopg
+from _home import started, temporary_home
 from psycopg.types.json import Jsonb
 
 from deploy.auth import create_key
-from infra import migrate, ports, postgres, processes
+from infra import ports, processes
 from infra.db import load_queries, transaction
 from infra.services import sqlalchemy_url
 from infra.settings import get_settings
@@ -366,33 +363,20 @@ def add_versions(conn: Any, model: str, count: int) -> None:
 
 @contextmanager
 def _bench(size: Size) -> Iterator[Bench]:
-    home = Path(tempfile.mkdtemp(prefix="tunesmith-bench-"))
-    home.chmod(0o755)
-    for name in list(os.environ):
-        if name.startswith(("TUNESMITH_", "MLFLOW_", "PREFECT_")):
-            del os.environ[name]
-    children: list[subprocess.Popen[bytes]] = []
-    try:
-        with postgres.running(home) as (cluster, port):
-            os.environ |= {"TUNESMITH_HOME": str(home), "TUNESMITH_DATABASE_URL": cluster.url(port)}
-            with psycopg.connect(cluster.url(port), autocommit=True) as conn:
-                conn.execute("create database tunesmith")
-                conn.execute("create database mlflow")
-            migrate.migrate(get_settings().database())
-            with transaction() as conn:
-                key = create_key(conn, name="bench", role="operator").key
-            places = {}
-            for side, key_of, start in (("ours", key, _start_ours), ("mlflow", "", _start_mlflow)):
-                children.append(child := start(home, where := ports.free()))
-                url = f"http://127.0.0.1:{where}"
-                _until_ready(child, url, home / f"{side}.log", side)
-                places[side] = Place(url=url, key=key_of, process=psutil.Process(child.pid))
-            yield Bench(size=size, places=places, database=_postmaster(port))
-    finally:
-        for child in children:
-            processes.signal_group(child.pid, signal.SIGKILL)
-            child.wait()
-        shutil.rmtree(home, ignore_errors=True)
+    with temporary_home() as (home, port), ExitStack() as stack:
+        with transaction() as conn:
+            key = create_key(conn, name="bench", role="operator").key
+        places = {}
+        for side, key_of, start, path in (
+            ("ours", key, _start_ours, "/healthz"),
+            ("mlflow", "", _start_mlflow, "/api/2.0/mlflow/experiments/get?experiment_id=0"),
+        ):
+            where = ports.free()
+            url = f"http://127.0.0.1:{where}"
+            begin, ready = partial(start, home, where), partial(answers, url + path)
+            child = stack.enter_context(started(begin, ready, side, home / f"{side}.log"))
+            places[side] = Place(url=url, key=key_of, process=psutil.Process(child.pid))
+        yield Bench(size=size, places=places, database=_postmaster(port))
 
 
 def _start_ours(home: Path, port: int) -> subprocess.Popen[bytes]:
@@ -412,15 +396,6 @@ def _start_mlflow(home: Path, port: int) -> subprocess.Popen[bytes]:
     argv += ["--serve-artifacts", "--artifacts-destination", str(home / "mlflow-artifacts")]
     with (home / "mlflow.log").open("wb") as log:
         return processes.spawn(argv, env=env, cwd=home, output=log)
-
-
-def _until_ready(child: subprocess.Popen[bytes], url: str, log: Path, side: str) -> None:
-    path = {"ours": "/healthz", "mlflow": "/api/2.0/mlflow/experiments/get?experiment_id=0"}[side]
-    limit = time.monotonic() + 180
-    while not answers(url + path):
-        if child.poll() is not None or time.monotonic() > limit:
-            sys.exit(f"{side} did not start:\n{log.read_text()[-3000:]}")
-        time.sleep(0.2)
 
 
 def _postmaster(port: int) -> psutil.Process:
