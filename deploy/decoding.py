@@ -2,9 +2,9 @@
 
 Rows of different requests, and of different adapters, take one step together; a request joins between steps and
 leaves when it is done. To join, its prompt runs alone, but for what prompts of its adapter begin with
-(`deploy/prefixes.py`), and its keys and values are put beside those of the others, padded on the left; to leave, the
-other rows are kept and columns that nobody uses any more are cut off. Answers are those of the request alone: in fp32
-exactly, in bf16 up to the rounding that padding itself causes.
+(`deploy/prefixes.py`), and its keys and values are put beside those of the others (`deploy/memory.py`), padded on the
+left; to leave, the other rows are kept and columns that nobody uses any more are cut off. Answers are those of the
+request alone: in fp32 exactly, in bf16 up to the rounding that padding itself causes.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class Batch:
         self.rows: list[Row] = []
         self._ends = end_tokens(model, tokenizer)
         self._prefixes = Prefixes(max_cells // 16)
-        self._cache: Any = None
+        self._memory: Any = None  # keys and values, given with the first row
         self._mask: torch.Tensor | None = None  # [rows, width], 1 where a column is the row's own
 
     def row(self, request: Request) -> Row:
@@ -183,7 +183,7 @@ class Batch:
         tokens = torch.tensor([[row.tokens[-1]] for row in rows], device=self.model.device)
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(rows), 1)], 1)
         positions = self._mask.cumsum(1)[:, -1:] - 1
-        self._forward(rows, tokens, self._mask, positions, self._cache)
+        self._forward(rows, tokens, self._mask, positions, self._memory)
         self._keep([i for i, row in enumerate(rows) if row.finish is None])
         share = (time.perf_counter() - started) / len(rows)
         for row in rows:
@@ -229,33 +229,28 @@ class Batch:
         import torch
         from torch.nn.functional import pad
 
-        if self._mask is None:
-            self.rows, self._cache, self._mask = [row], cache, mask
-            return
-        width = max(self._mask.shape[1], mask.shape[1])
+        from deploy.memory import Memory
 
-        def beside(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-            """Along the rows, both padded on the left to the same number of columns."""
-            return torch.cat([pad(part, (0, 0, width - part.shape[-2], 0)) for part in (old, new)])
-
-        for old, new in zip(self._cache.layers, cache.layers, strict=True):
-            old.keys, old.values = beside(old.keys, new.keys), beside(old.values, new.values)
-        self._mask = beside(self._mask[..., None], mask[..., None])[..., 0]
+        if self._memory is None:
+            self._memory = Memory(self.max_cells, cache)
+        self._memory.add(cache, max([row.most, *(other.most for other in self.rows)]))
+        if not self.rows:
+            self._mask = mask
+        else:
+            assert self._mask is not None  # noqa: S101 - for the type checker
+            width = max(self._mask.shape[1], mask.shape[1])
+            self._mask = torch.cat([pad(part, (width - part.shape[1], 0)) for part in (self._mask, mask)])
         self.rows.append(row)
 
     def _keep(self, kept: list[int]) -> None:
         """Keep these rows and cut off the left columns that none of them uses."""
         if len(kept) == len(self.rows):
             return
-        self.rows = [self.rows[i] for i in kept]
-        if not self.rows:
-            self._cache = self._mask = None
-            return
         assert self._mask is not None  # noqa: S101 - for the type checker
-        dead = int(self._mask.shape[1] - self._mask[kept].sum(1).max())
+        dead = int(self._mask.shape[1] - self._mask[kept].sum(1).max()) if kept else 0
+        self._memory.keep(kept, dead)
         self._mask = self._mask[kept][:, dead:]
-        for layer in self._cache.layers:
-            layer.keys, layer.values = layer.keys[kept][:, :, dead:], layer.values[kept][:, :, dead:]
+        self.rows = [self.rows[i] for i in kept]
 
 
 def generate(
