@@ -33,6 +33,8 @@ _MIN_REQUESTS = 20
 _CLEAR = 0.8  # of a limit from above, 1 / _CLEAR of one from below; of a drift threshold, _CLEAR_DRIFT
 _CLEAR_DRIFT = 0.9
 _SILENT = timedelta(hours=1)
+_GRACE = timedelta(seconds=30)  # that a gateway may take to follow a change
+NOT_SERVING = "not serving"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +117,23 @@ def look(
             )
         )
     return findings
+
+
+def look_at_gateways(conn: Connection) -> None:
+    """An alert for each model whose deployment a gateway could not follow for a while: it keeps the version that it
+    has."""
+    for row in conn.execute(SQL["gateways"], {"grace": _GRACE.total_seconds()}).fetchall():
+        model, behind = row["model"], row["behind"]
+        state: State = "unknown" if not row["gateways"] else "calm" if not behind else "between"
+        finding = Finding(
+            rule=NOT_SERVING,
+            state="over" if behind and row["settled"] else state,
+            severity="critical",
+            message=f"{behind} of {row['gateways']} gateways cannot serve generation {row['generation']} of {model} "
+            f"and keep what they have: {row['why']}.",
+            details={"generation": row["generation"], "gateways": row["gateways"], "behind": behind},
+        )
+        apply(conn, model, row["version"], [finding])
 
 
 def of_verdict(body: Mapping[str, Any]) -> Finding:
@@ -214,7 +233,9 @@ def silences(conn: Connection) -> list[Mapping[str, Any]]:
 
 def close_retired(conn: Connection, model: str, versions: Sequence[int], settings: Mapping[str, Any]) -> None:
     """Close the alerts of versions that serve no more, and of rules that are gone from the settings."""
-    rules = ["drift"] + [f"{r.metric} {'above' if r.above is not None else 'below'}" for r in rules_of(settings)]
+    rules = ["drift", NOT_SERVING] + [
+        f"{r.metric} {'above' if r.above is not None else 'below'}" for r in rules_of(settings)
+    ]
     for row in conn.execute(SQL["close_retired"], {"model": model, "versions": list(versions), "rules": rules}):
         log.info("alert over: %s of %s:%d, which serves no more", row["rule"], model, row["version"])
         _tell_over(conn, {"model": model, **row})

@@ -87,6 +87,7 @@ class Watcher:
             _Step(name="joining feedback", seconds=2.0, work=self.settle_feedback),
             _Step(name="judging", seconds=JUDGE_EVERY, work=self.judge),
             _Step(name="stepping canaries", seconds=15.0, work=self.step_canaries),
+            _Step(name="looking at gateways", seconds=5.0, work=self.look_at_gateways),
             _Step(name="starting retrainings", seconds=5.0, work=self.start_retrainings),
             _Step(name="relaying to MLflow", seconds=1.0, work=self.relay),
             _Step(name="notifying", seconds=1.0, work=self.notify),
@@ -201,6 +202,12 @@ class Watcher:
             models = rollouts.models(conn)
         for model in models:
             self._alone(f"the canary of {model}", partial(canaries.step, model=model, now=now))
+
+    def look_at_gateways(self) -> None:
+        """Do they serve what the deployments say?"""
+        with transaction() as conn:
+            self._check(conn)
+            alerts.look_at_gateways(conn)
 
     def start_retrainings(self) -> None:
         """Over HTTP, outside of any transaction; the requests' ids make it safe to repeat."""

@@ -270,6 +270,42 @@ def test_limits_open_and_close_with_hysteresis(database: Settings) -> None:
     assert "p95_latency_ms is 9" in next(a["message"] for a in history if a["rule"].startswith("p95"))
 
 
+def test_a_gateway_that_cannot_follow_is_an_alert(database: Settings) -> None:
+    for number in (1, 2):
+        with transaction() as conn:
+            add_version(conn, "m", number)
+            deployments.promote(conn, "m", number, actor="t", reason="t", force=True)
+    one, other = uuid.uuid4(), uuid.uuid4()
+
+    def report(gateway: uuid.UUID, *, ready: bool, age: int = 0) -> list[tuple[str, int, str]]:
+        with transaction() as conn:
+            conn.execute(
+                "insert into replica (id, model, generation, ready, message, seen_at)"
+                " values (%s, 'm', 2, %s, %s, now() - make_interval(secs => %s)) on conflict (id, model) do update"
+                " set ready = excluded.ready, message = excluded.message, seen_at = excluded.seen_at",
+                (gateway, ready, "" if ready else "m:2 is not ready: its bundle is damaged", age),
+            )
+            alerts.look_at_gateways(conn)
+            return [(a["rule"], a["version"], a["message"]) for a in alerts.listing(conn)]
+
+    assert report(one, ready=True) == []
+    assert report(other, ready=False) == []  # it may take a moment
+    with transaction() as conn:
+        conn.execute("update deployment set updated_at = now() - interval '1 minute'")
+    said = (
+        "1 of 2 gateways cannot serve generation 2 of m and keep what they have: "
+        "m:2 is not ready: its bundle is damaged."
+    )
+    assert report(other, ready=False) == [("not serving", 2, said)]
+    with transaction() as conn:
+        alerts.close_retired(conn, "m", [2], {})
+        assert len(alerts.listing(conn)) == 1
+    assert len(report(one, ready=True)) == 1  # the other is still behind
+    assert report(other, ready=True) == []
+    report(other, ready=False)
+    assert report(other, ready=False, age=60) == []  # it is gone
+
+
 @pytest.mark.parametrize("profile", [{"format": 99}, {"format": 1}, {"format": 1, "histograms": 3, "vocabulary": {}}])
 def test_a_version_that_cannot_be_judged_holds_up_no_other(
     database: Settings, caplog: pytest.LogCaptureFixture, profile: dict[str, Any]
