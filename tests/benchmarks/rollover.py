@@ -1,0 +1,291 @@
+"""How long after a promotion does the new version answer? And does anybody notice?
+
+    .venv/bin/python tests/benchmarks/rollover.py [--short]
+
+Two versions of builtin:tiny, each trained to answer one word, behind `tunesmith engine` and `tunesmith serve`, and
+clients that ask without a pause. (a) From the ledger's entry, in the database's time, to the first byte of an answer by
+the new version, which is resident: promotions and rollbacks by turns. (b) The same from the start of the shell command
+`tunesmith promote`. (c) 10,000 requests while versions are promoted and rolled back 50 times: none may fail, and text
+and version header must agree in every answer; every one must be recorded. No time is asserted: figures are printed,
+with the targets they have. Run it alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from _home import Home, started, temporary_home
+from serving import add_version
+
+from deploy.auth import create_key
+from infra import ports
+from infra.db import transaction
+from infra.web import answers
+from registry import bases, deployments, prompts
+
+WORDS = {1: "amber", 2: "cobalt"}
+QUESTIONS = ("Which colour?", "Say the word.", "What now?", "Once more, please.")
+CLIENTS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    flips: int
+    commands: int
+    requests: int
+    changes: int
+
+
+LONG = Size(flips=40, commands=15, requests=10_000, changes=50)
+SHORT = Size(flips=6, commands=2, requests=600, changes=6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    first_byte: float  # time.time()
+    status: int
+    version: str
+    text: str
+
+
+@dataclass(kw_only=True)
+class Clients:
+    """They ask from when they are made until `stop`."""
+
+    port: int
+    key: str
+    answers: list[Answer] = field(default_factory=list)
+    stopping: threading.Event = field(default_factory=threading.Event)
+    threads: list[threading.Thread] = field(default_factory=list)
+
+    def start(self) -> Clients:
+        self.threads = [threading.Thread(target=self._ask, args=(n,), daemon=True) for n in range(CLIENTS)]
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def stop(self) -> list[Answer]:
+        self.stopping.set()
+        for thread in self.threads:
+            thread.join()
+        return self.answers
+
+    def until(self, version: str, since: float) -> float:
+        """When the first byte of a version's answer came, since a time."""
+        limit = time.monotonic() + 60
+        seen = 0
+        while time.monotonic() < limit:
+            known = len(self.answers)
+            for answer in self.answers[seen:known]:
+                if answer.version == version and answer.first_byte > since:
+                    return answer.first_byte
+            seen = known
+            time.sleep(0.001)
+        raise SystemExit(f"{version} never answered")
+
+    def _ask(self, number: int) -> None:
+        question = {"role": "user", "content": QUESTIONS[number % len(QUESTIONS)]}
+        body = json.dumps({"model": "demo", "messages": [question], "temperature": 0, "max_tokens": 8})
+        head = {"authorization": f"Bearer {self.key}", "content-type": "application/json"}
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        while not self.stopping.is_set():
+            connection.request("POST", "/v1/chat/completions", body, head)
+            response = connection.getresponse()
+            first = time.time()
+            said = json.loads(response.read())
+            text = said["choices"][0]["message"]["content"] if response.status == 200 else str(said)
+            version = response.getheader("x-tunesmith-version") or ""
+            self.answers.append(Answer(first_byte=first, status=response.status, version=version, text=text))
+        connection.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--short", action="store_true", help="less of everything")
+    size = SHORT if parser.parse_args().short else LONG
+    with temporary_home() as home, served(home) as (port, key):
+        flips(size, port, key)
+        commands(size, port, key)
+        nobody_notices(size, port, key)
+
+
+def flips(size: Size, port: int, key: str) -> None:
+    clients = Clients(port=port, key=key).start()
+    taken = []
+    for turn in range(size.flips):
+        since, version = change(turn)
+        taken.append(1000 * (clients.until(version, since) - since))
+        time.sleep(0.25)
+    clients.stop()
+    figures("(a) ledger to first byte, resident", taken, 24)
+
+
+def commands(size: Size, port: int, key: str) -> None:
+    clients = Clients(port=port, key=key).start()
+    command = [sys.executable, "-m", "pipelines.cli", "promote"]
+    taken = []
+    for turn in range(size.commands):
+        number = 2 if serving() == 1 else 1
+        since = time.time()
+        with subprocess.Popen(
+            [*command, f"demo:{number}", "--reason", f"turn {turn}", "--force"], stdout=subprocess.DEVNULL
+        ) as process:
+            taken.append(1000 * (clients.until(f"demo:{number}", since) - since))
+            if process.wait() != 0:
+                raise SystemExit("the command failed")
+        time.sleep(0.25)
+    clients.stop()
+    figures("(b) shell command to first byte", taken, 500)
+
+
+def nobody_notices(size: Size, port: int, key: str) -> None:
+    before = recorded()
+    begun = time.monotonic()
+    clients = Clients(port=port, key=key).start()
+    for turn in range(size.changes):
+        while len(clients.answers) < (turn + 1) * size.requests // (size.changes + 1):
+            time.sleep(0.005)
+        change(turn)
+    while len(clients.answers) < size.requests:
+        time.sleep(0.005)
+    found = clients.stop()
+    seconds = time.monotonic() - begun
+    failed = [a for a in found if a.status != 200]
+    words = {f"demo:{number}": word for number, word in WORDS.items()}
+    wrong = [a for a in found if a.status == 200 and a.text.strip() != words.get(a.version)]
+    until = time.monotonic() + 60
+    while recorded() - before < len(found) and time.monotonic() < until:
+        time.sleep(0.2)
+    by = {name: sum(a.version == name for a in found) for name in words}
+    print(
+        f"(c) {len(found)} requests in {seconds:.0f} s, {size.changes} promotions and rollbacks: {len(failed)} failed, "
+        f"{len(wrong)} with another version's text, {recorded() - before} recorded; {by}"
+    )
+    if failed or wrong or recorded() - before != len(found):
+        raise SystemExit(f"That must not be: {(failed or wrong)[:3]}")
+
+
+def change(turn: int) -> tuple[float, str]:
+    """Promote the other version, or roll back to it; the ledger's time, and who serves from then on."""
+    with transaction() as conn:
+        if turn % 2 == 0:
+            number = 2 if serving() == 1 else 1
+            deployments.promote(conn, "demo", number, actor="benchmark", reason="a turn", force=True)
+        else:
+            deployments.rollback(conn, "demo", actor="benchmark", reason="a turn")
+        entry = deployments.history(conn, "demo")[-1]
+    return entry.at.timestamp(), f"demo:{entry.to_version}"
+
+
+def serving() -> int | None:
+    with transaction() as conn:
+        return deployments.read(conn, "demo").champion
+
+
+def recorded() -> int:
+    with transaction() as conn:
+        row = conn.execute("select count(*) as n from request_event where status = 200").fetchone()
+    assert row is not None
+    return int(row["n"])
+
+
+def figures(what: str, taken: list[float], target: float) -> None:
+    taken.sort()
+    print(
+        f"{what}: median {statistics.median(taken):.1f} ms, 90 % within {taken[int(0.9 * (len(taken) - 1))]:.1f}, "
+        f"longest {taken[-1]:.1f} ({len(taken)} times; target {target:g})",
+        flush=True,
+    )
+
+
+# ---------------------------------------------------------------- what serves
+
+
+@contextmanager
+def served(home: Home) -> Iterator[tuple[int, str]]:
+    """An engine, a gateway, and a key for it; both versions have answered."""
+    base = bases.resolve("builtin:tiny")
+    for number, word in WORDS.items():
+        folder = home.folder / f"adapter-{number}"
+        train(base.folder, folder, word)
+        add_version("demo", number, base=base.digest, adapter=folder)
+    with transaction() as conn:
+        key = create_key(conn, name="bench", role="service").key
+        for number in WORDS:
+            deployments.promote(conn, "demo", number, actor="benchmark", reason="benchmark", force=True)
+    os.environ |= {"TUNESMITH_ENGINE_SECRET": "benchmark", "OMP_NUM_THREADS": "1"}
+    engine, gateway = ports.free(), 0
+    gateway = ports.free(but=[engine])
+    with ExitStack() as stack:
+        for name, port, arguments in (
+            ("engine", engine, ["engine", "--base", base.digest, "--port", str(engine)]),
+            ("gateway", gateway, ["serve", "--port", str(gateway)]),
+        ):
+            log = home.folder / f"{name}.log"
+            path = "/health" if name == "engine" else "/readyz"
+            ready = partial(answers, f"http://127.0.0.1:{port}{path}")
+            if name == "engine":
+                ready = partial(_taken, port)
+            stack.enter_context(started(partial(_child, arguments, log), ready, f"The {name}", log))
+        warm = Clients(port=gateway, key=key).start()
+        time.sleep(2)
+        warm.stop()
+        yield gateway, key
+
+
+def _taken(port: int) -> bool:
+    return not ports.is_free(port)
+
+
+def _child(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "pipelines.cli", *arguments], stdout=file, stderr=file, start_new_session=True
+        )
+
+
+def train(base: Path, folder: Path, word: str) -> None:
+    """A LoRA adapter of PEFT's that answers one word, whatever it is asked."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    tokenizer = bases.load_tokenizer(base)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(bases.load_model(base, "float32"), config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    rows: list[Any] = []
+    for question in QUESTIONS:
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": word}]
+        ids, length = prompts.encode_pair(tokenizer, turns)
+        labels = [-100] * length + ids[length:]
+        rows.append((torch.tensor([ids]), torch.tensor([labels])))
+    for _ in range(60):
+        loss = sum(model(input_ids=ids, labels=labels).loss for ids, labels in rows) / len(rows)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if float(loss) > 0.05:
+        raise SystemExit(f"The adapter for {word} did not learn it: its loss is {float(loss):.3f}.")
+    model.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()
