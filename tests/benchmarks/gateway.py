@@ -77,8 +77,8 @@ class Side:
         before = self.cpu()
         done = subprocess.run(arguments, input=json.dumps(asked), capture_output=True, text=True, check=True)
         found: dict[str, Any] = json.loads(done.stdout)
-        if found["failed"] and not refusals:
-            sys.exit(f"{self.name} failed {found['failed']} of {found['answered']} requests: {found['why']}")
+        if found["failed"] or (found["refused"] and not refusals):
+            sys.exit(f"{self.name} failed {found['failed']} beside {found['answered']} answers: {found['why']}")
         found["cpu_ms"] = 1000 * (self.cpu() - before) / max(1, found["answered"])
         return found
 
@@ -139,7 +139,7 @@ def main() -> None:
             peak, served = sides[0].peaks[turn], found["answered"] / found["seconds"]
             print(
                 f"{OVERLOAD}x what it takes at once, round {turn + 1}: ours serves {served:.0f}/s, {served / peak:.0%} "
-                f"of its peak (target: 90 % or more), and refuses {found['failed'] / found['seconds']:.0f}/s",
+                f"of its peak (target: 90 % or more), and refuses {found['refused'] / found['seconds']:.0f}/s",
                 flush=True,
             )
         until = time.monotonic() + 120

@@ -1,12 +1,13 @@
 """The other end of the gateway's benchmark: a model server without a delay, and the load.
 
     python gateway_peer.py serve PORT
-    python gateway_peer.py load URL SECONDS CONNECTIONS RATE < {"headers": {...}, "body": {...}}
+    python gateway_peer.py load URL SECONDS CONNECTIONS RATE < {"headers": {...}, "body": {...}, "words": "..."}
 
 Both are asyncio protocols on uvloop that parse no more of HTTP than they must, so that what is measured is the server
 in between. The load is closed (a connection asks again as soon as it is answered) where RATE is 0, else open: requests
 begin at RATE a second, whatever became of those before, and their time counts from when they were due. It prints JSON:
-{"answered", "failed", "seconds", "milliseconds": [...]}; an answer is one with status 200 that says the words.
+{"answered", "refused", "failed", "seconds", "milliseconds": [...], "why"}; an answer is one with status 200 that says the
+words (`WORDS`, if none are given), a refusal one with 429.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ class Client(asyncio.Protocol):
             return
         head, body, _ = message
         self.data = b""
-        ok = head.startswith(b"http/1.1 200") and WORDS.encode() in body
+        ok = head.startswith(b"http/1.1 200") and self.load.words in body
+        self.load.refused += head.startswith(b"http/1.1 429")
         self.load.done(ok, time.perf_counter() - self.due, None if ok else head + b"\n" + body)
         self.due = 0.0
         if b"connection: close" not in head:
@@ -110,7 +112,9 @@ class Load:
         self.request = "\r\n".join(lines).encode() + b"\r\n\r\n" + body
         self.seconds, self.connections, self.rate = seconds, connections, rate
         self.times: list[float] = []
-        self.failed, self.why = 0, b""
+        self.words = asked.get("words", WORDS).encode()
+        self.refused = self.failed = 0
+        self.why = b""
         self.idle: deque[Client] = deque()
         self.waiting: deque[float] = deque()
         self.until = 0.0
@@ -167,7 +171,8 @@ class Load:
             await asyncio.sleep(0.05)
         return {
             "answered": len(self.times),
-            "failed": self.failed + self.begun - self.ended,
+            "refused": self.refused,
+            "failed": self.failed - self.refused + self.begun - self.ended,
             "seconds": taken,
             "milliseconds": [1000 * t for t in self.times],
             "why": self.why[-500:].decode("utf-8", "replace"),
