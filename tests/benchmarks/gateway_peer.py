@@ -6,8 +6,8 @@
 Both are asyncio protocols on uvloop that parse no more of HTTP than they must, so that what is measured is the server
 in between. The load is closed (a connection asks again as soon as it is answered) where RATE is 0, else open: requests
 begin at RATE a second, whatever became of those before, and their time counts from when they were due. It prints JSON:
-{"answered", "refused", "failed", "seconds", "milliseconds": [...], "why"}; an answer is one with status 200 that says the
-words (`WORDS`, if none are given), a refusal one with 429.
+{"answered", "refused", "failed", "seconds", "milliseconds": [...], "why"}; an answer is one with status 200 that says
+the words (`WORDS`, if none are given), a refusal one with 429.
 """
 
 from __future__ import annotations
