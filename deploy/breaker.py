@@ -23,6 +23,7 @@ class Breaker:
         self._failures = 0
         self._wait = SHORTEST
         self._until = 0.0  # open until then; 0: closed
+        self._tries = False  # whether a request is on its way to see if it is well again
         self._paused = 0.0  # the address itself asked for none until then
 
     @property
@@ -42,18 +43,24 @@ class Breaker:
         if self.seconds > 0:
             return False
         if self._until:
+            self._tries = True
             self._until = self._clock() + self._wait
         return True
 
     def succeeded(self) -> None:
-        self._failures, self._wait, self._until = 0, SHORTEST, 0.0
+        self._failures, self._wait, self._until, self._tries = 0, SHORTEST, 0.0, False
 
     def failed(self) -> None:
-        self._failures += 1
-        if self._until:  # the one that tried
+        """A request failed by the place's own fault. Of many that were under way when it opened only the one that tries
+        it later counts."""
+        if self._tries:
+            self._tries = False
             self._wait = min(self._longest, 2 * self._wait)
-        if self._until or self._failures >= FAILURES:
             self._until = self._clock() + self._wait
+        elif not self._until:
+            self._failures += 1
+            if self._failures >= FAILURES:
+                self._until = self._clock() + self._wait
 
     def pause(self, seconds: float) -> None:
         """Send none for so long: it is up, but has had enough."""

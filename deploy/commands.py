@@ -145,14 +145,16 @@ def upstream() -> None:
 @upstream.command(name="set")
 @click.argument("name")
 @click.option("--url", required=True, help="Such as https://api.example.org/v1.")
-@click.option("--key-env", metavar="VARIABLE", help="The environment variable of gateways and runs that holds the key.")
 @click.option(
-    "--timeout", "seconds", type=click.FloatRange(min=1, max=600), default=60.0, show_default=True,
-    help="Seconds of silence after which the next model is asked.",
+    "--key-env", metavar="VARIABLE", help="The variable of gateways and runs that holds the key; '' for none."
+)
+@click.option(
+    "--timeout", "seconds", type=click.FloatRange(min=1, max=600),
+    help="Seconds of silence after which the next model is asked (60).",
 )  # fmt: skip
 @json_option
-def set_(name: str, url: str, key_env: str | None, seconds: float, as_json: bool) -> None:
-    """Name an address, or move a name to another; gateways follow within seconds."""
+def set_(name: str, url: str, key_env: str | None, seconds: float | None, as_json: bool) -> None:
+    """Name an address, or move a name to another; what is not given stays, and gateways follow within seconds."""
     from infra.db import transaction
     from registry import upstreams
     from registry.deployments import actor_here

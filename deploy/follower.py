@@ -115,7 +115,8 @@ class Follower:
             while True:
                 self._changed.clear()
                 try:
-                    wishes, self._engines, self._upstreams = await loop.run_in_executor(self._thread, self._read)
+                    wishes, self._engines, upstreams = await loop.run_in_executor(self._thread, self._read)
+                    self._set_upstreams(upstreams)
                     self._apply(wishes)
                     self.synced = True
                     await loop.run_in_executor(self._thread, self._report)
@@ -285,6 +286,16 @@ class Follower:
         ref = served.model, served.number
         return ref in self._answered or any(ref in refs for refs in self._loaded.values())
 
+    def _set_upstreams(self, upstreams: Mapping[str, Address]) -> None:
+        """Where one was mended, what failed is tried again at once."""
+        if upstreams != self._upstreams:
+            changed = {
+                name for name in upstreams.keys() | self._upstreams if upstreams.get(name) != self._upstreams.get(name)
+            }
+            self.upstream.forget(changed)
+            self._failures.clear()
+        self._upstreams = upstreams
+
     def _set_monitoring(self, wish: Wish) -> None:
         """A model's price and text settings change without a new version."""
         for ref, served in list(self._versions.items()):
@@ -390,8 +401,8 @@ class Follower:
     def _fail(self, ref: Ref, error: TunesmithError) -> None:
         before = self._failures.pop(ref, None)
         wait = min(60.0, before.wait * 2) if before else RETRY_SECONDS
-        if isinstance(error, NotFound | Unreachable | Busy):
-            wait = POLL_SECONDS  # may be there any moment
+        if isinstance(error, NotFound | Unreachable | Busy):  # may be there any moment
+            wait = max(POLL_SECONDS, float(error.retry_after) if isinstance(error, Busy) else 0.0)
         self._failures[ref] = _Failure(error=error, again_at=time.monotonic() + wait, wait=wait)
         while len(self._failures) > 1000:
             del self._failures[next(iter(self._failures))]

@@ -167,7 +167,10 @@ async def show_metrics(request: Request) -> Response:
     for name in ("taken", "arrived", "pending", "dropped", "rejected"):
         metrics.events.labels(name).set(getattr(recorder, name))
     metrics.retries.set(state.upstream.retries)
-    metrics.open.clear()  # of engines that went too
+    metrics.open.clear()
+    engines = {url for urls in state.follower.table.engines.values() for url in urls}
     for name, breaker in state.upstream.breakers.items():
+        if name.startswith("http") and name not in engines:  # it went
+            continue
         metrics.open.labels(name).set({"closed": 0.0, "half-open": 0.5, "open": 1.0}[breaker.state])
     return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

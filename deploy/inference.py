@@ -26,7 +26,7 @@ from deploy.metrics import Metrics
 from deploy.recorder import Event, Recorder
 from deploy.routing import Place, Served, Wanted, parse, pick
 from deploy.shapes import Asked, BadRequest, Kind, for_engine, parse_request
-from deploy.upstream import BadAnswer, Busy, Upstream
+from deploy.upstream import BadAnswer, Busy, LeftAlone, Upstream
 from infra.errors import TunesmithError
 from infra.storage import text_digest
 from registry.privacy import redact
@@ -98,8 +98,8 @@ class _Call:
 
     def _learn(self, piece: dict[str, Any]) -> None:
         if (usage := piece.get("usage")) is not None:
-            self.prompt_tokens = int(usage.get("prompt_tokens") or 0)
-            self.completion_tokens = int(usage.get("completion_tokens") or 0)
+            self.prompt_tokens = _tokens(usage.get("prompt_tokens"))
+            self.completion_tokens = _tokens(usage.get("completion_tokens"))
         if (extra := piece.pop("tunesmith", None)) is not None:
             self.engine_seconds = float(extra.get("engine_seconds") or 0.0)
             self.mean_logprob = extra.get("mean_logprob")
@@ -109,6 +109,8 @@ class _Call:
                 continue
             said = choice.get("delta") or choice.get("message") or choice
             text = said.get("content") or said.get("text")
+            if text and not isinstance(text, str):
+                raise TypeError("text is no string")
             if text:
                 if self.first_at is None:
                     self.first_at = time.perf_counter()
@@ -307,7 +309,7 @@ class Inference:
         if call.sent:
             await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n"})
             return
-        seconds = error.retry_after if isinstance(error, OverLimit | Busy) else 1
+        seconds = error.retry_after if isinstance(error, OverLimit | Busy | LeftAlone) else 1
         more = ((b"retry-after", b"%d" % seconds),) if error.http_status in (429, 503) else ()
         if error.http_status in (408, 413):  # the rest of the body was not read
             more = ((b"connection", b"close"),)
@@ -329,10 +331,11 @@ class Inference:
             self.metrics.tokens.labels(name, "completion").inc(call.completion_tokens)
             if call.first_at is not None:
                 self.metrics.first_token.labels(name).observe(call.first_at - call.started)
-            cost = served.price.cost_usd(call.prompt_tokens, call.completion_tokens, call.engine_seconds)
+            # Who hangs up before the usage comes has used what was sent all the same
+            completion = call.completion_tokens or len(call.text)
+            cost = served.price.cost_usd(call.prompt_tokens, completion, call.engine_seconds)
             if call.slot != "shadow":  # which nobody asked for
-                # Who hangs up before the usage comes has used what was sent all the same
-                tokens = call.prompt_tokens + call.completion_tokens or len(call.text)
+                tokens = call.prompt_tokens + completion
                 self.budgets.spend(call.identity.key_id, served.model, tokens=tokens, usd=cost)
         if asked is not None and served is not None and call.status == 200:
             text = "".join(call.text)
@@ -427,6 +430,11 @@ def _clean(header: bytes | None) -> str | None:
     if header is None:
         return None
     return "".join(c for c in header.decode("latin-1") if c.isprintable())[:128] or None
+
+
+def _tokens(value: Any) -> int:
+    """What a model says that it counted, as far as it can be."""
+    return min(max(int(value or 0), 0), 2**31 - 1)
 
 
 def _kept(text: str) -> str:

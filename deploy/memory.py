@@ -19,13 +19,16 @@ if TYPE_CHECKING:
 class Layer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed
     """One layer's; `keys` and `values` are views of what is in use, [rows, heads, width, size of a head]."""
 
-    def __init__(self, cells: int, like: torch.Tensor) -> None:
+    def __init__(self, cells: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         super().__init__()
-        _, heads, _, size = like.shape
-        self._memory = [like.new_empty(cells * heads * size) for _ in range(2)]
-        self._heads, self._size = heads, size
+        self._cells = cells
+        self._shapes = [(each.shape[1], each.shape[3]) for each in (keys, values)]  # which may differ
+        self._memory = [
+            each.new_empty(cells * heads * size)
+            for each, (heads, size) in zip((keys, values), self._shapes, strict=True)
+        ]
         self.rows = self.width = self.wide = 0
-        self.dtype, self.device, self.is_initialized = like.dtype, like.device, True
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         self._show()
 
     def update(
@@ -40,6 +43,8 @@ class Layer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed
 
     def add(self, keys: torch.Tensor, values: torch.Tensor, wide: int) -> None:
         """One more row, [1, heads, length, size]; from now on no row will be wider than `wide`."""
+        if self.rows and wide <= self.wide and (self.rows + 1) * self.wide <= self._cells:
+            wide = self.wide  # it has room, and nobody need move
         length, before = keys.shape[-2], self.width
         width = max(before, length)
         moved = self.rows and (wide != self.wide or width != before)
@@ -62,10 +67,11 @@ class Layer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed
         self._show()
 
     def _whole(self) -> list[torch.Tensor]:
-        cells = self._memory[0].shape[0] // (self._heads * self._size)
-        most = cells // self.wide if self.wide else 0
-        shape = (most, self._heads, self.wide, self._size)
-        return [memory[: most * self._heads * self.wide * self._size].view(shape) for memory in self._memory]
+        most = self._cells // self.wide if self.wide else 0
+        return [
+            memory[: most * heads * self.wide * size].view(most, heads, self.wide, size)
+            for memory, (heads, size) in zip(self._memory, self._shapes, strict=True)
+        ]
 
     def _show(self) -> None:
         self.keys, self.values = (whole[: self.rows, :, : self.width] for whole in self._whole())
@@ -77,7 +83,7 @@ class Memory(Cache):  # type: ignore[misc]
     layers: list[Layer]
 
     def __init__(self, cells: int, like: Any) -> None:
-        super().__init__(layers=[Layer(cells, layer.keys) for layer in like.layers])
+        super().__init__(layers=[Layer(cells, layer.keys, layer.values) for layer in like.layers])
 
     def add(self, cache: Any, wide: int) -> None:
         """The row that a cache holds; see `Layer.add`."""

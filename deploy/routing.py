@@ -36,8 +36,8 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """Where a version is asked: an engine of its base, or a hosted model at an upstream. `name` is the engine's address
-    or the upstream's name; `seconds` is how long an answer may take, None: as long as an engine's may."""
+    """Where a version is asked: an engine of its base, or a hosted model at an upstream. `name` is the engine's
+    address, or ``upstream/model``; `seconds` is how long an answer may take, None: as long as an engine's may."""
 
     name: str
     url: str
@@ -105,7 +105,7 @@ class Table:
             return tuple(Place(name=url, url=url, model=served.adapter) for url in urls)
         return tuple(
             Place(
-                name=there.name,
+                name=f"{there.name}/{each.model}",
                 url=there.url,
                 model=each.model,
                 hosted=True,

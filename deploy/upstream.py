@@ -10,28 +10,37 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import math
 import random
-from collections.abc import AsyncGenerator, Mapping, Sequence
+import time
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import orjson
 
-from deploy.breaker import Breaker
+from deploy.breaker import LONGEST, Breaker
 from deploy.routing import Place, Served
 from infra.errors import TunesmithError, Unreachable, UsageError
 from registry.upstreams import read_key
+
+log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 CONNECT_SECONDS = 3.0
 ANSWER_SECONDS = 600.0  # for a whole answer
 SILENCE_SECONDS = 120.0  # between two pieces of one
+PATIENCE_SECONDS = 120.0  # after which nobody else is asked
 _ENGINE_RESTS = 2.0  # seconds at most that a failing engine is left alone
 _PLACES = 1000  # that anything is remembered of
+_ANSWER_BYTES = 16 * 2**20
 _SAID = 500
 
 
@@ -48,6 +57,16 @@ class Busy(TunesmithError):
     http_status: ClassVar[int] = 429
     code: ClassVar[str] = "busy"
     retry_after: int = 1
+
+
+class LeftAlone(Unreachable):
+    """Nobody is asked before `retry_after` seconds: all failed again and again."""
+
+    retry_after: int = 1
+
+
+class NotTaken(BadAnswer):
+    """An engine does not take an adapter."""
 
 
 class _TryAgain(Exception):
@@ -70,13 +89,18 @@ class Upstream:
 
     async def open(self) -> None:
         # Engines are private: requests to them never go through a proxy, and their secret goes nowhere else
-        self._engines = _session(self._headers, trust_env=False)
-        self._hosted = _session({}, trust_env=True)
+        self._engines, self._hosted = _session(self._headers), _session({})
 
     async def close(self) -> None:
         for session in (self._engines, self._hosted):
             if session is not None:
                 await session.close()
+
+    def forget(self, upstreams: Collection[str]) -> None:
+        """Ask at these as if they had never failed."""
+        for name in list(self.breakers):
+            if name.split("/")[0] in upstreams:
+                del self.breakers[name]
 
     # ------------------------------------------------------------ answers
 
@@ -103,12 +127,14 @@ class Upstream:
             raise _nowhere(served)
         first = 0 if served.hosted else next(self._turn)
         order = [places[(first + n) % len(places)] for n in range(len(places))]
-        cause: BaseException | None = None
+        failure: BaseException | None = None
+        failed = order[0]
+        since = time.monotonic()
         for attempt in range(max(ATTEMPTS, len(order))):
             # The next one in order that takes requests; where none does, there is no use in waiting
-            open_to_us = (order[(attempt + n) % len(order)] for n in range(len(order)))
-            place = next((p for p in open_to_us if self._breaker(p).admit()), None)
-            if place is None:
+            turns = (order[(attempt + n) % len(order)] for n in range(len(order)))
+            place = next((p for p in turns if self._breaker(p).admit()), None)
+            if place is None or time.monotonic() - since > PATIENCE_SECONDS:
                 break
             if attempt:
                 self.retries += 1
@@ -117,29 +143,29 @@ class Upstream:
             try:
                 async with aclosing(self._attempt(place, served, path, body, stream=stream)) as pieces:
                     async for piece in pieces:
-                        if not begun:
-                            self._breaker(place).succeeded()
                         begun = True
                         yield piece
+                self._well(place)
                 return
-            except UsageError:  # the place is well, the request is not
-                self._breaker(place).succeeded()
+            except (UsageError, NotTaken):  # the place is well, the request or the version is not
+                self._well(place)
                 raise
             except (_TryAgain, BadAnswer, aiohttp.ClientError, OSError, TimeoutError) as error:
-                if not isinstance(error, _TryAgain) or error.sick:
-                    self._breaker(place).failed()
-                cause = error.__cause__ if isinstance(error, _TryAgain) and error.__cause__ else error
+                failure = error.__cause__ if isinstance(error, _TryAgain) and error.__cause__ else error
+                failed = place
+                if isinstance(error, _TryAgain) and not error.sick:
+                    self._well(place)
+                else:
+                    self._sick(place, failure)
                 if begun:
-                    if isinstance(cause, BadAnswer):
-                        raise cause from None
-                    raise BadAnswer(f"{place.who} broke off in the middle of an answer.") from cause
-        if isinstance(cause, TunesmithError):
-            raise cause
-        if cause is None:
+                    if isinstance(failure, BadAnswer):
+                        raise failure from None
+                    raise BadAnswer(f"{place.who} broke off in the middle of an answer.") from failure
+        if isinstance(failure, TunesmithError):
+            raise failure
+        if failure is None:
             raise self._resting(order, served)
-        raise Unreachable(
-            f"{order[0].who} of {served.name} does not answer.", hint="Try again; `tunesmith status` shows the engines."
-        ) from cause
+        raise _silent(failed, served) from failure
 
     def _breaker(self, place: Place) -> Breaker:
         breaker = self.breakers.get(place.name)
@@ -150,18 +176,32 @@ class Upstream:
             breaker = self.breakers[place.name] = Breaker() if place.hosted else Breaker(longest=_ENGINE_RESTS)
         return breaker
 
+    def _well(self, place: Place) -> None:
+        breaker = self._breaker(place)
+        if breaker.state != "closed":
+            log.info("%s answers again", place.name)
+        breaker.succeeded()
+
+    def _sick(self, place: Place, failure: BaseException) -> None:
+        breaker = self._breaker(place)
+        before = breaker.state
+        breaker.failed()
+        if before == "closed" and breaker.state == "open":
+            log.warning(
+                "%s keeps failing and is left alone for a while: %s", place.name, failure or type(failure).__name__
+            )
+
     def _resting(self, places: Sequence[Place], served: Served) -> TunesmithError:
         """Nobody may be asked just now: all failed again and again, or asked for a pause."""
-        seconds = min(self._breaker(place).seconds for place in places)
-        names = " and ".join(place.name for place in places)
+        seconds = max(1, math.ceil(min(self._breaker(place).seconds for place in places)))
+        who = " and ".join(place.name for place in places) if served.hosted else places[0].who
         if all(self._breaker(place).state == "closed" for place in places):
-            busy = Busy(f"{names} had too many requests of {served.name}.", hint="Try again later.")
-            busy.retry_after = max(1, math.ceil(seconds))
+            busy = Busy(f"{who} had too many requests of {served.name}.", hint=f"Try again in {seconds} s.")
+            busy.retry_after = seconds
             return busy
-        return Unreachable(
-            f"{names} failed again and again, and is asked by {served.name} in {seconds:.1f} s again.",
-            hint="`/metrics` shows it as tunesmith_upstream_open.",
-        )
+        left = LeftAlone(f"{who} failed again and again.", hint=f"{served.name} is tried again in {seconds} s.")
+        left.retry_after = seconds
+        return left
 
     async def _attempt(
         self, place: Place, served: Served, path: str, body: Mapping[str, Any], *, stream: bool
@@ -169,32 +209,36 @@ class Upstream:
         asked = {**body, **place.options, "model": place.model}
         if None in place.options.values():
             asked = {name: value for name, value in asked.items() if value is not None}
-        async with self._post(place, path, orjson.dumps(asked)) as response:
+        key = _key(place)
+        async with self._post(place, path, orjson.dumps(asked), key) as response:
             if response.status != 200:
-                await self._explain(place, served, response)
+                await self._explain(place, served, response, key)
             if not stream:
-                answer = _answer(await response.read(), place)
+                answer = _answer(await _whole(response, place), place, key)
                 if not answer["choices"]:
                     raise BadAnswer(f"{place.who}'s answer has no choices.")
                 yield answer
                 return
             empty = True
-            async for line in response.content:
-                if not line.startswith(b"data:"):
-                    continue
-                text = line[5:].strip()
-                if text == b"[DONE]":
-                    if empty:
-                        raise BadAnswer(f"{place.who}'s stream was empty.")
-                    return
-                yield _answer(text, place)
-                empty = False
+            try:
+                async for line in response.content:
+                    if not line.startswith(b"data:"):
+                        continue
+                    text = line[5:].strip()
+                    if text == b"[DONE]":
+                        if empty:
+                            raise BadAnswer(f"{place.who}'s stream was empty.")
+                        return
+                    yield _answer(text, place, key)
+                    empty = False
+            except ValueError as error:  # a line without an end
+                raise BadAnswer(f"{place.who} does not answer in lines.") from error
             raise aiohttp.ClientPayloadError("the stream ended early")
 
-    async def _explain(self, place: Place, served: Served, response: aiohttp.ClientResponse) -> None:
+    async def _explain(self, place: Place, served: Served, response: aiohttp.ClientResponse, key: str | None) -> None:
         """Raise what a refusal means here."""
         try:
-            said = _said(orjson.loads(await response.read()))
+            said = _said(orjson.loads(await _whole(response, place)), key)
         except orjson.JSONDecodeError:
             said = f"status {response.status}"
         if place.hosted:
@@ -207,20 +251,22 @@ class Upstream:
             raise _TryAgain(sick=False) from Busy(f"The engine is full: {said}", hint="Try again in a second.")
         if response.status in (400, 413, 422):
             raise UsageError(said)
-        raise _TryAgain from BadAnswer(f"The engine failed: {said}")
+        # It answers, so it lives; this request or this adapter is what it cannot do
+        raise _TryAgain(sick=False) from BadAnswer(f"The engine failed: {said}")
 
     def _explain_hosted(self, place: Place, response: aiohttp.ClientResponse, said: str) -> None:
         if response.status == 429:
             busy = Busy(f"{place.who} takes no more requests now: {said}", hint="Try again later.")
             seconds = _retry_after(response.headers.get("retry-after", ""))
             self._breaker(place).pause(seconds)
-            busy.retry_after = max(1, math.ceil(seconds))
+            busy.retry_after = max(1, math.ceil(min(seconds, LONGEST)))
             raise _TryAgain(sick=False) from busy
         if response.status in (400, 413, 422):
             raise UsageError(said)
         if response.status in (401, 403):  # such messages tend to repeat the key
             said = "it refuses the key"
-        raise _TryAgain from BadAnswer(f"{place.who} failed with status {response.status}: {said}")
+        failed = BadAnswer(f"{place.who} failed with status {response.status}: {said}")
+        raise _TryAgain(sick=response.status not in (404, 405)) from failed  # a path or model it has not
 
     # ------------------------------------------------------------ adapters
 
@@ -231,7 +277,7 @@ class Upstream:
         data = orjson.dumps({"lora_name": served.adapter, "lora_path": served.adapter_path})
         status, said = await self._tell(engine, "/v1/load_lora_adapter", data)
         if status != 200 and not (status == 400 and "already been loaded" in said):  # vLLM's words
-            raise BadAnswer(f"The engine does not take {served.name}: {said}")
+            raise NotTaken(f"The engine does not take {served.name}: {said}")
 
     async def unload(self, engine: str, adapter: str) -> None:
         """Make an engine let go of an adapter; one that is not there is no error. Raises Unreachable."""
@@ -241,21 +287,22 @@ class Upstream:
         """One short request to a version at the first of the places that answers, also at one that was left alone;
         returns when one did. Raises BadAnswer, Busy, UsageError, Unreachable."""
         body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2, "temperature": 0}
-        failure: BaseException = _nowhere(served)
+        failure: TunesmithError = _nowhere(served)
         for place in places:
             try:
                 async with aclosing(self._attempt(place, served, "/chat/completions", body, stream=False)) as answer:
                     await anext(answer)
             except _TryAgain as error:
-                failure = error.__cause__ or BadAnswer(f"{served.name} fails its first request.")
-            except (TunesmithError, aiohttp.ClientError, OSError, TimeoutError) as error:
+                known = error.__cause__
+                failure = known if isinstance(known, TunesmithError) else _silent(place, served)
+            except TunesmithError as error:
                 failure = error
+            except (aiohttp.ClientError, OSError, TimeoutError):
+                failure = _silent(place, served)
             else:
-                self._breaker(place).succeeded()
+                self._well(place)
                 return
-        if isinstance(failure, TunesmithError):
-            raise failure
-        raise Unreachable(f"{places[-1].who} at {places[-1].url} does not answer: {failure}") from failure
+        raise failure
 
     async def _tell(self, engine: str, path: str, data: bytes) -> tuple[int, str]:
         try:
@@ -270,18 +317,15 @@ class Upstream:
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise Unreachable(f"The engine at {engine} does not answer: {error}") from error
 
-    def _post(self, place: Place, path: str, data: bytes) -> Any:
+    def _post(self, place: Place, path: str, data: bytes, key: str | None) -> Any:
         if not place.hosted:
             return self._session(self._engines).post(place.url + "/v1" + path, data=data)
-        try:
-            key = read_key(place.key_env)
-        except ValueError as error:
-            raise _TryAgain from BadAnswer(f"{place.who} cannot be asked: {error}.")
         return self._session(self._hosted).post(
             place.url + path,
             data=data,
             headers={"authorization": f"Bearer {key}"} if key else {},
             allow_redirects=False,
+            proxy=_proxy(place.url),
             timeout=aiohttp.ClientTimeout(
                 total=ANSWER_SECONDS, connect=CONNECT_SECONDS, sock_read=place.seconds or SILENCE_SECONDS
             ),
@@ -303,18 +347,50 @@ def _nowhere(served: Served) -> Unreachable:
     return Unreachable(f"No engine runs for the base of {served.name}.", hint="`tunesmith status` shows the engines.")
 
 
-def _session(headers: Mapping[str, str], *, trust_env: bool) -> aiohttp.ClientSession:
+def _session(headers: Mapping[str, str]) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
         timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS, connect=CONNECT_SECONDS, sock_read=SILENCE_SECONDS),
         headers={**headers, "content-type": "application/json"},
         cookie_jar=aiohttp.DummyCookieJar(),
-        trust_env=trust_env,
+        trust_env=False,
         read_bufsize=2**20,
     )
 
 
-def _answer(data: bytes, place: Place) -> dict[str, Any]:
+def _silent(place: Place, served: Served) -> Unreachable:
+    hint = "See `tunesmith upstream list`." if place.hosted else "Try again; `tunesmith status` shows the engines."
+    return Unreachable(f"{place.who} of {served.name} does not answer.", hint=hint)
+
+
+def _key(place: Place) -> str | None:
+    """Raises _TryAgain where it should have one: elsewhere there may be."""
+    try:
+        return read_key(place.key_env)
+    except ValueError as error:
+        raise _TryAgain from BadAnswer(f"{place.who} cannot be asked: {error}.")
+
+
+@lru_cache(maxsize=256)
+def _proxy(url: str) -> str | None:
+    """What the environment says, as of this process's start; not for this machine. aiohttp's own `trust_env` would read
+    it, and a file of passwords, for each request."""
+    parts = urlsplit(url)
+    if parts.hostname in ("127.0.0.1", "localhost", "::1") or proxy_bypass(parts.netloc):
+        return None
+    return getproxies().get(parts.scheme)
+
+
+async def _whole(response: aiohttp.ClientResponse, place: Place) -> bytes:
+    data = bytearray()
+    async for part in response.content.iter_any():
+        data += part
+        if len(data) > _ANSWER_BYTES:
+            raise BadAnswer(f"{place.who} answered with more than {_ANSWER_BYTES} bytes.")
+    return bytes(data)
+
+
+def _answer(data: bytes, place: Place, key: str | None) -> dict[str, Any]:
     """An answer, or a chunk of one. Raises BadAnswer for what is none."""
     try:
         value = orjson.loads(data)
@@ -323,7 +399,7 @@ def _answer(data: bytes, place: Place) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadAnswer(f"{place.who} did not answer with an object.")
     if value.get("error") is not None:
-        raise BadAnswer(f"{place.who} failed: {_said(value)}")
+        raise BadAnswer(f"{place.who} failed: {_said(value, key)}")
     choices = value.get("choices")
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
         raise BadAnswer(f"{place.who}'s answer has no choices.")
@@ -344,11 +420,11 @@ def _retry_after(asked: str) -> float:
     return max(0.0, (at.replace(tzinfo=at.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
 
 
-def _said(answer: Any) -> str:
-    """The message inside an error object of OpenAI's or FastAPI's shape."""
+def _said(answer: Any, key: str | None = None) -> str:
+    """The message inside an error object of OpenAI's or FastAPI's shape, without the key."""
     if isinstance(answer, dict):
         error = answer.get("error", answer)
         message = error.get("message") or error.get("detail") if isinstance(error, dict) else error
         if message:
-            return str(message)[:_SAID]
+            return (str(message).replace(key, "***") if key else str(message))[:_SAID]
     return "no reason given"

@@ -119,18 +119,22 @@ def look(
     return findings
 
 
-def look_at_gateways(conn: Connection) -> None:
-    """An alert for each model whose deployment a gateway could not follow for a while: it keeps the version that it
-    has."""
-    for row in conn.execute(SQL["gateways"], {"grace": _GRACE.total_seconds()}).fetchall():
+def look_at_gateways(conn: Connection, since: dict[str, tuple[int, datetime]], now: datetime) -> None:
+    """An alert for each model whose deployment a gateway could not follow for a while: it serves what it has. `since`
+    is the caller's memory from one look to the next: since when, of which generation."""
+    for row in conn.execute(SQL["gateways"]).fetchall():
         model, behind = row["model"], row["behind"]
-        state: State = "unknown" if not row["gateways"] else "calm" if not behind else "between"
+        if not behind:
+            since.pop(model, None)
+        elif since.get(model, (-1, now))[0] != row["generation"]:
+            since[model] = row["generation"], now
+        long = behind and now - since[model][1] >= _GRACE
+        state: State = "over" if long else "between" if behind else "calm" if row["gateways"] else "unknown"
         finding = Finding(
             rule=NOT_SERVING,
-            state="over" if behind and row["settled"] else state,
-            severity="critical",
-            message=f"{behind} of {row['gateways']} gateways cannot serve generation {row['generation']} of {model} "
-            f"and keep what they have: {row['why']}.",
+            state=state,
+            message=f"{behind} of {row['gateways']} gateways have not followed generation {row['generation']} of "
+            f"{model} for {_GRACE.total_seconds():.0f} s, and serve what they have: {row['why']}.",
             details={"generation": row["generation"], "gateways": row["gateways"], "behind": behind},
         )
         apply(conn, model, row["version"], [finding])

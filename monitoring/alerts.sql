@@ -6,10 +6,9 @@ on conflict (model, coalesce(version, 0), rule) where closed_at is null do updat
 returning id, opened_at, told_at, (xmax = 0) as opened
 
 -- name: gateways
--- Of each model: how many gateways follow it, and how many of them do not serve what it says
-select d.model, d.champion as version, d.generation, d.updated_at < now() - make_interval(secs => %(grace)s) as settled,
-       count(r.id) as gateways, count(r.id) filter (where not r.ready) as behind,
-       min(r.message) filter (where not r.ready) as why
+-- Of each model: how many gateways follow it, and how many of them do not serve all that it says
+select d.model, d.champion as version, d.generation, count(r.id) as gateways,
+       count(r.id) filter (where not r.ready) as behind, min(r.message) filter (where not r.ready) as why
 from deployment d left join replica r on r.model = d.model and r.seen_at > now() - interval '15 seconds'
 where d.champion is not null
 group by d.model

@@ -134,7 +134,7 @@ def _counted(before: Window) -> dict[str, tuple[Count, tuple[int, int]]]:
     for name in _FLAGS:
         counts[name] = _from(_of(name), FEATURE[name].bin(1.0))
     if before.answered >= _FEWEST:
-        length = _of("completion_tokens")
+        length = _of("answer_characters")  # tokens of a hosted model are of another kind
         for name, histogram, quantile in (
             ("slow", lambda w: w.latency_ms, 0.5), ("slowest", lambda w: w.latency_ms, 0.95), ("long", length, 0.5),
         ):  # fmt: skip

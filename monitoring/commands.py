@@ -181,7 +181,7 @@ def monitor(ref: str, since: str, until: str | None, as_json: bool) -> None:
             str(v["requests"]),
             f"{v['error_rate']:.1%}",
             *(_number(v["latency_ms"][p]) for p in ("p50", "p95", "p99")),
-            f"{v['tokens_per_second']:.0f}",
+            f"{v['tokens_per_second']:.0f}" if v["tokens_per_second"] is not None else "-",
             usd(v["cost_usd"]),
         )
     out.print(table)

@@ -21,7 +21,7 @@ def percentiles(counts: Counts) -> dict[str, float | int | None]:
 
 def summary(window: Window) -> dict[str, Any]:
     """The figures of a window. `error_rate` is the share of answers with status 500 or more; `tokens_per_second`
-    are completion tokens over the engine's busy time."""
+    are completion tokens over the engine's busy time, None of a hosted model."""
     return {
         "requests": window.requests,
         "errors": window.errors,
@@ -31,6 +31,6 @@ def summary(window: Window) -> dict[str, Any]:
         "ttft_ms": percentiles(window.ttft_ms),
         "prompt_tokens": window.prompt_tokens,
         "completion_tokens": window.completion_tokens,
-        "tokens_per_second": window.completion_tokens / window.engine_seconds if window.engine_us else 0.0,
+        "tokens_per_second": window.completion_tokens / window.engine_seconds if window.engine_us else None,
         "cost_usd": window.cost_usd,
     }

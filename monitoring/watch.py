@@ -81,6 +81,7 @@ class Watcher:
         self._touched: set[tuple[str, int]] = set()
         self._judged: dict[tuple[str, int], float] = {}
         self._failing: dict[str, str] = {}  # model or version -> why it cannot be judged
+        self._behind: dict[str, tuple[int, datetime]] = {}  # model -> generation that a gateway has not, since when
         self._standing_by = False
         self._steps = (
             _Step(name="closing windows", seconds=0.0, work=self.close_windows),
@@ -207,7 +208,7 @@ class Watcher:
         """Do they serve what the deployments say?"""
         with transaction() as conn:
             self._check(conn)
-            alerts.look_at_gateways(conn)
+            alerts.look_at_gateways(conn, self._behind, one(conn, SQL["now"])["now"])
 
     def start_retrainings(self) -> None:
         """Over HTTP, outside of any transaction; the requests' ids make it safe to repeat."""

@@ -276,7 +276,7 @@ class PipelineConfig(Section):
         if self.trains:
             return self
         what = "method: prompt" if self.hosted is None else "a hosted model"
-        plain = Tuning(method=self.tuning.method).model_dump()
+        plain = (Tuning() if self.hosted is not None else Tuning(method="prompt")).model_dump()
         unused = [f"tuning.{name}" for name, value in self.tuning.model_dump().items() if value != plain[name]]
         unused += ["retrain"] if self.retrain is not None else []
         found = [("tuning", f"{what} trains nothing; leave {name} out") for name in unused]

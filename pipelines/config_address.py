@@ -6,10 +6,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
+from registry.bundle import HostedModel
 from registry.pricing import TokenPrice
-from registry.upstreams import check_url, check_variable
+from registry.upstreams import check_options, check_url, check_variable
 
 PLACES = ("rubric", "question", "expected", "answer")
 """What a judge's own prompt may hold in braces."""
@@ -26,13 +27,6 @@ def absolute(value: Any, info: ValidationInfo) -> Path:
     if not isinstance(value, str | Path) or not str(value).strip():
         raise ValueError(f"must be a path, not {value!r}")
     return Path((info.context or {}).get("folder", Path.cwd()), Path(value).expanduser()).absolute()
-
-
-def check_options(value: dict[str, Any]) -> dict[str, Any]:
-    """Fields of requests that a file may set."""
-    if taken := sorted(value.keys() & {"model", "messages", "stream", "n"}):
-        raise ValueError(f"cannot set {taken[0]}; leave it out")
-    return value
 
 
 class Address(Section):
@@ -105,15 +99,6 @@ class Hosted(Address):
 
     system: str | None = Field(default=None, max_length=20_000)
     price: HostedPrice | None = None
-
-
-class HostedModel(Section):
-    """A model at an upstream, which `tunesmith upstream` gives its address. `options` are put into each request's body,
-    a null takes a field out of it."""
-
-    upstream: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
-    model: str = Field(min_length=1, max_length=200)
-    options: Annotated[dict[str, Any], AfterValidator(check_options)] = {}
 
 
 class HostedVersion(Section):

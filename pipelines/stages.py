@@ -42,7 +42,7 @@ from registry import (
     upstreams,
     versions,
 )
-from registry.bundle import Generation, Hosted, HostedModel
+from registry.bundle import Generation, Hosted
 from registry.datasets import Row
 from registry.pricing import MachinePrice, parse_price
 
@@ -99,6 +99,8 @@ def plan_retrain(model: str) -> Plan:
     path = Path(row["settings"]["config_path"])
     overrides = row["settings"].get("overrides", [])
     config = configs.load(path, overrides)
+    if not config.trains:
+        raise UsageError(f"{path} trains nothing, so there is nothing to train again.", hint="`tunesmith run -c FILE`.")
     champion = _champion(model)
     if champion is None or champion.dataset_digest is None:
         raise NotFound(f"No version of {model} serves that was trained here.", hint="`tunesmith promote` one first.")
@@ -401,7 +403,7 @@ def _hosted(config: configs.PipelineConfig) -> Hosted | None:
     if config.hosted is None:
         return None
     return Hosted(
-        models=tuple(HostedModel(**each.model_dump()) for each in config.hosted.models),
+        models=config.hosted.models,
         price=config.hosted.price.tokens if config.hosted.price is not None else None,
     )
 

@@ -18,13 +18,14 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from infra.errors import Refused
 from infra.storage import file_digest, text_digest
 from registry.pricing import TokenPrice
+from registry.upstreams import check_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,12 +69,12 @@ class Generation(_Value):
 
 
 class HostedModel(_Value):
-    """A model at an upstream (registry/upstreams.py). `options` are put into each request's body, a null takes a field
-    out of it."""
+    """A model at an upstream, which `tunesmith upstream` gives its address. `options` are put into each request's body,
+    a null takes a field out of it."""
 
-    upstream: str
-    model: str
-    options: dict[str, Any] = Field(default_factory=dict)
+    upstream: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+    model: str = Field(min_length=1, max_length=200)
+    options: Annotated[dict[str, Any], AfterValidator(check_options)] = Field(default_factory=dict)
 
 
 class Hosted(_Value):

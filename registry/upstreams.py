@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -55,6 +55,13 @@ def check_variable(value: str) -> str:
     return value
 
 
+def check_options(value: dict[str, Any]) -> dict[str, Any]:
+    """Fields of requests that a file or a bundle may set. Raises ValueError."""
+    if taken := sorted(value.keys() & {"model", "messages", "prompt", "stream", "stream_options", "n"}):
+        raise ValueError(f"cannot set {taken[0]}; leave it out")
+    return value
+
+
 def read_key(variable: str | None) -> str | None:
     """The key in a variable of this process's environment; None where none is needed. Raises ValueError, a part of a
     sentence, where it holds none."""
@@ -69,30 +76,32 @@ def read_key(variable: str | None) -> str | None:
 
 
 def put(
-    conn: Connection, name: str, url: str, *, key_env: str | None = None, timeout_seconds: float = 60.0, actor: str
-) -> Upstream:
-    """Name an address, or move a name to another one; gateways follow within seconds. Raises UsageError."""
+    conn: Connection,
+    name: str,
+    url: str,
+    *,
+    key_env: str | None = None,
+    timeout_seconds: float | None = None,
+    actor: str,
+) -> None:
+    """Name an address, or move a name to another one; gateways follow within seconds. What is None stays as it is, an
+    empty `key_env` is none. Raises UsageError."""
     if not _NAME.fullmatch(name):
         raise UsageError(f"{name[:80]!a} is no upstream's name.", hint="It has 1 to 63 characters a-z, 0-9 and -.")
     try:
-        found = Upstream(
-            name=name,
-            url=check_url(url),
-            key_env=check_variable(key_env) if key_env is not None else None,
-            timeout_seconds=timeout_seconds,
-        )
+        values = {"name": name, "url": check_url(url), "key_env": check_variable(key_env) if key_env else key_env}
     except ValueError as error:
         raise UsageError(f"What was given for the upstream {name} {error}.") from None
-    conn.execute(SQL["put"], asdict(found) | {"actor": actor})
-    return found
+    conn.execute(SQL["put"], values | {"timeout_seconds": timeout_seconds, "actor": actor})
 
 
 def remove(conn: Connection, name: str) -> None:
-    """Forget a name. Raises NotFound, Refused while a version that serves, or is tried out, is asked there."""
+    """Forget a name. Raises NotFound, Refused while a version that serves, served or is tried out is asked there: one
+    could roll back to it."""
     if row := conn.execute(SQL["in_use"], {"name": name}).fetchone():
         raise Refused(
-            f"{row['model']}:{row['number']} is asked at {name[:80]!a}.",
-            hint="Promote another version, or end its try.",
+            f"{row['model']}:{row['number']} serves, served or is tried out, and is asked at {name[:80]!a}.",
+            hint="Give the name another address: tunesmith upstream set NAME --url URL.",
         )
     if conn.execute(SQL["remove"], {"name": name}).rowcount == 0:
         raise _unknown(name)

@@ -20,19 +20,24 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from infra.errors import UsageError
+from infra.errors import Unreachable, UsageError
 from pipelines import config_address
 from pipelines.config_scorers import Toxicity
 from pipelines.data.split import position
 from pipelines.evaluation import hosted as hosted_models
 from pipelines.evaluation import scores, slices, suites
+from pipelines.evaluation.catalogue import SUITES
 from pipelines.evaluation.suites import Progress, Setting
 from registry.bases import Base
 from registry.datasets import Row
 from registry.pricing import MachinePrice, TokenPrice
 from registry.profile import Answer
+
+if TYPE_CHECKING:
+    from deploy.decoding import Result
+    from pipelines.evaluation.answers import Case
 
 EXAMPLES = 12
 
@@ -97,7 +102,7 @@ def evaluate(
     Raises UsageError when there is no row, or none that fits the base's context, Unreachable when a hosted candidate or
     champion does not answer.
     """
-    from pipelines.evaluation.answers import Bench, HostedResult, Version
+    from pipelines.evaluation.answers import Bench, Version
 
     say = progress or (lambda *_: None)
     say("loading the base")
@@ -131,12 +136,15 @@ def evaluate(
         machine=machine or MachinePrice(per_machine_hour_usd=0.0),
     )
     with closing(bench):
-        found = {name: suites.measure(name, setting) for name in names}
+        found = {name: _measure(name, setting) for name in names}
         answers = setting.answers
+        lost = {who: client.in_words(f"the {who}") for who, client in bench.hosted.items()}
     say("done", 1, 1)
     about = {name: f.about for name, f in found.items() if f.about}
     if setting.hosted is not None:
         about["hosted"] = dict(setting.hosted.about)
+    if notes := [note for each in lost.values() for note in each]:
+        about["requests"] = {"notes": [*notes, "What has no answer counts as an empty one, as it would in serving."]}
     return Evaluation(
         evaluation={
             "metrics": {metric: values for f in found.values() for metric, values in f.metrics.items()},
@@ -155,28 +163,43 @@ def evaluate(
             "about": about,
             "examples": _examples(setting),
         },
-        rows=[case.row for case in cases],
-        answers=[
+        **_for_profile(cases, answers["candidate"]),
+    )
+
+
+def _for_profile(cases: Sequence[Case], given: Sequence[Result]) -> dict[str, Any]:
+    """The rows that the candidate answered, its answers, and their prompts' tokens: as a hosted model counts them
+    itself, since live traffic is held against them."""
+    from pipelines.evaluation.answers import HostedResult
+
+    rows, answers, tokens = [], [], []
+    for case, result in zip(cases, given, strict=True):
+        hosted = isinstance(result, HostedResult)
+        if hosted and result.finish_reason == "error":
+            continue
+        rows.append(case.row)
+        tokens.append((result.prompt_tokens or 0) if isinstance(result, HostedResult) else len(case.prompt))
+        completion = (result.completion_tokens or 0) if isinstance(result, HostedResult) else len(result.tokens)
+        answers.append(
             Answer(
                 text=result.text,
-                completion_tokens=result.completion_tokens or 0,
+                completion_tokens=completion,
                 finish_reason=result.finish_reason,
+                mean_logprob=None if hosted else result.mean_logprob,
             )
-            if isinstance(result, HostedResult)
-            else Answer(
-                text=result.text,
-                completion_tokens=len(result.tokens),
-                finish_reason=result.finish_reason,
-                mean_logprob=result.mean_logprob,
-            )
-            for result in answers["candidate"]
-        ],
-        # As they are counted where they are answered: live traffic is held against them
-        prompt_tokens=[
-            (result.prompt_tokens or 0) if isinstance(result, HostedResult) else len(case.prompt)
-            for case, result in zip(cases, answers["candidate"], strict=True)
-        ],
-    )
+        )
+    return {"rows": rows, "answers": answers, "prompt_tokens": tokens}
+
+
+def _measure(name: str, setting: Setting) -> suites.Finding:
+    """What a suite finds. An address that answers the test rows and refuses what another suite asks, such as harmful
+    questions, costs that suite and not the judgement."""
+    try:
+        return suites.measure(name, setting)
+    except Unreachable as error:
+        if name in hosted_models.SUITES:
+            raise
+        return suites.Finding(metrics={}, unavailable=dict.fromkeys(SUITES[name], error.message.rstrip(".")))
 
 
 def choose(rows: Sequence[Row], limit: int, seed: int) -> list[Row]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _home import temporary_home
 
 from deploy.adapters import Adapters
 from deploy.decoding import Request, generate, open_model
@@ -57,8 +57,8 @@ def main() -> None:
     parser.add_argument("--base", default="builtin:smollm2-135m")
     options = parser.parse_args()
     tokens, rounds = (16, 2) if options.short else (64, 5)
-    with tempfile.TemporaryDirectory() as scratch:
-        folders = [Path(scratch, f"adapter-{n}") for n in range(len(PROMPTS))]
+    with temporary_home() as home:
+        folders = [home.folder / f"adapter-{n}" for n in range(len(PROMPTS))]
         base = bases.resolve(options.base)
         save_adapters(base.folder, folders)
         answers = {side.name: side.answer() for side in sides(base.folder, folders, "float32", min(tokens, 24))}

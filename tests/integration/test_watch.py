@@ -276,8 +276,10 @@ def test_a_gateway_that_cannot_follow_is_an_alert(database: Settings) -> None:
             add_version(conn, "m", number)
             deployments.promote(conn, "m", number, actor="t", reason="t", force=True)
     one, other = uuid.uuid4(), uuid.uuid4()
+    since: dict[str, tuple[int, datetime]] = {}
+    start = datetime.now(UTC)
 
-    def report(gateway: uuid.UUID, *, ready: bool, age: int = 0) -> list[tuple[str, int, str]]:
+    def report(gateway: uuid.UUID, at: int, *, ready: bool, age: int = 0) -> list[tuple[str, int, str]]:
         with transaction() as conn:
             conn.execute(
                 "insert into replica (id, model, generation, ready, message, seen_at)"
@@ -285,25 +287,25 @@ def test_a_gateway_that_cannot_follow_is_an_alert(database: Settings) -> None:
                 " set ready = excluded.ready, message = excluded.message, seen_at = excluded.seen_at",
                 (gateway, ready, "" if ready else "m:2 is not ready: its bundle is damaged", age),
             )
-            alerts.look_at_gateways(conn)
+            alerts.look_at_gateways(conn, since, start + timedelta(seconds=at))
             return [(a["rule"], a["version"], a["message"]) for a in alerts.listing(conn)]
 
-    assert report(one, ready=True) == []
-    assert report(other, ready=False) == []  # it may take a moment
-    with transaction() as conn:
-        conn.execute("update deployment set updated_at = now() - interval '1 minute'")
+    assert report(one, 0, ready=True) == []
+    assert report(other, 1, ready=False) == []  # however old the deployment is, it may take a moment
+    assert report(other, 20, ready=False) == []
     said = (
-        "1 of 2 gateways cannot serve generation 2 of m and keep what they have: "
+        "1 of 2 gateways have not followed generation 2 of m for 30 s, and serve what they have: "
         "m:2 is not ready: its bundle is damaged."
     )
-    assert report(other, ready=False) == [("not serving", 2, said)]
+    assert report(other, 31, ready=False) == [("not serving", 2, said)]
     with transaction() as conn:
         alerts.close_retired(conn, "m", [2], {})
         assert len(alerts.listing(conn)) == 1
-    assert len(report(one, ready=True)) == 1  # the other is still behind
-    assert report(other, ready=True) == []
-    report(other, ready=False)
-    assert report(other, ready=False, age=60) == []  # it is gone
+    assert len(report(one, 32, ready=True)) == 1  # the other is still behind
+    assert report(other, 33, ready=True) == []
+    assert report(other, 34, ready=False) == []  # the time counts anew
+    assert report(other, 70, ready=False) != []
+    assert report(other, 71, ready=False, age=60) == []  # it is gone
 
 
 @pytest.mark.parametrize("profile", [{"format": 99}, {"format": 1}, {"format": 1, "histograms": 3, "vocabulary": {}}])

@@ -53,6 +53,16 @@ def test_one_request_at_a_time_tries_it_and_waits_grow() -> None:
     assert breaker.seconds == SHORTEST  # what was is forgotten
 
 
+def test_many_failures_at_once_count_as_one() -> None:
+    clock = Clock()
+    breaker = Breaker(clock=clock)
+    _failing(breaker, 40)  # all under way when the first of them failed
+    assert breaker.seconds == SHORTEST
+    clock.now += SHORTEST
+    _failing(breaker, 1)  # a late one; nobody has tried it since
+    assert breaker.admit()
+
+
 def test_who_tried_and_was_never_heard_of_again_blocks_it_no_longer_than_it_was_left_alone() -> None:
     clock = Clock()
     breaker = Breaker(clock=clock)

@@ -9,6 +9,11 @@ import torch
 from deploy.memory import Layer
 
 HEADS, SIZE, CELLS = 2, 3, 60
+WIDER = torch.ones(5)  # values may be of another size than keys
+
+
+def _values(keys: torch.Tensor) -> torch.Tensor:
+    return -keys[..., :1] * WIDER
 
 
 def _draw(length: int) -> torch.Tensor:
@@ -21,7 +26,7 @@ def _held(layer: Layer, rows: list[torch.Tensor]) -> None:
     for number, row in enumerate(rows):
         start = layer.width - row.shape[-2]
         assert torch.equal(layer.keys[number, :, start:], row[0])
-        assert torch.equal(layer.values[number, :, start:], -row[0])
+        assert torch.equal(layer.values[number, :, start:], _values(row)[0])
         assert not layer.keys[number, :, :start].any()
 
 
@@ -29,7 +34,7 @@ def test_rows_keep_their_own_through_joins_steps_and_leaves() -> None:
     chance = random.Random(7)
     torch.manual_seed(7)
     for _ in range(200):
-        layer = Layer(CELLS, torch.full((1, HEADS, 1, SIZE), torch.nan))
+        layer = Layer(CELLS, _draw(1), _values(_draw(1)))
         layer._memory[0].fill_(torch.nan)  # what was never written must not show
         layer._memory[1].fill_(torch.nan)
         rows: list[torch.Tensor] = []
@@ -41,12 +46,12 @@ def test_rows_keep_their_own_through_joins_steps_and_leaves() -> None:
                 long = row.shape[-2] + chance.randint(1, 6)
                 if max([long, *most]) * (len(rows) + 1) > CELLS:
                     continue
-                layer.add(row, -row, max([long, *most]))
+                layer.add(row, _values(row), max([long, *most]))
                 rows.append(row)
                 most.append(long)
             elif what == "step" and rows and all(r.shape[-2] < m for r, m in zip(rows, most, strict=True)):
                 new = torch.randn(len(rows), HEADS, 1, SIZE)
-                layer.update(new, -new)
+                layer.update(new, _values(new))
                 rows = [torch.cat([row, new[n : n + 1]], -2) for n, row in enumerate(rows)]
             elif what == "keep" and rows:
                 kept = sorted(chance.sample(range(len(rows)), chance.randint(0, len(rows) - 1)))
