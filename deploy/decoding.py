@@ -1,10 +1,10 @@
 """Continuous batching over one base and many adapters, in one thread.
 
 Rows of different requests, and of different adapters, take one step together; a request joins between steps and
-leaves when it is done. To join, its prompt runs alone, but for what prompts of its adapter begin with
-(`deploy/prefixes.py`), and its keys and values are put beside those of the others (`deploy/memory.py`), padded on the
-left; to leave, the other rows are kept and columns that nobody uses any more are cut off. Answers are those of the
-request alone: in fp32 exactly, in bf16 up to the rounding that padding itself causes.
+leaves when it is done. To join, its prompt runs, with those of others that join, but for what prompts of its adapter
+begin with (`deploy/prefixes.py`), and its keys and values are put beside those of the others (`deploy/memory.py`),
+padded on the left; to leave, the other rows are kept and columns that nobody uses any more are cut off. Answers are
+those of the request alone: in fp32 exactly, in bf16 up to the rounding that padding itself causes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from deploy.adapters import Adapter, Adapters
 from deploy.prefixes import Prefixes
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 Finish = Literal["stop", "length", "cancelled", "error"]
+_PASS_TOKENS = 1024  # that prompts may have together, padded, to be run in one pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +122,35 @@ class Row:
         )
 
 
+class _CachedLayer(NamedTuple):
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class _Cached(NamedTuple):
+    """What a cache is read for: a row's keys and values, a layer each."""
+
+    layers: list[_CachedLayer]
+
+
+@dataclass
+class _Joining:
+    """A row on its way into a batch: `known` tokens of its prompt are in `cache`, `rest` are to be run."""
+
+    row: Row
+    adapter: str
+    known: int
+    rest: int
+    cache: Any
+
+    @classmethod
+    def of(cls, row: Row, prefixes: Prefixes) -> _Joining:
+        row.joined_at = time.perf_counter()
+        adapter, prompt = row.adapter.digest if row.adapter else "", row.request.prompt
+        known, cache = prefixes.start(adapter, prompt)
+        return cls(row=row, adapter=adapter, known=known, rest=len(prompt) - known, cache=cache)
+
+
 class Batch:
     """The rows that decode together. Belongs to one thread.
 
@@ -151,26 +181,72 @@ class Batch:
             raise UsageError(f"The prompt and max_tokens are {row.most} tokens; {self.max_cells} fit here.")
         return row
 
-    def fits(self, row: Row) -> bool:
-        """Whether the row can join now."""
-        width = max([row.most, *(other.most for other in self.rows)])
-        return len(self.rows) < self.max_rows and width * (len(self.rows) + 1) <= self.max_cells
+    def fits(self, row: Row, beside: Sequence[Row] = ()) -> bool:
+        """Whether the row can join now, together with those `beside` it."""
+        rows = len(self.rows) + len(beside) + 1
+        width = max([row.most, *(other.most for other in (*self.rows, *beside))])
+        return rows <= self.max_rows and width * rows <= self.max_cells
 
-    def join(self, row: Row) -> None:
-        """Run the row's prompt alone, but for what prompts of its adapter begin with, and take its first token; unless
-        that ends it, it is in the next steps."""
+    def join(self, *rows: Row) -> None:
+        """Run the rows' prompts, several in one pass, but for what prompts of their adapters begin with, and take their
+        first tokens; those that this does not end are in the next steps."""
+        waiting = [_Joining.of(row, self._prefixes) for row in rows]
+        # Of like length together, so that little is padded; a pass reads all of the base's weights, however short
+        waiting.sort(key=lambda joining: joining.rest)
+        while waiting:
+            count = 1
+            while count < len(waiting) and (count + 1) * waiting[count].rest <= _PASS_TOKENS:
+                count += 1
+            group, waiting = waiting[:count], waiting[count:]
+            started = time.perf_counter()
+            self._run(group)
+            share = (time.perf_counter() - started) / len(group)
+            for joining in group:
+                joining.row.engine_seconds += share
+                if joining.row.finish is None:
+                    self._append(joining.row, joining.cache)
+
+    def _run(self, group: Sequence[_Joining]) -> None:
+        """The prompts of a group in one pass: each padded on the left, and so is what is known of it before."""
         import torch
+        from transformers import DynamicCache
 
-        row.joined_at = started = time.perf_counter()
-        adapter, prompt = row.adapter.digest if row.adapter else "", row.request.prompt
-        known, cache = self._prefixes.start(adapter, prompt)
-        rest = torch.tensor([list(prompt[known:])], device=self.model.device)
-        mask = torch.ones((1, len(prompt)), dtype=torch.long, device=rest.device)
-        self._forward([row], rest, mask, torch.arange(known, len(prompt), device=rest.device)[None], cache)
-        self._prefixes.learn(adapter, prompt, cache)
-        row.engine_seconds += time.perf_counter() - started
-        if row.finish is None:
-            self._append(row, cache, mask)
+        device = self.model.device
+        known, rest = (max(getattr(j, name) for j in group) for name in ("known", "rest"))
+        tokens = torch.zeros((len(group), rest), dtype=torch.long)
+        positions = torch.zeros_like(tokens)
+        mask = torch.zeros((len(group), known + rest), dtype=torch.long)
+        for i, joining in enumerate(group):
+            prompt = joining.row.request.prompt
+            tokens[i, rest - joining.rest :] = torch.tensor(prompt[joining.known :])
+            positions[i, rest - joining.rest :] = torch.arange(joining.known, len(prompt))
+            mask[i, known - joining.known : known] = 1
+            mask[i, known + rest - joining.rest :] = 1
+        cache = group[0].cache
+        if len(group) > 1:
+            cache = DynamicCache()
+            some = next((joining.cache for joining in group if joining.known), None)
+            for number, layer in enumerate(some.layers if some else ()):
+                parts = []
+                for name in ("keys", "values"):
+                    like = getattr(layer, name)
+                    whole = like.new_zeros(len(group), like.shape[1], known, like.shape[3])
+                    for i, joining in enumerate(group):
+                        if joining.known:
+                            whole[i, :, known - joining.known :] = getattr(joining.cache.layers[number], name)[0]
+                    parts.append(whole)
+                cache.update(*parts, number)
+        self._forward([j.row for j in group], tokens.to(device), mask.to(device), positions.to(device), cache)
+        for i, joining in enumerate(group):
+            if len(group) > 1:
+                columns = mask[i].nonzero()[:, 0].to(device)
+                joining.cache = _Cached(
+                    [
+                        _CachedLayer(layer.keys[i : i + 1, :, columns], layer.values[i : i + 1, :, columns])
+                        for layer in cache.layers
+                    ]
+                )
+            self._prefixes.learn(joining.adapter, joining.row.request.prompt, joining.cache)
 
     def step(self) -> list[Row]:
         """One more token for every row; returns the rows that took it. Those that ended have left the batch."""
@@ -225,7 +301,7 @@ class Batch:
                     tops = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
                 row.accept(token, float(logprobs[i, token]), tops, self._ends)
 
-    def _append(self, row: Row, cache: Any, mask: torch.Tensor) -> None:
+    def _append(self, row: Row, cache: Any) -> None:
         import torch
         from torch.nn.functional import pad
 
@@ -234,6 +310,7 @@ class Batch:
         if self._memory is None:
             self._memory = Memory(self.max_cells, cache)
         self._memory.add(cache, max([row.most, *(other.most for other in self.rows)]))
+        mask = torch.ones((1, len(row.request.prompt)), dtype=torch.long, device=self.model.device)
         if not self.rows:
             self._mask = mask
         else:
@@ -273,10 +350,11 @@ def generate(
     waiting, done = deque(rows), 0
     while waiting or batch.rows:
         over = [row for row in batch.step() if row.finish is not None]
-        while waiting and batch.fits(waiting[0]):
-            row = waiting.popleft()
-            batch.join(row)
-            over += [row] if row.finish is not None else []
+        joining: list[Row] = []
+        while waiting and batch.fits(waiting[0], joining):
+            joining.append(waiting.popleft())
+        batch.join(*joining)
+        over += [row for row in joining if row.finish is not None]
         for row in over:
             if row.finish == "error":
                 raise TunesmithError(f"The model computed NaN or infinity with the adapter {row.request.adapter}.")

@@ -21,7 +21,7 @@ from infra.errors import TunesmithError, Unreachable
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-JOINS_A_STEP = 4  # prompts run between two steps, so that those already decoding wait for few
+JOINS_A_STEP = 8  # prompts run between two steps, so that those already decoding wait for few
 
 
 class Full(TunesmithError):
@@ -168,15 +168,14 @@ class Scheduler(threading.Thread):
             calls, self._calls = self._calls, []
         for function in calls:
             function()
-        started, moved = time.perf_counter(), []
+        started = time.perf_counter()
+        moved: list[Row] = []
         try:
-            for _ in range(JOINS_A_STEP):
-                if (joining := self._next()) is None:
-                    break
+            while len(moved) < JOINS_A_STEP and (joining := self._next(moved)) is not None:
                 row = joining[0].rows[joining[1]]
                 self._places[row] = joining
-                self._batch.join(row)
                 moved.append(row)
+            self._batch.join(*moved)
             moved += self._batch.step()
         except Exception:
             log.exception("a step failed; the requests in it are given up")
@@ -189,10 +188,10 @@ class Scheduler(threading.Thread):
         self._publish(dict.fromkeys(moved))
         return True
 
-    def _next(self) -> tuple[Ticket, int] | None:
-        """The first in the queue, if there is a place for it."""
+    def _next(self, beside: Sequence[Row]) -> tuple[Ticket, int] | None:
+        """The first in the queue, if there is a place for it beside those that join with it."""
         with self._changed:
-            if not self._waiting or not self._batch.fits(self._waiting[0][0].rows[self._waiting[0][1]]):
+            if not self._waiting or not self._batch.fits(self._waiting[0][0].rows[self._waiting[0][1]], beside):
                 return None
             return self._waiting.popleft()
 
