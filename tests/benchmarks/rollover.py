@@ -6,8 +6,9 @@ Two versions of builtin:tiny, each trained to answer one word, behind `tunesmith
 clients that ask without a pause. (a) From the ledger's entry, in the database's time, to the first byte of an answer by
 the new version, which is resident: promotions and rollbacks by turns. (b) The same from the start of the shell command
 `tunesmith promote`. (c) 10,000 requests while versions are promoted and rolled back 50 times: none may fail, and text
-and version header must agree in every answer; every one must be recorded. No time is asserted: figures are printed,
-with the targets they have. Run it alone.
+and version header must agree in every answer; every one must be recorded. (d) Four times as many requests a second as
+are answered at the most: what is served then, and that the rest is refused and recorded. No time is asserted: figures
+are printed, with the targets they have. Run it alone.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 sys.path.append(str(Path(__file__).parents[1]))
 
@@ -42,6 +43,7 @@ from registry import bases, deployments, prompts
 WORDS = {1: "amber", 2: "cobalt"}
 QUESTIONS = ("Which colour?", "Say the word.", "What now?", "Once more, please.")
 CLIENTS = 4
+LOAD = Path(__file__).with_name("gateway_peer.py")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +52,11 @@ class Size:
     commands: int
     requests: int
     changes: int
+    overloads: int
 
 
-LONG = Size(flips=40, commands=15, requests=10_000, changes=50)
-SHORT = Size(flips=6, commands=2, requests=600, changes=6)
+LONG = Size(flips=40, commands=15, requests=10_000, changes=50, overloads=5)
+SHORT = Size(flips=6, commands=2, requests=600, changes=6, overloads=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +69,13 @@ class Answer:
 
 @dataclass(kw_only=True)
 class Clients:
-    """They ask from when they are made until `stop`."""
+    """They ask from when they are started until `stop`; `asked` counts what all had answered."""
+
+    asked: ClassVar[int] = 0
 
     port: int
     key: str
+    stream: bool = False
     answers: list[Answer] = field(default_factory=list)
     stopping: threading.Event = field(default_factory=threading.Event)
     threads: list[threading.Thread] = field(default_factory=list)
@@ -84,6 +90,7 @@ class Clients:
         self.stopping.set()
         for thread in self.threads:
             thread.join()
+        Clients.asked += sum(answer.status == 200 for answer in self.answers)
         return self.answers
 
     def until(self, version: str, since: float) -> float:
@@ -101,15 +108,19 @@ class Clients:
 
     def _ask(self, number: int) -> None:
         question = {"role": "user", "content": QUESTIONS[number % len(QUESTIONS)]}
-        body = json.dumps({"model": "demo", "messages": [question], "temperature": 0, "max_tokens": 8})
+        body = json.dumps(
+            {"model": "demo", "messages": [question], "temperature": 0, "max_tokens": 8, "stream": self.stream}
+        )
         head = {"authorization": f"Bearer {self.key}", "content-type": "application/json"}
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         while not self.stopping.is_set():
             connection.request("POST", "/v1/chat/completions", body, head)
             response = connection.getresponse()
             first = time.time()
-            said = json.loads(response.read())
-            text = said["choices"][0]["message"]["content"] if response.status == 200 else str(said)
+            said = response.read()
+            text = said.decode()
+            if response.status == 200 and not self.stream:
+                text = json.loads(said)["choices"][0]["message"]["content"]
             version = response.getheader("x-tunesmith-version") or ""
             self.answers.append(Answer(first_byte=first, status=response.status, version=version, text=text))
         connection.close()
@@ -123,10 +134,11 @@ def main() -> None:
         flips(size, port, key)
         commands(size, port, key)
         nobody_notices(size, port, key)
+        overload(size, port, key)
 
 
 def flips(size: Size, port: int, key: str) -> None:
-    clients = Clients(port=port, key=key).start()
+    clients = Clients(port=port, key=key, stream=True).start()
     taken = []
     for turn in range(size.flips):
         since, version = change(turn)
@@ -137,7 +149,7 @@ def flips(size: Size, port: int, key: str) -> None:
 
 
 def commands(size: Size, port: int, key: str) -> None:
-    clients = Clients(port=port, key=key).start()
+    clients = Clients(port=port, key=key, stream=True).start()
     command = [sys.executable, "-m", "pipelines.cli", "promote"]
     taken = []
     for turn in range(size.commands):
@@ -155,6 +167,7 @@ def commands(size: Size, port: int, key: str) -> None:
 
 
 def nobody_notices(size: Size, port: int, key: str) -> None:
+    settle()
     before = recorded()
     begun = time.monotonic()
     clients = Clients(port=port, key=key).start()
@@ -169,9 +182,7 @@ def nobody_notices(size: Size, port: int, key: str) -> None:
     failed = [a for a in found if a.status != 200]
     words = {f"demo:{number}": word for number, word in WORDS.items()}
     wrong = [a for a in found if a.status == 200 and a.text.strip() != words.get(a.version)]
-    until = time.monotonic() + 60
-    while recorded() - before < len(found) and time.monotonic() < until:
-        time.sleep(0.2)
+    settle()
     by = {name: sum(a.version == name for a in found) for name in words}
     print(
         f"(c) {len(found)} requests in {seconds:.0f} s, {size.changes} promotions and rollbacks: {len(failed)} failed, "
@@ -179,6 +190,60 @@ def nobody_notices(size: Size, port: int, key: str) -> None:
     )
     if failed or wrong or recorded() - before != len(found):
         raise SystemExit(f"That must not be: {(failed or wrong)[:3]}")
+
+
+def overload(size: Size, port: int, key: str) -> None:
+    """The peak with 32 connections that ask without a pause, then as many requests as four times that, when they are
+    due, over 512."""
+    shares = []
+    before = recorded(), recorded(429)
+    answered = refused = 0
+    for _ in range(size.overloads):
+        most = load(port, key, 32, 0.0)
+        peak = most["answered"] / most["seconds"]
+        over = load(port, key, 512, 4 * peak)
+        shares.append(over["answered"] / over["seconds"] / peak)
+        answered += most["answered"] + over["answered"]
+        refused += most["refused"] + over["refused"]
+        print(
+            f"(d) peak {peak:.0f}/s; of {4 * peak:.0f}/s: {over['answered'] / over['seconds']:.0f}/s served, "
+            f"{over['refused'] / over['seconds']:.0f}/s refused, {over['failed']} failed",
+            flush=True,
+        )
+        if over["failed"]:
+            raise SystemExit(f"That must not be: {over['why']}")
+    until = time.monotonic() + 60
+    while (now := (recorded() - before[0], recorded(429) - before[1])) != (
+        answered,
+        refused,
+    ) and time.monotonic() < until:
+        time.sleep(0.2)
+    print(
+        f"(d) at four times the peak {statistics.median(shares):.0%} of the peak is served (target 90 % or more); "
+        f"{answered} answered and {refused} refused, {now[0]} and {now[1]} recorded"
+    )
+    if now != (answered, refused):
+        raise SystemExit("That must not be.")
+
+
+def settle() -> None:
+    """Until all that was answered is recorded."""
+    until = time.monotonic() + 60
+    while recorded() != Clients.asked and time.monotonic() < until:
+        time.sleep(0.2)
+
+
+def load(port: int, key: str, connections: int, rate: float) -> dict[str, Any]:
+    message = {"role": "user", "content": QUESTIONS[0]}
+    body = {"model": "demo", "messages": [message], "temperature": 0, "max_tokens": 8}
+    asked = {"headers": {"authorization": f"Bearer {key}"}, "body": body, "words": '"model":"demo:'}
+    arguments = [sys.executable, str(LOAD), "load", f"http://127.0.0.1:{port}/v1/chat/completions"]
+    done = subprocess.run(
+        [*arguments, "8", str(connections), str(rate)], input=json.dumps(asked), capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 def change(turn: int) -> tuple[float, str]:
@@ -198,9 +263,9 @@ def serving() -> int | None:
         return deployments.read(conn, "demo").champion
 
 
-def recorded() -> int:
+def recorded(status: int = 200) -> int:
     with transaction() as conn:
-        row = conn.execute("select count(*) as n from request_event where status = 200").fetchone()
+        row = conn.execute("select count(*) as n from request_event where status = %s", (status,)).fetchone()
     assert row is not None
     return int(row["n"])
 
@@ -277,13 +342,19 @@ def train(base: Path, folder: Path, word: str) -> None:
         ids, length = prompts.encode_pair(tokenizer, turns)
         labels = [-100] * length + ids[length:]
         rows.append((torch.tensor([ids]), torch.tensor([labels])))
-    for _ in range(60):
-        loss = sum(model(input_ids=ids, labels=labels).loss for ids, labels in rows) / len(rows)
-        loss.backward()
+    for _ in range(400):
+        outputs = [model(input_ids=ids, labels=labels) for ids, labels in rows]
+        said = [o.logits[0, :-1].argmax(-1) for o in outputs]
+        if all(
+            (labels[0, 1:] == -100).logical_or(labels[0, 1:] == s).all()
+            for s, (_, labels) in zip(said, rows, strict=True)
+        ):
+            break
+        sum(o.loss for o in outputs).backward()
         optimizer.step()
         optimizer.zero_grad()
-    if float(loss) > 0.05:
-        raise SystemExit(f"The adapter for {word} did not learn it: its loss is {float(loss):.3f}.")
+    else:
+        raise SystemExit(f"The adapter for {word} did not learn it.")
     model.save_pretrained(folder)
 
 
