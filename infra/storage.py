@@ -14,7 +14,6 @@ import hashlib
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,9 +102,15 @@ def _full(error: Exception) -> bool:
 
 def sweep() -> None:
     """Remove the scratch folders, of all kinds, of processes that died: a living one holds a lock on its own."""
-    for folder in root().glob("*/.new-*"):
+    found = list(root().glob("*/.new-*"))
+    if not found:
+        return
+    # By the clock of the store, which other machines may share and this one's may differ from
+    with tempfile.NamedTemporaryFile(dir=root(), prefix=".clock-") as clock:
+        now = Path(clock.name).stat().st_mtime
+    for folder in found:
         try:
-            if time.time() - folder.stat().st_mtime < 60:  # perhaps made, but not locked yet
+            if now - folder.stat().st_mtime < 60:  # perhaps made, but not locked yet
                 continue
             held = os.open(folder, os.O_RDONLY)
         except OSError:  # gone meanwhile, or another user's

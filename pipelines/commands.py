@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,8 @@ def _tell(result: dict[str, Any], as_json: bool) -> None:
         print_json(result)
     else:
         _evaluation_table(name, result["evaluation"])
+        if (best := result["best"])["trials"]:
+            out.print(f"search: {best['trials']} trials begun, ended by {best['stopped_by']}", markup=False)
         out.print(f"gate: {result['gate']['decision']}")
         for reason in result["gate"]["reasons"]:
             out.print(f"  {safe(reason)}", markup=False)
@@ -261,6 +264,10 @@ def worker(name: str, max_idle: float | None) -> None:
     from infra import log
     from pipelines.tuning import worker as workers
 
+    if sys.platform == "linux" and not workers.ALLOCATOR.keys() <= os.environ.keys():
+        # The C library reads these as a process starts
+        command = [sys.executable, "-m", "pipelines.cli", *sys.argv[1:]]
+        os.execve(sys.executable, command, workers.ALLOCATOR | os.environ)  # noqa: S606 - this very command
     log.setup()
     workers.work(name, max_idle=max_idle)
 

@@ -46,6 +46,7 @@ class Job:
     tokens: int | None
     seconds: float | None
     adapter_parameters: int | None
+    latency_ms: float | None
     error: str | None
     updated_at: datetime
     clone_of: int | None
@@ -168,11 +169,12 @@ def check(conn: Connection, job: Job) -> None:
 
 def finish(
     conn: Connection, job: Job, *, value: float, curve: Sequence[Sequence[float]], checkpoint: str, tokens: int,
-    seconds: float, adapter_parameters: int,
+    seconds: float, adapter_parameters: int, latency_ms: float | None = None,
 ) -> None:  # fmt: skip
     """A rung's result. Raises Conflict when the job went to another worker; nothing is then written."""
     values: dict[str, Any] = {"value": value, "curve": Jsonb([list(p) for p in curve]), "checkpoint": checkpoint}
     values |= {"tokens": tokens, "seconds": seconds, "adapter_parameters": adapter_parameters}
+    values |= {"latency_ms": latency_ms}
     _held(conn.execute(SQL["finish"], _key(job) | values).fetchone(), job)
 
 

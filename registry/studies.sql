@@ -62,6 +62,7 @@ returning token
 -- name: finish
 update rung_job set state = 'done', value = %(value)s, curve = %(curve)s, checkpoint = %(checkpoint)s,
     tokens = %(tokens)s, seconds = %(seconds)s, adapter_parameters = %(adapter_parameters)s,
+    latency_ms = %(latency_ms)s,
     lease_until = null, error = null, updated_at = now()
 where study = %(study)s and trial = %(trial)s and rung = %(rung)s and token = %(token)s and state = 'running'
 returning token
@@ -113,5 +114,5 @@ update rung_job set lease_until = null, updated_at = now(),
     pack = case when attempts < 2 then pack else trial end,
     state = case when attempts < %(attempts)s then 'waiting' else 'failed' end,
     error = case when attempts < %(attempts)s then error
-                 else 'its worker died ' || attempts || ' times, last ' || worker end
+                 else 'its worker died ' || attempts || ' times, as it does where memory runs out; last ' || worker end
 where study = %(study)s and state = 'running' and lease_until < now()

@@ -90,7 +90,7 @@ order by min(value) nulls last, trial
 -- What trials may be weighed by, as they stood after each rung (tuning/objectives.py).
 select *, 1000 * training_seconds / nullif(training_tokens, 0) as step_ms_per_token
 from (
-    select trial, steps, value as loss, adapter_parameters,
+    select trial, steps, value as loss, adapter_parameters, latency_ms,
            sum(seconds) over (partition by trial order by rung) as training_seconds,
            (sum(tokens) over (partition by trial order by rung))::bigint as training_tokens
     from rung_job where study = %(study)s) j

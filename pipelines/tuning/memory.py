@@ -11,13 +11,14 @@ import psutil
 from infra.settings import get_settings
 
 OUT_OF_MEMORY = "out of memory"  # what the cause of a trial that does not fit begins with
+DIED = "its worker died"  # and of one whose workers were killed, as they are where the machine's memory runs out
 _USED = 0.8  # of the machine, by all workers of a search together
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 def share(workers: int, device: str) -> int:
     """Bytes that one of so many workers on this machine, or on this one's GPU, may use: the setting, or its part of
-    what there is."""
+    what there is. Where more are at work, guests of other studies say, it is a part of them all."""
     if (wanted := get_settings().worker_memory_gb) is not None:
         return round(wanted * 1e9)
     if device == "cuda":
@@ -25,7 +26,17 @@ def share(workers: int, device: str) -> int:
     total = psutil.virtual_memory().total
     if _CGROUP.is_file() and (limit := _CGROUP.read_text().strip()).isdigit():
         total = min(total, int(limit))
-    return round(total * _USED / max(1, workers))
+    return round(total * _USED / max(1, workers, _here()))
+
+
+def _here() -> int:
+    """Search workers on this machine now, this one among them."""
+
+    def is_worker(command: list[str]) -> bool:
+        ours = "pipelines.cli" in command or any(part.endswith("/tunesmith") for part in command[:2])
+        return "pipelines.tuning.worker" in command or (ours and "worker" in command)
+
+    return sum(is_worker(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
 
 
 def used(device: str) -> int:

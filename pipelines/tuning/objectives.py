@@ -18,10 +18,11 @@ from registry.studies import Job
 MEASURES: Mapping[str, str] = {
     "loss": "validation loss, nats a completion token",
     "adapter_parameters": "numbers in the saved adapter: what an engine holds and works through for each request",
+    "latency_ms": "milliseconds of a token of an answer that our own engine decodes alone; measured after each rung, "
+    "and only where a study weighs it. Not the same twice: a few per cent say nothing",
     "training_seconds": "worker seconds of all its rungs, validation included; not the same twice",
     "training_tokens": "tokens it was trained on in all its rungs",
-    "step_ms_per_token": "training_seconds over training_tokens, in milliseconds: what more training would cost. It is "
-    "not the latency of serving, which the suite `latency` measures of the winner",
+    "step_ms_per_token": "training_seconds over training_tokens, in milliseconds: what more training would cost",
 }
 
 
@@ -35,12 +36,18 @@ class Rule:
 
 
 def measures(
-    *, loss: float, adapter_parameters: int, training_seconds: float, training_tokens: int
+    *,
+    loss: float,
+    adapter_parameters: int,
+    training_seconds: float,
+    training_tokens: int,
+    latency_ms: float | None = None,
 ) -> dict[str, float]:
     """A row of all MEASURES, of a trial as it stands after a rung; seconds and tokens are sums up to there."""
     return {
         "loss": loss,
         "adapter_parameters": adapter_parameters,
+        "latency_ms": math.inf if latency_ms is None else latency_ms,
         "training_seconds": training_seconds,
         "training_tokens": training_tokens,
         "step_ms_per_token": 1000 * training_seconds / training_tokens if training_tokens else math.inf,
@@ -97,6 +104,7 @@ def measured(jobs: Sequence[Job]) -> list[tuple[Job, dict[str, float]]]:
             adapter_parameters=job.adapter_parameters or 0,
             training_seconds=sum(j.seconds or 0.0 for j in so_far),
             training_tokens=sum(j.tokens or 0 for j in so_far),
+            latency_ms=job.latency_ms,
         )
         rows.append((job, row))
     return rows

@@ -21,7 +21,7 @@ from infra.settings import get_settings
 from pipelines.tuning import devices, halving
 from pipelines.tuning import space as spaces
 from pipelines.tuning.crew import Crew
-from pipelines.tuning.memory import OUT_OF_MEMORY
+from pipelines.tuning.memory import DIED, OUT_OF_MEMORY
 from pipelines.tuning.methods import fixed_by
 from pipelines.tuning.mirror import Mirror, open_store, open_study
 from pipelines.tuning.objectives import Rule, front, measured, pick
@@ -134,7 +134,7 @@ def search(spec: StudySpec, *, progress: Progress, mlflow_parent: str | None = N
 class _Coordinator:
     def __init__(self, spec: StudySpec, crew: Crew, study: optuna.Study, mirror: Mirror, progress: Progress) -> None:
         self.spec, self.crew, self.optuna, self.mirror, self.progress = spec, crew, study, mirror, progress
-        self.exhausted = False
+        self.exhausted = bool(study.user_attrs.get("exhausted"))  # the space has no other configuration; for good
         self.per_pass: int | None = spec.adapters_per_pass or None  # None until a worker measured it
         self.seen: Any = None  # what the last turn acted on
         self.over = 0
@@ -245,7 +245,9 @@ class _Coordinator:
                     return False
                 seen = [j for j in jobs if j.trial in before or (j.trial in last and j.rung == 0)]
                 drawn = self._draw(jobs, len(group) - len(members), seen, members)
-                self.exhausted = drawn < len(group) - len(members)
+                if drawn < len(group) - len(members):
+                    self.exhausted = True
+                    self.optuna.set_user_attr("exhausted", True)
                 if drawn:
                     return False
             if not members:
@@ -338,7 +340,7 @@ class _Coordinator:
         spec = self.spec
         known = [j.params for j in jobs if j.rung == 0]
         begun = [j.params for j in jobs if j.rung == 0 and j.trial in members]
-        beyond = [j.params for j in seen if j.state == "failed" and str(j.error).startswith(OUT_OF_MEMORY)]
+        beyond = [j.params for j in seen if j.state == "failed" and str(j.error).startswith((OUT_OF_MEMORY, DIED))]
         found: list[tuple[int, int, dict[str, Any], str | None]] = []
         again = 0
         waiting = [t for t in self.optuna.get_trials(deepcopy=False) if t.state == optuna.trial.TrialState.RUNNING]
@@ -350,7 +352,7 @@ class _Coordinator:
             self.optuna.sampler = Seen(spec.sampler, spec.seed, place, spec.space, seen, begun)
             trial = optuna.trial.Trial(self.optuna, orphan._trial_id) if orphan else self.optuna.ask()
             params = spaces.draw(spec.space, trial._suggest)
-            if params in known or any(_as_large(params, other) for other in beyond):
+            if params in known or any(as_large(params, other) for other in beyond):
                 self.optuna.tell(trial.number, state=optuna.trial.TrialState.FAIL)
                 again += 1
                 continue
@@ -438,7 +440,7 @@ class _Coordinator:
         return True
 
 
-def _as_large(params: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def as_large(params: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether a configuration needs at least the memory that another does."""
     same = ("use_dora", "init_lora_weights", "target_modules", "layers_to_transform")
     return all(params.get(name) == other.get(name) for name in same) and all(

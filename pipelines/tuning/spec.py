@@ -48,6 +48,10 @@ class StudySpec:
         """The folder of the adapter to start from. Raises NotFound when the store does not have it."""
         return storage.get("bundle", self.init_bundle) / "adapter" if self.init_bundle else None
 
+    def weighs(self, measure: str) -> bool:
+        """Whether trials are compared by a measure."""
+        return measure in (*self.objectives, *self.constraints, (self.pick or {}).get("then"))
+
     def trial_seed(self, trial: int) -> int:
         """The seed of all that is random in one trial, but for the order of the rows."""
         return self.seed * 100_003 + trial

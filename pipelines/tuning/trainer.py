@@ -83,6 +83,7 @@ class Trainer:
         self.forward = Forward(model, train, validation, pad=pad)
         self._cell: dict[bool, int] = {}  # bytes that autograd keeps for a token, by whether trials are packable
         self._begun_with = memory.used(model.device.type)
+        self.stopwatch: Any = None  # measures adapters as they are served, where a study weighs that
 
     def run(
         self, members: Sequence[Member], *, total_steps: int, until: int,

@@ -22,6 +22,7 @@ from infra.db import transaction
 from infra.errors import Conflict, NotFound, StoreFull, TunesmithError, Unreachable
 from pipelines.tuning import devices, memory
 from pipelines.tuning import space as spaces
+from pipelines.tuning.latency import Stopwatch
 from pipelines.tuning.spec import StudySpec, alone, brackets, reaching
 from registry import bases, datasets, studies
 
@@ -53,6 +54,8 @@ def work(study: str, *, max_idle: float | None = None, parent: int | None = None
     with contextlib.suppress(OSError):  # rather this process than PostgreSQL, when memory runs out
         Path("/proc/self/oom_score_adj").write_text("500")
     trainer = make_trainer(spec)
+    if spec.weighs("latency_ms"):
+        trainer.stopwatch = Stopwatch(trainer.model, bases.load(spec.base), trainer.validation.row(0).tolist())
     _patiently(lambda: _measure(trainer, spec))
     idle_since = time.monotonic()
     while parent is None or os.getppid() == parent:
@@ -134,7 +137,7 @@ def _carry_out(trainer: Any, spec: StudySpec, jobs: Sequence[studies.Job]) -> No
                 if isinstance(outcome, TrialFailed):
                     _fail(job, str(outcome))
                 elif outcome is not None:
-                    _finish(job, outcome, member.save_to)
+                    _finish(job, outcome, member.save_to, _latency(trainer, member.save_to / "adapter"))
     except PackTooLarge as error:
         log.warning("%s; each is tried alone", error)
         for job in jobs:
@@ -172,12 +175,23 @@ def _member(spec: StudySpec, job: studies.Job, folder: Path) -> Any:
     )
 
 
-def _finish(job: studies.Job, outcome: Any, folder: Path) -> None:
+def _latency(trainer: Any, adapter: Path) -> float | None:
+    """None where it is not weighed, and of an adapter that no engine takes."""
+    if trainer.stopwatch is None:
+        return None
+    try:
+        return float(trainer.stopwatch.milliseconds(adapter))
+    except TunesmithError as error:
+        log.warning("the latency of an adapter is not known: %s", error.message)
+        return None
+
+
+def _finish(job: studies.Job, outcome: Any, folder: Path, latency_ms: float | None) -> None:
     digest = storage.folder_digest(folder)
     storage.keep("checkpoint", digest, folder)
     _write(
         job, studies.finish, value=outcome.value, curve=outcome.curve, checkpoint=digest, tokens=outcome.tokens,
-        seconds=outcome.seconds, adapter_parameters=outcome.adapter_parameters,
+        seconds=outcome.seconds, adapter_parameters=outcome.adapter_parameters, latency_ms=latency_ms,
     )  # fmt: skip
 
 

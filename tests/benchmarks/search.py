@@ -15,6 +15,7 @@ import argparse
 import bisect
 import contextlib
 import json
+import math
 import os
 import random
 import shutil
@@ -41,6 +42,7 @@ from pipelines.tuning.spec import StudySpec, rungs
 from pipelines.tuning.worker import ALLOCATOR
 from registry import bases, datasets, studies
 from registry.bases import Base
+from registry.statistics import paired_difference
 
 PEER = Path(__file__).with_name("search_peer.py")
 ROOT = Path(__file__).parents[2]
@@ -48,13 +50,13 @@ CORES = 2  # two workers of one thread, or a peer of one or two threads
 MAX_TOKENS = 192
 PRECISIONS = ("bf16 base", "autocast", "fp32")  # the last one is the fastest where no unit multiplies in bf16
 LIKE = 1 / 3  # of what they fell by, that the two sides' losses may differ by: other row orders, bf16 and fp32
-RESCORED = 0.05  # nats that a claimed validation loss may differ by from the common scorer's, in fp32
+RESCORED = 0.02  # nats that a claimed validation loss may differ by from the common scorer's, in fp32
 
 SPACE: dict[str, Any] = {
     "r": [4, 8, 16, 32],
     "lora_alpha": [16, 32],
     "lora_dropout": [0.0, 0.05, 0.1],
-    "warmup_ratio": 0.05,
+    "warmup_ratio": 0.0,  # the peer's first step of a warm-up has a rate of zero
     "weight_decay": 0.0,
     "learning_rate": {"low": 1e-4, "high": 5e-3, "log": True},
     "max_grad_norm": 1.0,
@@ -441,9 +443,13 @@ def print_searches(size: Size, part: str, precision: str, threads: int, rows: Se
         # A target that was not reached counts as never
         ratios = [row[peer] / row[ours] if row[ours] else 0.0 for row in rows]
         print_ratio(name, ratios, target if ours.startswith("ours_to") else None)
-    worse = statistics.median(row["our_test"] - row["peer_test"] for row in rows)
+    worse = paired_difference(
+        [row["our_test"] for row in rows], [row["peer_test"] for row in rows], higher_is_better=False
+    )
+    low, high = (math.nan if end is None else end for end in (worse.low, worse.high))
     print(f"    test loss of the winners, medians: peer {median(rows, 'peer_test'):.4f}, ours "
-          f"{median(rows, 'our_test'):.4f}; ours less the peer's, paired {worse:+.4f}")  # fmt: skip
+          f"{median(rows, 'our_test'):.4f}; ours less the peer's, mean {worse.estimate:+.4f}, 95 % interval {low:+.4f} "
+          f"to {high:+.4f}: {'worse' if low > 0 else 'not shown to be worse'}")  # fmt: skip
 
 
 def median(rows: Sequence[Mapping[str, Any]], name: str) -> float:
@@ -533,7 +539,7 @@ def print_rates(
     for side in list(found)[1:]:
         for kind in ("wall", "cpu"):
             ratios = [mine[kind] / peer[kind] for peer, mine in zip(found["peer"], found[side], strict=True)]
-            print_ratio(f"{side} against the peer, {kind}", ratios, target)
+            print_ratio(f"{side} against the peer, {kind}", ratios, target if side == "ours" else None)
 
 
 def even_rows(bench: Bench, length: int) -> Path:

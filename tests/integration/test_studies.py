@@ -172,7 +172,7 @@ def test_a_job_whose_worker_died_is_tried_again_and_then_fails_with_its_cause(st
             studies.bury(conn, "s", "host:7")
         reap()
     assert job(0).state == "failed"
-    assert job(0).error == "its worker died 3 times, last host:3"
+    assert job(0).error == "its worker died 3 times, as it does where memory runs out; last host:3"
     assert taken("w").trial == 1
 
 
