@@ -85,7 +85,8 @@ class Peer:
                     assert request.transport is not None
                     request.transport.close()
                     return response
-                piece = {"delta": {"content": word}} if chat else {"text": word}
+                said = {"content": word} | ({"role": "assistant"} if i == 0 else {})
+                piece = {"delta": said} if chat else {"text": word}
                 finish = "stop" if i == len(words) - 1 else None
                 await send(head | {"choices": [{"index": 0, "finish_reason": finish, **piece}]})
                 await asyncio.sleep(pause)

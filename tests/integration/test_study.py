@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -19,10 +20,12 @@ from typing import Any
 
 import psutil
 import pytest
+from click.testing import CliRunner
 
 from infra.db import transaction
 from infra.errors import Conflict, TunesmithError
 from pipelines import runs, stages
+from pipelines.cli import tunesmith
 from pipelines.tuning.search import search
 from pipelines.tuning.spec import StudySpec
 from registry import datasets, leases, studies
@@ -227,6 +230,84 @@ def test_many_groups_with_draws_that_learn_end_the_same_however_disturbed(spec: 
     assert {(j.trial, j.rung) for j in done if j.attempts > 1} <= {
         (j.trial, j.rung) for j in done if j.pack == victim.pack and j.rung == victim.rung
     }
+
+
+def test_a_running_search_is_stopped_and_goes_on_by_command(spec: StudySpec) -> None:
+    run = CliRunner()
+    many = replace(spec, trials=9, rungs=(8, 24))
+    coordinator = coordinate(many)
+    try:
+        until(lambda: any(j.state == "done" for j in jobs()))
+        listed = json.loads(run.invoke(tunesmith, ["study", "list", "--json"]).stdout)["studies"]
+        assert [(s["name"], s["state"]) for s in listed] == [("m-1", "running")]
+        assert run.invoke(tunesmith, ["study", "stop", "m-1"]).exit_code == 0
+        assert coordinator.wait(120) == 0
+    finally:
+        coordinator.kill()
+        coordinator.wait()
+    before = {(j.trial, j.rung) for j in jobs() if j.state == "done"}
+    stopped = search(many, progress=quiet)
+    assert stopped.stopped_by == "user"
+    assert stopped.value == min(j.value for j in jobs() if j.value is not None)
+    assert run.invoke(tunesmith, ["study", "resume", "m-1"]).exit_code == 0
+    whole = search(many, progress=quiet)
+    assert (whole.trials, whole.stopped_by) == (9, "trials")
+    found = jobs()
+    assert before < {(j.trial, j.rung) for j in found}
+    assert all(j.state == "done" for j in found)
+
+
+@pytest.mark.slow
+def test_a_worker_that_slept_through_its_lease_writes_nothing(spec: StudySpec) -> None:
+    """Fault 3, of a search worker: another one has its trial when it wakes up."""
+    calm = replace(spec, trials=2, rungs=(8, 24), adapters_per_pass=1)
+    search(calm, progress=quiet)
+    again = replace(calm, study="m-2")
+    coordinator = coordinate(again)
+    sleeper = 0
+    try:
+        victim = until(lambda: next((j for j in jobs("m-2") if j.state == "running"), None))
+        sleeper = int(str(victim.worker).rpartition(":")[2])
+        os.kill(sleeper, signal.SIGSTOP)
+        guest = subprocess.Popen([sys.executable, "-m", "pipelines.cli", "worker", "--study", "m-2"])
+        place = victim.trial, victim.rung
+        until(lambda: next(j for j in jobs("m-2") if (j.trial, j.rung) == place).attempts == 2)
+        os.kill(sleeper, signal.SIGCONT)
+        assert coordinator.wait(300) == 0
+        assert guest.wait(60) == 0
+    finally:
+        for pid in (sleeper, coordinator.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid or coordinator.pid, signal.SIGKILL)
+        coordinator.wait()
+    assert outline("m-2") == outline("m-1")
+    assert next(j for j in jobs("m-2") if (j.trial, j.rung) == place).token > victim.token
+
+
+@pytest.mark.slow
+def test_a_worker_whose_clock_is_an_hour_off_takes_nothing_from_the_others(spec: StudySpec) -> None:
+    """Fault 24, of a search worker beside one with the right time."""
+    many = replace(spec, trials=9, rungs=(40, 120), adapters_per_pass=1)
+    with transaction() as conn:
+        studies.create(conn, many.study, many.model, many.to_json())
+    guests = [
+        subprocess.Popen(
+            [
+                sys.executable, "-c",
+                f"import time; real = time.time; time.time = lambda: real() + {offset}\n"
+                "from pipelines.tuning import worker; worker.work('m-1')",
+            ]
+        )
+        for offset in (3600, -3600)
+    ]  # fmt: skip
+    best = search(many, progress=quiet)
+    for guest in guests:
+        assert guest.wait(60) == 0
+    found = jobs()
+    assert sorted(j.trial for j in found if j.rung == 0) == list(range(9))
+    assert all(j.state == "done" and j.attempts == 1 for j in found)
+    assert {int(str(j.worker).rpartition(":")[2]) for j in found} & {guest.pid for guest in guests}
+    assert best.value == min(j.value for j in found if j.value is not None)
 
 
 def test_broken_and_repeated_trials_do_not_stop_the_others(spec: StudySpec) -> None:

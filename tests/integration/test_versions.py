@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 
 from infra import storage
 from infra.db import one, transaction
-from infra.errors import Conflict, NotFound, Refused, TunesmithError, Unreachable, UsageError
+from infra.errors import Conflict, NotFound, Refused, StoreFull, TunesmithError, Unreachable, UsageError
 from infra.settings import get_settings
 from monitoring import watch
 from registry import bases, deletion, deployments, mlflow, versions
@@ -234,6 +234,25 @@ def test_mlflow_that_is_down_is_one_sentence(mlflow_server: str, model: str, mon
     for call in (lambda: mlflow.start_run(mlflow.experiment_of(model), "x"), lambda: mlflow.run_url("0" * 32)):
         with pytest.raises(Unreachable, match=r"MLflow does not answer at http://127\.0\.0\.1:9"):
             call()
+
+
+def test_a_disk_that_is_full_at_sealing_keeps_nothing_and_a_retry_succeeds(
+    mlflow_server: str, base: bases.Base, adapter: Path, model: str
+) -> None:
+    """Fault 10: no version becomes ready, and what was half-written goes."""
+    draft = make_draft(model, base, adapter)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    try:
+        with pytest.raises(StoreFull, match="bundle"):
+            versions.seal(draft)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    kept = storage.root() / "bundle"
+    assert not kept.exists() or [path.name for path in kept.iterdir() if not path.name.startswith(".lock")] == []
+    version = make_version(draft)
+    assert version.number == 1
+    assert {check.state for check in verify_version(model, 1)} == {"ok", "none"}
 
 
 def test_a_version_travels_by_export_and_import_with_its_evidence(
