@@ -255,7 +255,7 @@ def test_a_version_that_costs_more_on_purpose_fails_its_gate(base: Base) -> None
     """Twice the words for the same question, at the same price; the same words pass."""
     gate = Gate(metric="cost_per_1000_usd", against="champion", must="not_worse", margin=1.0)
     with serving(slow) as terse, serving(lambda body: "order status, that is what it is") as wordy:
-        champion = Serving(adapter=Address(url=terse.url, model="big"), system=None, price=PRICE.tokens)
+        champion = Serving(adapter=Address(url=terse.url, model="big"), system="Name the intent.", price=PRICE.tokens)
         for peer, decision in ((terse, "pass"), (wordy, "fail")):
             found = _hosted_candidate(base, peer, "latency", "cost", champion=champion)
             decided = decide([gate], found, on_underpowered="refuse", first=False)
