@@ -11,6 +11,7 @@ from typing import Any
 import engine_peer
 import openai
 import pytest
+from address_peer import Answer, serving
 from click.testing import CliRunner
 from serving import Stand, add_version, child, make_stand, wait_for
 
@@ -191,6 +192,42 @@ def test_a_key_that_is_not_there_or_wrong_is_somebody_elses_trouble(
         with transaction() as conn:
             upstreams.put(conn, "second", f"{both.url('second')}/v1", key_env="PEER_KEY", actor="test")
         wait_for(lambda: stand.ask().status_code == 200, 10, "for the right key")
+
+
+def test_what_an_upstream_says_is_taken_with_care(
+    database: Settings, both: Upstreams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys are not repeated, and what is no text, or no count, is no answer and no crash."""
+    key = "sk-secret-of-mine"
+    monkeypatch.setenv("OTHER_KEY", key)
+
+    def answer(body: dict[str, Any]) -> Answer:
+        asked = body["messages"][-1]["content"]
+        if asked == "quote":
+            return 400, {}, {"error": {"message": f"the key {key} may not ask this"}}
+        said: Any = [{"type": "text", "text": "hello"}] if asked == "list" else "hello"
+        usage = {"prompt_tokens": -3, "completion_tokens": 10**30} if asked == "counts" else {"prompt_tokens": "many"}
+        choices = [{"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": "stop"}]
+        return 200, {}, {"id": "x", "choices": choices, **({"usage": usage} if asked != "plain" else {})}
+
+    with serving(answer) as peer:
+        with transaction() as conn:
+            for name in both.ports:
+                upstreams.put(conn, name, peer.url, key_env="OTHER_KEY", actor="test")
+        with _serving(database) as stand:
+            quoted = stand.ask(text="quote")
+            assert (quoted.status_code, quoted.json()["error"]["message"]) == (400, "the key *** may not ask this")
+            assert peer.keys == {f"Bearer {key}"}
+            assert stand.ask(text="plain").json()["choices"][0]["message"]["content"] == "hello"
+            counted = stand.ask(text="counts")
+            assert counted.status_code == 200
+            for nonsense in ("list", "usage"):
+                refused = stand.ask(text=nonsense)
+                assert (refused.status_code, refused.json()["error"]["code"]) == (502, "upstream")
+            events = stand.wait_events(5)
+            assert sorted(event["status"] for event in events) == [200, 200, 400, 502, 502]
+            assert [event["prompt_tokens"] for event in events if event["completion_tokens"] > 10**6] == [0]
+            assert key not in (stand.home / "gateway.log").read_text()
 
 
 def test_addresses_by_command(database: Settings) -> None:
