@@ -219,7 +219,8 @@ class Bench:
         return found
 
     def _alone(self, request: Request) -> Result:
-        batch: Any = Batch(self.model, self.tokenizer, self.adapters, max_rows=1)
+        cells = len(request.prompt) + request.sampling.max_tokens
+        batch: Any = Batch(self.model, self.tokenizer, self.adapters, max_rows=1, max_cells=cells)
         row = batch.row(request)
         batch.join(row)
         while row.finish is None:
