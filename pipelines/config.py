@@ -172,7 +172,8 @@ class Limit(Section):
 
 class Tuning(Section):
     """The search. A trial trains `max_steps` steps at most; without it, `num_train_epochs` passes over the rows by
-    batches of the middle of the space. With `warm_start` it begins with what was best in the model's last studies.
+    batches of the middle of the space. With `warm_start` it begins with what was best in the model's last studies, and
+    with `start_from: champion` each trial with the weights of the version that serves, where that is of the same base.
     `workers` 0 is one a GPU or core (or TUNESMITH_SEARCH_WORKERS). `adapters_per_pass`: how many trials a worker
     trains in one pass over the base; 0 measures it at the study's start. `validation_rows` bounds the rows that
     trials are compared on (a seeded sample); None is all. With the method "prompt" there is no search: the version is
@@ -192,6 +193,7 @@ class Tuning(Section):
     sampler: Literal["tpe", "random"] = "tpe"
     seed: int = Field(default=0, ge=0, lt=2**31)
     warm_start: bool = True
+    start_from: Literal["base", "champion"] = "base"
     workers: int = Field(default=0, ge=0, le=1_024)
     adapters_per_pass: int = Field(default=0, ge=0, le=64)
     validation_rows: int | None = Field(default=None, ge=16)

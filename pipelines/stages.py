@@ -279,17 +279,19 @@ def _draw(run: runs.Run) -> dict[str, float]:
 
 
 def _init_bundle(plan: Plan, data: dict[str, Any]) -> str | None:
-    """A retrain goes on from the champion's adapter, unless told otherwise or the base is another one."""
-    champion = plan.champion
-    if plan.kind != "retrain" or champion is None or champion.base_digest != data["base"]:
-        return None
-    if plan.config.retrain is None or plan.config.retrain.start_from != "champion":
+    """The bundle whose adapter all trials begin with: the champion's, where the file says so (a retrain's default) and
+    it stands on the same base."""
+    champion, config = plan.champion, plan.config
+    start_from = config.tuning.start_from
+    if plan.kind == "retrain":
+        start_from = config.retrain.start_from if config.retrain is not None else "base"
+    if start_from != "champion" or champion is None or champion.base_digest != data["base"]:
         return None
     adapter = champion.adapter()
     if adapter is None:
         return None
     if json.loads((adapter / "adapter_config.json").read_text()).get("use_dora"):
-        log.warning("%s is DoRA, which no training goes on from: the retrain begins with the base", champion.name)
+        log.warning("%s is DoRA, which no training goes on from: trials begin with the base", champion.name)
         return None
     return champion.bundle_digest
 

@@ -310,6 +310,38 @@ def test_a_worker_whose_clock_is_an_hour_off_takes_nothing_from_the_others(spec:
     assert best.value == min(j.value for j in found if j.value is not None)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="what processes share is read from /proc")
+def test_workers_share_the_pages_of_one_base(spec: StudySpec) -> None:
+    """And ask for an end of their own before PostgreSQL's, should memory run out."""
+    coordinator = coordinate(replace(spec, workers=2, rungs=(400,), adapters_per_pass=1))
+
+    def at_work() -> set[int]:
+        return {int(str(j.worker).rpartition(":")[2]) for j in jobs() if j.state == "running"}
+
+    try:
+        until(lambda: len(at_work()) == 2)
+        for pid in at_work():
+            shared = private = 0
+            mine = False
+            for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+                if "-" in line.split(" ")[0]:
+                    mine = line.endswith("/model.safetensors")
+                elif mine and line.startswith("Shared_"):
+                    shared += int(line.split()[1])
+                elif mine and line.startswith("Private_"):
+                    private += int(line.split()[1])
+            assert shared > 1000  # of the 2.4 MB of builtin:tiny
+            assert private == 0
+            assert Path(f"/proc/{pid}/oom_score_adj").read_text().strip() == "500"
+    finally:
+        workers = psutil.Process(coordinator.pid).children()
+        coordinator.kill()
+        coordinator.wait()
+        for worker in workers:
+            worker.kill()
+        psutil.wait_procs(workers, timeout=60)
+
+
 def test_broken_and_repeated_trials_do_not_stop_the_others(spec: StudySpec) -> None:
     space = SPACE | {"learning_rate": [1e-3, 1e30]}
     best = search(replace(spec, space=space, trials=6, rungs=(8,)), progress=quiet)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pipelines import stages
 from pipelines.tuning import devices, memory
 from pipelines.tuning.search import as_large
 from pipelines.tuning.trainer import Trainer
@@ -99,3 +100,32 @@ def test_a_share_of_memory_counts_the_workers_of_other_studies(monkeypatch: pyte
     monkeypatch.setattr(memory.psutil, "process_iter", lambda names: found)
     assert memory.share(2, "cpu") == pytest.approx(whole / 4, abs=2)
     assert memory.share(8, "cpu") == pytest.approx(whole / 8, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tuning", "retrain", "base", "wanted"),
+    [
+        ("train", "base", None, "b", None),
+        ("train", "champion", None, "b", "the bundle"),
+        ("train", "champion", None, "another", None),
+        ("retrain", "base", "champion", "b", "the bundle"),
+        ("retrain", "champion", "base", "b", None),
+        ("retrain", "base", None, "b", None),
+    ],
+)
+def test_trials_begin_with_the_champions_weights_where_the_file_says_so(
+    tmp_path: Path, kind: Any, tuning: str, retrain: str | None, base: str, wanted: str | None
+) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"use_dora": false}')
+    champion = SimpleNamespace(base_digest="b", bundle_digest="the bundle", name="m:1", adapter=lambda: tmp_path)
+    config = SimpleNamespace(
+        tuning=SimpleNamespace(start_from=tuning),
+        retrain=None if retrain is None else SimpleNamespace(start_from=retrain),
+    )
+    plan = SimpleNamespace(kind=kind, champion=champion, config=config)
+    assert stages._init_bundle(plan, {"base": base}) == wanted  # type: ignore[arg-type]
+    plan.champion = None
+    assert stages._init_bundle(plan, {"base": base}) is None  # type: ignore[arg-type]
+    plan.champion = champion
+    (tmp_path / "adapter_config.json").write_text('{"use_dora": true}')
+    assert stages._init_bundle(plan, {"base": base}) is None  # type: ignore[arg-type]
