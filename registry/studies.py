@@ -46,7 +46,7 @@ class Job:
     tokens: int | None
     seconds: float | None
     adapter_parameters: int | None
-    latency_ms: float | None
+    latency_ms: float | None = None
     error: str | None
     updated_at: datetime
     clone_of: int | None

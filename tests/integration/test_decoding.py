@@ -112,6 +112,25 @@ def test_prompts_that_begin_alike_are_answered_as_alone(opened: tuple[Any, Any, 
     assert all(spared < length for spared, length in found)
 
 
+def test_prompts_that_join_together_are_answered_as_alone(opened: tuple[Any, Any, Adapters]) -> None:
+    """In one pass: of some a beginning is known, of some another one, of some nothing; long ones beside short ones."""
+    model, tokenizer, adapters = opened
+    system = tokenizer("on the mat the cat ran and a rat ran on and on over the mat " * 2).input_ids
+    requests = [
+        Request(
+            prompt=([] if n % 5 == 4 else system[: len(system) - 9 * (n % 2)]) + tokenizer(text).input_ids,
+            adapter=[None, "cats-v1", "dogs-v2"][n % 3],
+            sampling=Sampling(max_tokens=5, temperature=0.0, ignore_eos=True),
+        )
+        for n, text in enumerate(["a cat", "the rat " * 12, "a rat on the mat", "the", "a dog ran", "on and on"] * 5)
+    ]
+    alone = [generate(model, tokenizer, adapters, [request])[0] for request in requests]
+    together = generate(model, tokenizer, adapters, requests, max_rows=7)
+    for one, other in zip(alone, together, strict=True):
+        assert other.tokens == one.tokens
+        assert other.logprobs == pytest.approx(one.logprobs, abs=1e-4)
+
+
 def test_kept_beginnings_stay_within_their_tokens() -> None:
     import torch
     from transformers import DynamicCache
