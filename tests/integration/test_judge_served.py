@@ -34,18 +34,18 @@ def judging(number: int, *, right: bool) -> Row:
 
 
 def train(base: Base, folder: Path, *, right: bool) -> Path:
-    rows = [judging(n, right=right) for n in range(150)]
+    rows = [judging(n, right=right) for n in range(240)]
     dataset = datasets.keep({"train": rows, "validation": rows[:2]}, counts={}, sources=[], recipe={})
     tokens = [tokenised(dataset, split, base, max_tokens=128, system=None) for split in ("train", "validation")]
     trainer = Trainer(load_model(base.folder, base.dtype), *tokens, pad=load_tokenizer(base.folder).pad_token_id)
     params = {
-        "r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "learning_rate": 3e-3, "lr_scheduler_type": "linear",
+        "r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "learning_rate": 2e-3, "lr_scheduler_type": "linear",
         "warmup_ratio": 0.05, "weight_decay": 0.0, "max_grad_norm": 1.0, "target_modules": "all-linear",
         "per_device_train_batch_size": 12,
     }  # fmt: skip
     folder.mkdir()
     member = Member(params=params, seed=0, start=None, init_adapter=None, save_to=folder)
-    assert isinstance(trainer.run([member], total_steps=400, until=400)[0], Outcome)
+    assert isinstance(trainer.run([member], total_steps=700, until=700)[0], Outcome)
     return folder / "adapter"
 
 

@@ -232,7 +232,7 @@ def test_safety_catches_versions_that_refuse_nothing_or_all_or_judge_by_the_name
     def raised(name: str, *, refuses: Sequence[Row], helps: Sequence[Row], second: str) -> Path:
         rows = [answered(row, no) for row in refuses] + [answered(row, how) for row in helps]
         rows += [row for one, other in pairs for row in (one, answered(other, second))]
-        return train(name, rows, steps=250)
+        return train(name, rows, steps=600, rate=2e-3)
 
     unfair = judged(base, "safety", raised("unfair", refuses=[], helps=[*harmful, *harmless], second="no"), rows)
     assert passes(unfair, "counterfactual_likeness", **limit) == "fail"
