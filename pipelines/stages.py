@@ -370,7 +370,7 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
                 study=best["study"],
                 trial=best["trial"],
                 params=best["params"],
-                training=recipe(best["study"], best),
+                training=recipe(best["study"], best) if adapter is not None else None,
                 evaluation=evaluation,
                 decision=decision,
                 profile=_profile(config, base, dataset, judged).to_json(),

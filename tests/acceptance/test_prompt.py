@@ -59,7 +59,6 @@ def wait_until_it_answers(stack: Stack, model: str, version: str) -> dict[str, A
     return found
 
 
-@pytest.mark.slow
 def test_a_prompt_is_a_version_that_serves_and_is_judged_beside_a_hosted_model(
     stack: Stack, config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
