@@ -108,6 +108,7 @@ class PlanWish(_Body):
     min_minutes: float | None = Field(default=None, allow_inf_nan=False)
     max_hours: float | None = Field(default=None, allow_inf_nan=False)
     alpha: float | None = Field(default=None, allow_inf_nan=False)
+    ignore: list[str] | None = Field(default=None, max_length=10)
 
 
 class Beginning(_Body):

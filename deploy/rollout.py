@@ -99,13 +99,12 @@ def decide(
 ) -> Decision:
     """What a canary at a step (from 0) should do. `streams` are since it began, by the names of `WATCHED`; `requests`
     of the challenger and `in_step` are since the step began; `alerts` are open for it and not for the champion."""
-    paths = {w.name: log_evidence(streams[w.name]) for w in WATCHED if w.name in streams}
+    watched = [w for w in WATCHED if w.name in streams and w.name not in plan.ignore]
+    paths = {w.name: log_evidence(streams[w.name]) for w in watched}
     overall = _highest_mean(list(paths.values()))
     needed = 1 / plan.alpha
     enough = overall >= math.log(needed)
-    findings = tuple(
-        _finding(w, streams[w.name], paths[w.name], enough=enough, needed=needed) for w in WATCHED if w.name in paths
-    )
+    findings = tuple(_finding(w, streams[w.name], paths[w.name], enough=enough, needed=needed) for w in watched)
 
     def say(action: Literal["wait", "advance", "promote", "take_back", "stop"], reason: str) -> Decision:
         return Decision(action=action, reason=reason, evidence=_exp(overall), findings=findings)

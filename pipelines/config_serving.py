@@ -39,13 +39,15 @@ _PLAN = Plan()
 
 class Rollout(Section):
     """With ``promote: canary``: the shares of the traffic that a version gets one after the other, what a step takes,
-    and how often a version that is no worse may be taken back."""
+    and how often a version that is no worse may be taken back. `ignore` names what may be worse: ``long`` where longer
+    answers are no worse ones, say."""
 
     steps: tuple[Annotated[float, BeforeValidator(_share)], ...] = _PLAN.steps
     min_requests: int = _PLAN.min_requests
     min_time: Duration = timedelta(minutes=_PLAN.min_minutes)
     max_time: Duration = timedelta(hours=_PLAN.max_hours)
     alpha: float = _PLAN.alpha
+    ignore: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _sound(self) -> Rollout:
@@ -62,6 +64,7 @@ class Rollout(Section):
             min_minutes=self.min_time.total_seconds() / 60,
             max_hours=self.max_time.total_seconds() / 3600,
             alpha=self.alpha,
+            ignore=self.ignore,
         )
 
 

@@ -278,6 +278,7 @@ def canary(
 @click.option("--min-requests", type=int, help="Of the version's, that a step takes at least (100).")
 @click.option("--min-minutes", type=float, help="That a step takes at least (10).")
 @click.option("--max-hours", type=float, help="After which a step that had too few requests ends it (24).")
+@click.option("--ignore", multiple=True, metavar="WHAT", help="What may be worse, as long: longer answers. Repeatable.")
 @_why
 @_expect
 @json_option
@@ -287,6 +288,7 @@ def rollout(
     min_requests: int | None,
     min_minutes: float | None,
     max_hours: float | None,
+    ignore: tuple[str, ...],
     reason: str,
     expect_generation: int | None,
     as_json: bool,
@@ -301,7 +303,8 @@ def rollout(
     model, number = parse_version(target)
     shares = [parse_share(part) for part in steps.split(",")] if steps is not None else None
     wanted = {"steps": shares, "min_requests": min_requests, "min_minutes": min_minutes, "max_hours": max_hours}
-    plan = {name: value for name, value in wanted.items() if value is not None}
+    plan: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
+    plan |= {"ignore": list(ignore)} if ignore else {}
     change = desk().begin_rollout(model, number, plan, reason=reason, expect=expect_generation)
     share = f"{100 * change['challenger_share']:.4g} %"
     _told(change, f"{model}:{number} gets {share} of the traffic, to be stepped by what it shows", as_json)

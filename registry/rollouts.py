@@ -22,19 +22,22 @@ from registry.deployments import Change
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
 End = Literal["promoted", "taken_back", "stopped"]
+WATCHED = ("errors", "slow", "slowest", "long", "truncated", "empty", "disliked")  # in words: deploy/rollout.py
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A step is passed with `min_requests` of the challenger's after `min_minutes`; one that has too few after
     `max_hours` ends the canary, undecided. After the last one the version is promoted. The test takes a
-    version that is no worse back with a probability of at most `alpha`, over all steps; its alerts may too."""
+    version that is no worse back with a probability of at most `alpha`, over all steps; its alerts may too. What is in
+    `ignore`, of `WATCHED`, may be as much worse as it likes."""
 
     steps: tuple[float, ...] = (0.01, 0.05, 0.25, 0.5)  # and then all: at 100 % nobody is left to compare with
     min_requests: int = 100
     min_minutes: float = 10.0
     max_hours: float = 24.0
     alpha: float = 0.05
+    ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         rising = all(a < b for a, b in zip((0.0, *self.steps), self.steps, strict=False))
@@ -47,16 +50,18 @@ class Plan:
                 "A canary's step needs at least one request, and at least its minutes within its hours.",
                 hint="Look at min_requests, min_minutes and max_hours.",
             )
+        if unknown := [name for name in self.ignore if name not in WATCHED]:
+            raise UsageError(f"A canary does not watch {unknown[0]!r}.", hint=f"It watches {', '.join(WATCHED)}.")
         if not 0 < self.alpha <= 0.5:
             raise UsageError("A canary's alpha lies between 0 and 0.5.", hint="Such as 0.05.")
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "steps": list(self.steps)}
+        return {**asdict(self), "steps": list(self.steps), "ignore": list(self.ignore)}
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Plan:
         """What is left out is as usual."""
-        return cls(**{**body, **({"steps": tuple(body["steps"])} if "steps" in body else {})})
+        return cls(**{**body, **{name: tuple(body[name]) for name in ("steps", "ignore") if name in body}})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import asdict
 from datetime import timedelta
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from deploy.rollout import WATCHED, Decision, Stream, decide, log_evidence
 from infra.errors import UsageError
+from registry.rollouts import WATCHED as WATCHED_NAMES
 from registry.rollouts import Plan
 
 PLAN = Plan(steps=(0.1, 0.5, 1.0), min_requests=100, min_minutes=10, max_hours=1)
@@ -84,6 +86,21 @@ def test_what_is_worse_is_taken_back_and_said() -> None:
     )
     assert [(f.name, f.worse) for f in found.findings] == [("errors", True), ("slow", False)]
     assert asked({"errors": constant(30, 1, 90, 2, 10)}).action == "advance"  # better is not worse
+
+
+def test_what_is_ignored_takes_nobody_back() -> None:
+    assert [w.name for w in WATCHED] == list(WATCHED_NAMES)
+    streams = {"long": constant(60, 9, 10, 45, 90), "errors": constant(60, 0, 10, 0, 90)}
+    plan = Plan(**{**asdict(PLAN), "ignore": ("long",)})
+    for chosen, action in ((PLAN, "take_back"), (plan, "advance")):
+        decision = decide(chosen, 0, streams, requests=600, in_step=timedelta(minutes=60))
+        assert decision.action == action
+    assert [finding.name for finding in decision.findings] == ["errors"]
+    streams["errors"] = constant(60, 2, 10, 0, 90)
+    assert decide(plan, 0, streams, requests=600, in_step=timedelta(minutes=60)).action == "take_back"
+    assert Plan.from_json(plan.to_json()) == plan
+    with pytest.raises(UsageError, match="does not watch 'length'"):
+        Plan(ignore=("length",))
 
 
 def test_a_difference_that_does_not_matter_takes_nobody_back() -> None:
