@@ -181,7 +181,7 @@ def list_upstreams(as_json: bool) -> None:
 @click.argument("name")
 @json_option
 def remove(name: str, as_json: bool) -> None:
-    """Forget a name that no version in a slot needs."""
+    """Forget a name at which no version is asked that serves, served or is tried out."""
     from infra.db import transaction
     from registry import upstreams
 

@@ -16,8 +16,6 @@ import random
 import time
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
@@ -29,6 +27,7 @@ import orjson
 from deploy.breaker import LONGEST, Breaker
 from deploy.routing import Place, Served
 from infra.errors import TunesmithError, Unreachable, UsageError
+from infra.web import retry_after
 from registry.upstreams import read_key
 
 log = logging.getLogger(__name__)
@@ -257,7 +256,7 @@ class Upstream:
     def _explain_hosted(self, place: Place, response: aiohttp.ClientResponse, said: str) -> None:
         if response.status == 429:
             busy = Busy(f"{place.who} takes no more requests now: {said}", hint="Try again later.")
-            seconds = _retry_after(response.headers.get("retry-after", ""))
+            seconds = retry_after(response.headers.get("retry-after", ""), 1.0)
             self._breaker(place).pause(seconds)
             busy.retry_after = max(1, math.ceil(min(seconds, LONGEST)))
             raise _TryAgain(sick=False) from busy
@@ -404,20 +403,6 @@ def _answer(data: bytes, place: Place, key: str | None) -> dict[str, Any]:
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
         raise BadAnswer(f"{place.who}'s answer has no choices.")
     return value
-
-
-def _retry_after(asked: str) -> float:
-    """Seconds (RFC 9110, section 10.2.3: a number, or a date); 1 where it does not say."""
-    try:
-        seconds = float(asked)
-        return max(0.0, seconds) if math.isfinite(seconds) else 1.0
-    except ValueError:
-        pass
-    try:
-        at = parsedate_to_datetime(asked)
-    except ValueError:
-        return 1.0
-    return max(0.0, (at.replace(tzinfo=at.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
 
 
 def _said(answer: Any, key: str | None = None) -> str:

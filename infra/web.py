@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
@@ -57,3 +60,18 @@ def on_loopback(url: str) -> bool:
 
 def _opener(url: str) -> urllib.request.OpenerDirector:
     return _DIRECT if on_loopback(url) else _USUAL
+
+
+def retry_after(asked: str, otherwise: float) -> float:
+    """The seconds of a Retry-After header (RFC 9110, section 10.2.3: a number, or a date); `otherwise` where it says
+    nothing that can be read."""
+    try:
+        seconds = float(asked)
+        return max(0.0, seconds) if math.isfinite(seconds) else otherwise
+    except ValueError:
+        pass
+    try:
+        at = parsedate_to_datetime(asked)
+    except ValueError:
+        return otherwise
+    return max(0.0, (at.replace(tzinfo=at.tzinfo or UTC) - datetime.now(UTC)).total_seconds())

@@ -13,12 +13,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
 import httpx
 
+from infra.web import retry_after
 from pipelines import config_address
 from registry.upstreams import read_key
 
@@ -156,7 +155,7 @@ class Client:
                 self._give_up(f"{self.url} {said} when asked for {self.model}")
             if response.status_code in (429, 503):
                 failure = "limited" if response.status_code == 429 else "failed"
-                if (pause := _retry_after(response, 2 * pause)) > _LONGEST_WAIT:
+                if (pause := retry_after(response.headers.get("retry-after", ""), 2 * pause)) > _LONGEST_WAIT:
                     said += f" and asks to wait {pause:.0f} s"
                     break
                 self._not_before = max(self._not_before, time.monotonic() + pause)
@@ -235,17 +234,3 @@ def _line(text: str, key: str | None) -> str:
     """Foreign text as a part of one of our sentences, without the key."""
     flat = " ".join((text.replace(key, "***") if key else text).split())
     return flat[:_QUOTED].rstrip(".")
-
-
-def _retry_after(response: httpx.Response, otherwise: float) -> float:
-    """Seconds that a 429 or 503 asks for (RFC 9110, section 10.2.3: seconds, or a date)."""
-    asked = response.headers.get("retry-after", "")
-    try:
-        return max(0.0, float(asked))
-    except ValueError:
-        pass
-    try:
-        at = parsedate_to_datetime(asked)
-    except ValueError:
-        return otherwise
-    return max(0.0, (at.replace(tzinfo=at.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
