@@ -99,7 +99,9 @@ def _tell(result: dict[str, Any], as_json: bool) -> None:
     else:
         _evaluation_table(name, result["evaluation"])
         if (best := result["best"])["trials"]:
-            out.print(f"search: {best['trials']} trials begun, ended by {best['stopped_by']}", markup=False)
+            by = {"trials": "since all are through", "user": "by `study stop`"}
+            ended = by.get(best["stopped_by"], f"by tuning.budget.{best['stopped_by']}")
+            out.print(f"search: trials begun: {best['trials']}; it ended {ended}", markup=False)
         out.print(f"gate: {result['gate']['decision']}")
         for reason in result["gate"]["reasons"]:
             out.print(f"  {safe(reason)}", markup=False)
