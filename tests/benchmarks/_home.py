@@ -31,7 +31,7 @@ def temporary_home() -> Iterator[Home]:
     folder = Path(tempfile.mkdtemp(prefix="tunesmith-bench-"))
     folder.chmod(0o755)  # as root PostgreSQL runs as another user
     os.environ |= {
-        "TUNESMITH_HOME": str(folder), "PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false", "DO_NOT_TRACK": "1",
+        "TUNESMITH_HOME": str(folder), "TOKENIZERS_PARALLELISM": "false", "DO_NOT_TRACK": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "MLFLOW_DISABLE_TELEMETRY": "true",
     }  # fmt: skip
     try:
