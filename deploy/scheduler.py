@@ -21,7 +21,9 @@ from infra.errors import TunesmithError, Unreachable
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-JOINS_A_STEP = 8  # prompts run between two steps, so that those already decoding wait for few
+# Prompts that run between two steps, and their tokens (one prompt may be longer): those already decoding wait for few.
+JOINS_A_STEP = 8
+JOIN_TOKENS = 1024
 
 
 class Full(TunesmithError):
@@ -191,7 +193,12 @@ class Scheduler(threading.Thread):
     def _next(self, beside: Sequence[Row]) -> tuple[Ticket, int] | None:
         """The first in the queue, if there is a place for it beside those that join with it."""
         with self._changed:
-            if not self._waiting or not self._batch.fits(self._waiting[0][0].rows[self._waiting[0][1]], beside):
+            if not self._waiting:
+                return None
+            ticket, index = self._waiting[0]
+            row = ticket.rows[index]
+            tokens = sum(len(joining.request.prompt) for joining in (*beside, row))
+            if (beside and tokens > JOIN_TOKENS) or not self._batch.fits(row, beside):
                 return None
             return self._waiting.popleft()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 from lora import save_adapter, save_base
 
 from deploy.adapters import Adapters, BadAdapter, NameTaken
-from deploy.decoding import Batch, Request, generate, open_model
+from deploy.decoding import Batch, Finish, Request, Row, generate, open_model
 from deploy.prefixes import Prefixes
 from deploy.sampling import Sampling, Text
+from deploy.scheduler import Scheduler
 
 # PEFT 0.21 asks transformers 5.23 by an old name.
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -283,6 +285,40 @@ def test_cancelling_frees_the_place_and_disturbs_nobody(opened: tuple[Any, Any, 
         batch.step()
     assert tuple(stays.tokens) == alone.tokens
     assert gone.finish == "cancelled"
+
+
+def test_those_who_decode_wait_for_few_tokens_of_prompts(
+    opened: tuple[Any, Any, Adapters], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight prompts wait together; places there are for all of them, but not as many tokens at once."""
+    model, tokenizer, adapters = opened
+    joined: list[list[int]] = []
+    join = Batch.join
+
+    def seen(batch: Batch, *rows: Row) -> None:
+        joined.append([len(row.request.prompt) for row in rows])
+        join(batch, *rows)
+
+    monkeypatch.setattr(Batch, "join", seen)
+    prompt = tokenizer("the mat " * 300).input_ids[:300]
+    scheduler = Scheduler(model, tokenizer, adapters, max_rows=8, max_cells=65536, queue=16)
+
+    async def ask() -> list[Finish | None]:
+        sampling = Sampling(max_tokens=2, ignore_eos=True)
+        requests = [Request(prompt=prompt[: 300 - i], sampling=sampling) for i in range(8)]
+        ticket = scheduler.submit(requests, asyncio.get_running_loop())
+        ends: list[Finish | None] = []
+        while len(ends) < len(requests):
+            piece = await ticket.pieces.get()
+            ends += [piece.finish] if piece.finish is not None else []
+        return ends
+
+    scheduler.start()
+    try:
+        assert asyncio.run(ask()) == ["length"] * 8
+    finally:
+        scheduler.stop()
+    assert [rows for rows in joined if rows] == [[300, 299, 298], [297, 296, 295], [294, 293]]
 
 
 def test_an_adapter_removed_meanwhile_goes_on_for_its_rows(folders: dict[str, Path], opened: Any) -> None:
