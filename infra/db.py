@@ -13,17 +13,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, LiteralString, cast
+from typing import TYPE_CHECKING, Any, LiteralString, cast
 
 import orjson
 import psycopg
 from psycopg.rows import DictRow, dict_row
 from psycopg.types.json import set_json_loads
-from psycopg_pool import ConnectionPool, PoolTimeout
 
 from infra import migrate
 from infra.errors import Unreachable
 from infra.settings import get_settings
+
+if TYPE_CHECKING:
+    from psycopg_pool import ConnectionPool
 
 Connection = psycopg.Connection[DictRow]
 # Where a process logs nothing, as most commands, the pool's lines would go to the terminal, beside the error
@@ -35,6 +37,8 @@ _checked: set[str] = set()  # databases whose schema this process found to be it
 @lru_cache(maxsize=1)
 def pool() -> ConnectionPool[Connection]:
     """This process's connections to the ``tunesmith`` database, opened at first use, at most eight."""
+    from psycopg_pool import ConnectionPool
+
     made: ConnectionPool[Connection] = ConnectionPool(
         get_settings().database(),
         min_size=0,
@@ -51,16 +55,18 @@ def pool() -> ConnectionPool[Connection]:
 
 @contextmanager
 def transaction() -> Iterator[Connection]:
-    """One transaction on a pooled connection: commits at the end, rolls back when the block raises.
+    """One transaction: commits at the end, rolls back when the block raises.
 
     Raises Unreachable when the database does not answer, TunesmithError when its schema is another program's.
     """
     try:
-        if get_settings().database() not in _checked:
-            connect().close()  # fails at once and knows why; the pool would try for ten seconds and not say
-        with pool().connection() as conn:
-            yield conn
-    except (PoolTimeout, psycopg.OperationalError) as error:
+        if get_settings().database() in _checked:
+            with pool().connection() as conn:
+                yield conn
+        else:  # fails at once and knows why, while a pool tries for ten seconds; and a command needs no other one
+            with connect() as conn:
+                yield conn
+    except psycopg.OperationalError as error:  # also the pool's PoolTimeout
         raise migrate.unreachable(error) from error
 
 

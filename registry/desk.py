@@ -17,7 +17,7 @@ from urllib.parse import quote, urlencode
 from infra.db import transaction
 from infra.errors import Conflict, Refused, TunesmithError, Unreachable, UsageError
 from infra.settings import get_settings
-from registry import deployments, views
+from registry import deployments
 from registry.names import Ref, check_model_name
 
 Json = dict[str, Any]
@@ -91,18 +91,26 @@ class Here:
             return {"models": versions.list_models(conn)}
 
     def versions(self, model: str) -> Json:
+        from registry import views
+
         with transaction() as conn:
             return views.list_versions(conn, model)
 
     def show(self, ref: Ref) -> Json:
+        from registry import views
+
         with transaction() as conn:
             return views.describe(conn, ref)
 
     def compare(self, first: Ref, second: Ref) -> Json:
+        from registry import views
+
         with transaction() as conn:
             return views.compare(conn, first, second)
 
     def history(self, model: str, at: datetime | None) -> Json:
+        from registry import views
+
         with transaction() as conn:
             return views.history(conn, model, at)
 

@@ -28,6 +28,7 @@ def temporary_home() -> Iterator[Home]:
     """An empty, migrated home, by this process's environment and its children's; no setting of the caller's holds."""
     for name in [n for n in os.environ if n.startswith(("TUNESMITH_", "MLFLOW_", "PREFECT_", "PG"))]:
         del os.environ[name]
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # commands are measured as users have them: compiled once
     folder = Path(tempfile.mkdtemp(prefix="tunesmith-bench-"))
     folder.chmod(0o755)  # as root PostgreSQL runs as another user
     os.environ |= {
