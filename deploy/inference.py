@@ -323,16 +323,16 @@ class Inference:
         name = served.name if served else "none"
         self.metrics.requests.labels(name, call.slot, str(call.status)).inc()
         features, cost = _NO_FEATURES, 0.0
+        # Who hangs up before the usage comes has used what was sent all the same
+        completion = call.completion_tokens or len(call.text)
         kept: Any = None
         answer: str | None = None
         if served is not None:
             self.metrics.latency.labels(name).observe(now - call.started)
             self.metrics.tokens.labels(name, "prompt").inc(call.prompt_tokens)
-            self.metrics.tokens.labels(name, "completion").inc(call.completion_tokens)
+            self.metrics.tokens.labels(name, "completion").inc(completion)
             if call.first_at is not None:
                 self.metrics.first_token.labels(name).observe(call.first_at - call.started)
-            # Who hangs up before the usage comes has used what was sent all the same
-            completion = call.completion_tokens or len(call.text)
             cost = served.price.cost_usd(call.prompt_tokens, completion, call.engine_seconds)
             if call.slot != "shadow":  # which nobody asked for
                 tokens = call.prompt_tokens + completion
@@ -344,7 +344,7 @@ class Inference:
                     asked.messages,
                     Answer(
                         text=text,
-                        completion_tokens=call.completion_tokens,
+                        completion_tokens=completion,
                         finish_reason=call.finish_reason,
                         mean_logprob=call.mean_logprob,
                     ),
@@ -366,7 +366,7 @@ class Inference:
                 error=_without_nul(call.error)[:500] if call.error else None,
                 stream=asked.stream if asked else False,
                 prompt_tokens=call.prompt_tokens,
-                completion_tokens=call.completion_tokens,
+                completion_tokens=completion,
                 ttft_ms=(call.first_at - call.started) * 1000 if call.first_at is not None else call.engine_ttft_ms,
                 latency_ms=(now - call.started) * 1000,
                 engine_seconds=call.engine_seconds,

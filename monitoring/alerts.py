@@ -32,6 +32,8 @@ RECENT = timedelta(minutes=15)  # what latency and errors are read from; cost is
 _MIN_REQUESTS = 20
 _CLEAR = 0.8  # of a limit from above, 1 / _CLEAR of one from below; of a drift threshold, _CLEAR_DRIFT
 _CLEAR_DRIFT = 0.9
+_SEVERITIES: Sequence[Severity] = ("info", "warning", "critical")
+_STATES: Sequence[State] = ("over", "between", "unknown", "calm")  # which of several limits' states decides
 _SILENT = timedelta(hours=1)
 _GRACE = timedelta(seconds=30)  # that a gateway may take to follow a change
 NOT_SERVING = "not serving"
@@ -97,26 +99,30 @@ def figure(window: Window, metric: str) -> float | None:
 def look(
     conn: Connection, model: str, version: int, settings: Mapping[str, Any], now: datetime, span: timedelta
 ) -> list[Finding]:
-    """What the model's rules say of a version's traffic up to `now`; `span` is the model's window."""
+    """What the model's rules say of a version's traffic up to `now`, one finding for all limits of a figure on one
+    side; `span` is the model's window."""
     recent = windows.read(conn, model, version, now - RECENT, now)
-    findings = []
+    findings: dict[str, Finding] = {}
     for rule in rules_of(settings):
         window = windows.read(conn, model, version, now - span, now) if rule.metric == "cost_usd" else recent
         value = figure(window, rule.metric)
         limit = rule.above if rule.above is not None else rule.below
         side = "above" if rule.above is not None else "below"
         over = span if rule.metric == "cost_usd" else RECENT
-        findings.append(
-            Finding(
-                rule=f"{rule.metric} {side}",
-                state=rule.state(value),
-                severity=rule.severity,
-                message=f"{model}:{version}: {rule.metric} is {_figure(rule.metric, value)}, {side} "
-                f"{_figure(rule.metric, limit)}, over {window.requests} requests of the last {_minutes(over)}.",
-                details={"value": value, "limit": limit, "requests": window.requests},
-            )
+        finding = Finding(
+            rule=f"{rule.metric} {side}",
+            state=rule.state(value),
+            severity=rule.severity,
+            message=f"{model}:{version}: {rule.metric} is {_figure(rule.metric, value)}, {side} "
+            f"{_figure(rule.metric, limit)}, over {window.requests} requests of the last {_minutes(over)}.",
+            details={"value": value, "limit": limit, "requests": window.requests},
         )
-    return findings
+        findings[finding.rule] = min(findings.get(finding.rule, finding), finding, key=_order)
+    return list(findings.values())
+
+
+def _order(finding: Finding) -> tuple[int, int]:
+    return _STATES.index(finding.state), -_SEVERITIES.index(finding.severity)
 
 
 def look_at_gateways(conn: Connection, since: dict[str, tuple[int, datetime]], now: datetime) -> None:
@@ -172,13 +178,14 @@ def apply(conn: Connection, model: str, version: int, findings: Sequence[Finding
                     **key,
                     "id": uuid.uuid4(),
                     "severity": finding.severity,
+                    "severities": list(_SEVERITIES),
                     "message": finding.message,
                     "details": Jsonb(dict(finding.details)),
                 },
             )
             if row["opened"]:
                 log.warning("alert: %s", finding.message)
-            _tell_open(conn, key | row | {"severity": finding.severity, "message": finding.message})
+            _tell_open(conn, key | row | {"message": finding.message})
         elif finding.state == "calm" and (over := conn.execute(SQL["close"], key).fetchone()):
             log.info("alert over: %s of %s:%d", finding.rule, model, version)
             _tell_over(conn, key | over)
@@ -192,7 +199,7 @@ def apply(conn: Connection, model: str, version: int, findings: Sequence[Finding
 
 
 def _tell_open(conn: Connection, alert: Mapping[str, Any]) -> None:
-    """Tell of an open alert once; what is silenced later, mere information never."""
+    """Tell of an open alert once, and again when it is worse; what is silenced later, mere information never."""
     if alert["told_at"] is None and alert["severity"] != "info" and not silenced(conn, alert["model"], alert["rule"]):
         _tell(conn, "opened", alert)
         conn.execute(SQL["told"], {"id": alert["id"]})
@@ -210,7 +217,7 @@ def _tell(conn: Connection, what: Literal["opened", "closed"], alert: Mapping[st
     names = ("model", "version", "rule", "severity", "message", "opened_at", "closed_at")
     data = {name: alert.get(name) for name in names} | {"url": notifications.page(model, place)}
     body = {"type": f"alert.{what}", "timestamp": alert["closed_at" if what == "closed" else "opened_at"], "data": data}
-    notifications.enqueue(conn, model, f"alert-{alert['id']}-{what}", body)
+    notifications.enqueue(conn, model, f"alert-{alert['id']}-{what}-{alert['severity']}", body)
 
 
 def silence(conn: Connection, model: str, rule: str | None, span: timedelta, *, actor: str, reason: str) -> datetime:

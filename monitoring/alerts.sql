@@ -2,8 +2,14 @@
 insert into alert (id, model, version, rule, severity, message, details)
 values (%(id)s, %(model)s, %(version)s, %(rule)s, %(severity)s, %(message)s, %(details)s)
 on conflict (model, coalesce(version, 0), rule) where closed_at is null do update
-    set seen_at = now(), severity = excluded.severity, message = excluded.message, details = excluded.details
-returning id, opened_at, told_at, (xmax = 0) as opened
+    set seen_at = now(), message = excluded.message, details = excluded.details,
+        -- An open alert gets worse, never better, so that a figure at the upper of two limits does not flicker
+        (severity, told_at) = (
+            select case when worse then excluded.severity else alert.severity end,
+                   case when not worse then alert.told_at end
+            from (select array_position(%(severities)s::text[], excluded.severity)
+                         > array_position(%(severities)s::text[], alert.severity) as worse) compared)
+returning id, opened_at, told_at, severity, (xmax = 0) as opened
 
 -- name: gateways
 -- Of each model: how many gateways follow it, and how many of them do not serve all that it says

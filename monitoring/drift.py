@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ RESAMPLES = 4000
 MIN_REQUESTS = 100
 _MIN_ROWS = 30  # on either side; below that, a histogram says nothing
 _MIN_FEEDBACK = 0.2  # share of answers with a correction; below, corrections are a choice of the bad ones
+_EARLIER = 10_000  # scores that those of a time are compared with, at most
 
 Verdict = Literal["drift", "stable", "too_few"]
 
@@ -120,12 +121,12 @@ def judge(conn: Connection, model: str, version: int, since: datetime, until: da
     if row is None:
         raise NotFound(f"There is no version {model}:{version}.", hint=f"See `tunesmith versions {model}`.")
     least = int(row["settings"].get("monitoring", {}).get("min_requests", MIN_REQUESTS))
-    profile = Profile.from_json(row["profile"])
+    profile = reference(conn, Profile.from_json(row["profile"]), model, since)
     window = windows.read(conn, model, version, since, until)
-    live = {feature.name: window.histogram(feature.name) for feature in FEATURES}
-    feedback = _feedback(conn, model, version, since, until)
-    if sum(feedback) >= _MIN_FEEDBACK * window.answered:
-        live["similarity"] = feedback
+    given = quality(conn, model, version, since, until)
+    live = {feature.name: window.histogram(feature.name) for feature in FEATURES} | {"score": given["score"]}
+    if sum(given["similarity"]) >= _MIN_FEEDBACK * window.answered:
+        live["similarity"] = given["similarity"]
     compared: list[Moved] = []
     if window.answered < least:
         verdict: Verdict = "too_few"
@@ -150,14 +151,26 @@ def judge(conn: Connection, model: str, version: int, since: datetime, until: da
     }
 
 
-def _feedback(conn: Connection, model: str, version: int, since: datetime, until: datetime) -> list[int]:
-    similarity = FEATURE["similarity"]
+def quality(conn: Connection, model: str, version: int, since: datetime, until: datetime) -> dict[str, list[int]]:
+    """Histograms of what people said of a version's answers of a time: their scores, and how like their corrections
+    the answers were."""
+    edges = {name: list(FEATURE[name].edges) for name in ("similarity", "score")}
+    row = one(conn, SQL["feedback"], {"model": model, "version": version, "since": since, "until": until, **edges})
+    return {name: statistics.dense(row[name], FEATURE[name].bins) for name in edges}
+
+
+def reference(conn: Connection, profile: Profile, model: str, since: datetime) -> Profile:
+    """A version's profile, and what it cannot know since nobody had used it: the newest scores that were given, before
+    a time, to the model's answers, of whatever version."""
+    score = FEATURE["score"]
     row = one(
-        conn,
-        SQL["feedback"],
-        {"model": model, "version": version, "since": since, "until": until, "edges": list(similarity.edges)},
+        conn, SQL["earlier_scores"], {"model": model, "since": since, "edges": list(score.edges), "most": _EARLIER}
     )
-    return statistics.dense(row["histogram"], similarity.bins)
+    if row["score"] is None:
+        return profile
+    return replace(
+        profile, histograms={**profile.histograms, "score": tuple(statistics.dense(row["score"], score.bins))}
+    )
 
 
 def _new_words(window: windows.Window) -> list[str]:

@@ -9,14 +9,28 @@ order by version
 
 -- name: feedback
 -- Feedback is given after its request, so the index on `at` bounds what is read.
-select coalesce(sum(n), 0)::int as n, jsonb_object_agg(bin, n) filter (where bin is not null) as histogram
-from (
-    select width_bucket(similarity, %(edges)s::float8[]) as bin, count(*) as n
+with given as (
+    select similarity, score
     from feedback
     where model = %(model)s and version = %(version)s and at >= %(since)s
-        and request_at >= %(since)s and request_at <= %(until)s and similarity is not null
-    group by 1
-) bins
+        and request_at >= %(since)s and request_at <= %(until)s
+)
+select
+    (select jsonb_object_agg(bin, n) from (
+        select width_bucket(similarity, %(similarity)s::float8[]) as bin, count(*) as n
+        from given where similarity is not null group by 1) bins) as similarity,
+    (select jsonb_object_agg(bin, n) from (
+        select width_bucket(score, %(score)s::float8[]) as bin, count(*) as n
+        from given where score is not null group by 1) bins) as score
+
+-- name: earlier_scores
+select jsonb_object_agg(bin, n) as score from (
+    select width_bucket(score, %(edges)s::float8[]) as bin, count(*) as n
+    from (
+        select score from feedback
+        where model = %(model)s and at < %(since)s and score is not null
+        order by at desc limit %(most)s) newest
+    group by 1) bins
 
 -- name: put_verdict
 insert into verdict (id, model, version, since, until, verdict, body)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,13 +16,17 @@ from deploy import recorder
 from deploy.recorder import Event, event_time
 from infra.db import Connection, load_queries
 from infra.errors import UsageError
+from infra.settings import get_settings
+from infra.storage import text_digest
 from registry.names import MODEL_NAME
+from registry.pricing import MachinePrice, Price, parse_price
 from registry.privacy import redact
 from registry.profile import FEATURES, Answer, Extractor, Profile
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
 
 _MAX_PROBLEMS = 20
+_AHEAD = timedelta(hours=1)  # that a sender's clock may be before ours
 _Count = Field(default=0, ge=0, le=2**31 - 1)
 _Amount = Field(default=0.0, ge=0, le=1e12, allow_inf_nan=False)
 
@@ -34,8 +39,10 @@ class Message(BaseModel):
 
 
 class Foreign(BaseModel):
-    """One event, as sent. `id` is a UUIDv7 that the sender keeps through repeats; its time is the event's. Text is
-    used for the features and kept, redacted, only where the model keeps text. `mean_logprob` as in Answer."""
+    """One event, as sent. `id` is a UUIDv7 that the sender keeps through repeats; its time is the event's, not older
+    than events are kept. Text is used for the features and kept, redacted, only where the model keeps text; `user` is
+    whose it was, kept as a hash, as in a request of ours. Without `cost_usd` the model's price holds. `mean_logprob` as
+    in Answer."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -52,18 +59,23 @@ class Foreign(BaseModel):
     ttft_ms: float | None = Field(default=None, ge=0, le=1e9, allow_inf_nan=False)
     latency_ms: float = Field(ge=0, le=1e9, allow_inf_nan=False)
     engine_seconds: float = _Amount
-    cost_usd: float = _Amount
+    cost_usd: float | None = Field(default=None, ge=0, le=1e12, allow_inf_nan=False)
     finish_reason: str | None = Field(default=None, max_length=40)
     mean_logprob: float | None = Field(default=None, le=0, allow_inf_nan=False)
     messages: list[Message] | None = Field(default=None, max_length=1000)
     answer: str | None = Field(default=None, max_length=1_000_000)
+    user: str | None = Field(default=None, min_length=1, max_length=512)
 
     @field_validator("id")
     @classmethod
     def _version_7(cls, value: uuid.UUID) -> uuid.UUID:
         if value.version != 7:
             raise ValueError("must be a UUIDv7, whose time is the event's")
-        event_time(value)
+        now, kept = datetime.now(UTC), timedelta(days=get_settings().event_retention_days)
+        if not now - kept <= event_time(value) <= now + _AHEAD:
+            raise ValueError(
+                f"its time must be of the last {kept.days} days, which events are kept for, and not to come"
+            )
         return value
 
     @field_validator("client_request_id", "error", "finish_reason", "answer")
@@ -110,11 +122,14 @@ def store(conn: Connection, replica: uuid.UUID, found: Sequence[Foreign]) -> int
     for event in found:
         ref = (event.model, event.version)
         monitoring = known[ref]["settings"].get("monitoring") or {}
-        rows.append(_event(event, extractors[ref], keep_text=bool(monitoring.get("keep_text", False))))
+        price: Price = MachinePrice(per_machine_hour_usd=get_settings().machine_usd_per_hour)
+        if own := monitoring.get("price"):
+            price = parse_price(own)
+        rows.append(_event(event, extractors[ref], price, keep_text=bool(monitoring.get("keep_text", False))))
     return recorder.store(conn, replica, rows) if rows else 0
 
 
-def _event(event: Foreign, extractor: Extractor, *, keep_text: bool) -> Mapping[str, Any]:
+def _event(event: Foreign, extractor: Extractor, price: Price, *, keep_text: bool) -> Mapping[str, Any]:
     messages = [message.model_dump() for message in event.messages or ()]
     features: list[float] = []
     if event.status == 200 and event.messages is not None and event.answer is not None:
@@ -126,8 +141,13 @@ def _event(event: Foreign, extractor: Extractor, *, keep_text: bool) -> Mapping[
         )
         features = extractor.features(messages, answer, event.prompt_tokens)
     kept = keep_text and event.messages is not None
+    cost = event.cost_usd
+    if cost is None:
+        cost = price.cost_usd(event.prompt_tokens, event.completion_tokens, event.engine_seconds)
     made = Event(
-        **event.model_dump(exclude={"messages", "answer", "mean_logprob"}),
+        **event.model_dump(exclude={"messages", "answer", "mean_logprob", "cost_usd", "user"}),
+        cost_usd=cost,
+        subject=None if event.user is None else text_digest(event.user),
         features=features or [float("nan")] * len(FEATURES),
         messages=[{**m, "content": redact(m["content"]).replace("\0", "\ufffd")} for m in messages] if kept else None,
         answer=redact(event.answer) if kept and event.answer is not None else None,

@@ -73,9 +73,15 @@ def _advice(model: str, moved: Sequence[Moved]) -> str:
             f"help: send corrections for such requests (POST /v1/feedback) and retrain (`tunesmith retrain {model}`)."
         )
     if "quality" in sides:
+        corrected = any(m.feature.name == "similarity" for m in moved)
+        what, which = (
+            ("correct the answers more than the evaluation promised", "corrected")
+            if corrected
+            else ("like the answers less than they did", "disliked")
+        )
         return (
-            "The requests are the same, but people correct the answers more than the evaluation promised: look at "
-            f"corrected requests, then retrain (`tunesmith retrain {model}`) or go back (`tunesmith rollback {model}`)."
+            f"The requests are the same, but people {what}: look at {which} requests, then retrain "
+            f"(`tunesmith retrain {model}`) or go back (`tunesmith rollback {model}`)."
         )
     return (
         "The requests are the same, only the answers changed, so look at the version and its engine: compare it with "

@@ -35,7 +35,10 @@ where f.request_id = any(%(ids)s) and e.at = f.request_at and e.id = f.request_i
     and (f.correction is not null or f.label is not null)
 
 -- name: unsettled
-select request_id from feedback where model = '' order by at desc limit %(limit)s
+-- Of those that wait, whose request is there by now: any number of made-up ids is no hindrance
+select f.request_id
+from feedback f join request_event e on e.at = f.request_at and e.id = f.request_id
+where f.model = '' limit %(limit)s
 
 -- name: drop_unsettled
 delete from feedback where model = '' and at < now() - interval '2 days'

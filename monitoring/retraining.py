@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,19 @@ _MIN_ROWS = 200
 _COOLDOWN = timedelta(hours=24)
 
 
-def consider(conn: Connection, model: str, version: int, verdict: uuid.UUID, settings: Mapping[str, Any]) -> None:
+def consider(
+    conn: Connection,
+    model: str,
+    version: int,
+    verdict: uuid.UUID,
+    settings: Mapping[str, Any],
+    features: Sequence[Mapping[str, Any]],
+) -> None:
     """Ask for a retraining because of a drift verdict on the champion, or say once what stands against it.
 
-    Guards: ``retrain.on`` is drift; nothing was asked in this episode; no run of the model is in progress; the last
-    request is at least ``retrain.cooldown`` ago; at least ``retrain.min_rows`` corrections of kept requests came
-    since it.
+    Guards: ``retrain.on`` is drift; nothing was asked in this episode; what moved, of the verdict's `features`, is
+    something that training helps against; no run of the model is in progress; the last request is at least
+    ``retrain.cooldown`` ago; at least ``retrain.min_rows`` corrections of kept requests came since it.
     """
     policy = settings.get("retrain") or {}
     opened_at = alerts.open_since(conn, model, version, "drift")
@@ -43,6 +50,8 @@ def consider(conn: Connection, model: str, version: int, verdict: uuid.UUID, set
     if last_asked is not None and last_asked >= opened_at:
         return
     against = _against(conn, model, policy, last_asked)
+    if not any(f["drifted"] and (f["side"] != "output" or f["name"] == "mean_logprob") for f in features):
+        against = "Only the answers changed, not what is asked nor what people say of them: look at version and engine."
     newest = conn.execute(SQL["newest"], {"model": model}).fetchone()
     waiting = newest if newest and newest["state"] == "refused" and newest["at"] >= opened_at else None
     if against is None:

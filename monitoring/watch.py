@@ -262,7 +262,7 @@ def _judge(conn: Connection, row: Mapping[str, Any], now: datetime) -> None:
         conn, model, version, [alerts.of_verdict(body), *alerts.look(conn, model, version, settings, now, span)]
     )
     if row["slot"] == "champion" and body["verdict"] == "drift":
-        retraining.consider(conn, model, version, identifier, settings)
+        retraining.consider(conn, model, version, identifier, settings, body["features"])
 
 
 def _expected(error: Exception) -> bool:

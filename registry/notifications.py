@@ -35,7 +35,7 @@ SQL = load_queries(Path(__file__).with_suffix(".sql"))
 log = logging.getLogger(__name__)
 Target = Literal["webhook", "slack"]
 
-_SECONDS = 4.0  # for one answer; the watcher has more to do
+_SECONDS = 4.0  # for one answer, and for all of a turn's to begin: the watcher has more to do
 _ATTEMPTS = 60  # at most five minutes apart: about five hours
 
 
@@ -49,7 +49,8 @@ def deliver(conn: Connection, limit: int = 20) -> int:
     """Tell the webhook, and Slack, what waits for each, oldest first; returns how many were taken (answered 2xx).
 
     The first that fails keeps its place, and all for that address are tried again after 1, 2, 4 ... 300 seconds; after
-    `_ATTEMPTS` it is given up, with a line in the log. Nothing is raised for it. Without an address nobody is told.
+    `_ATTEMPTS` it is given up, with a line in the log. Nothing is raised for it. Without an address nobody is told. An
+    address that is slow to answer has the rest at the next call.
     """
     settings = get_settings()
     urls: dict[Target, str | None] = {"webhook": settings.webhook_url, "slack": settings.slack_url}
@@ -60,8 +61,10 @@ def _deliver(conn: Connection, target: Target, url: str | None, limit: int) -> i
     if url is None:
         conn.execute(SQL["nobody"], {"target": target})
         return 0
-    taken = 0
+    taken, until = 0, time.monotonic() + _SECONDS
     for row in conn.execute(SQL["open"], {"limit": limit, "target": target}).fetchall():
+        if time.monotonic() > until:
+            break
         number, attempts, name, body = (row.pop(column) for column in ("id", "attempts", "name", "message"))
         if body is None:
             name, body = f"ledger-{row['model']}-{row['generation']}", message(Entry(**row))

@@ -11,8 +11,9 @@ from markupsafe import Markup
 from starlette.responses import Response
 
 from infra.db import Connection, one, transaction
+from infra.durations import parse_duration
 from infra.errors import NotFound
-from monitoring import drift, statistics, windows
+from monitoring import drift, windows
 from monitoring.console import charts, figures, strips
 from monitoring.console.model import look
 from monitoring.console.render import RANGES, SQL, Visit, draw, whole
@@ -27,11 +28,10 @@ _BINS = 24  # of a drawn distribution, at most
 
 def show(visit: Visit) -> Response:
     """The verdict of one version (the champion, if none is named) and all its features."""
-    name, since = check_model_name(visit.path("model")), visit.since()
-    until = datetime.now(UTC)
-    begin = until - RANGES[since]
+    name, until = check_model_name(visit.path("model")), datetime.now(UTC)
     with transaction() as conn:
         now = deployments.read(conn, name)
+        since, begin = _range(conn, visit, name, until)
         numbers = [row["number"] for row in conn.execute(SQL["numbers"], {"model": name})]
         number = whole(visit.query("version"), "version") if visit.query("version") else _first(now.champion, numbers)
         if number is None:
@@ -45,8 +45,13 @@ def show(visit: Visit) -> Response:
         profile = conn.execute(SQL["profile"], {"model": name, "number": number}).fetchone()
         retrains = conn.execute(SQL["retrains"], {"model": name}).fetchall()
         live = _live(conn, name, number, window, begin, until)
-    reference = Profile.from_json(profile["profile"]) if profile and profile["profile"] else Profile(histograms={})
-    features = sorted(report["features"], key=lambda f: -_ratio(f))
+        known = Profile.from_json(profile["profile"] if profile else {})
+        reference = drift.reference(conn, known, name, begin)
+    features, features_at = report["features"], None
+    for verdict in reversed(verdicts):  # too few requests to compare now: what they last showed
+        if not features and (features := verdict["body"].get("features", [])):
+            features_at = verdict["at"]
+    features = sorted(features, key=lambda f: -_ratio(f))
     wanted = visit.query("feature") or (features[0]["name"] if features else "")
     return draw(
         visit,
@@ -59,6 +64,7 @@ def show(visit: Visit) -> Response:
         report=report,
         requests=window.requests,
         features=[_row(f, verdicts, begin, until) for f in features],
+        features_at=features_at,
         begin=begin,
         until=until,
         judged=len(verdicts),
@@ -67,6 +73,14 @@ def show(visit: Visit) -> Response:
         new_words=_new_words(window),
         retrains=[r for r in retrains if r["version"] == number],
     )
+
+
+def _range(conn: Connection, visit: Visit, model: str, until: datetime) -> tuple[str, datetime]:
+    """The range that was asked for, or else what the watcher judges by, and where it begins."""
+    if (asked := visit.query("since")) in RANGES:
+        return asked, until - RANGES[asked]
+    span = one(conn, SQL["judged_over"], {"model": model})["span"] or "24h"
+    return span, until - parse_duration(span)
 
 
 def _new_words(window: windows.Window) -> list[tuple[str, int]]:
@@ -99,7 +113,7 @@ def _row(
             if other["name"] == f["name"] and ratio >= 0:
                 worst[index] = max(ratio, worst[index] or 0.0)
     label = _label(f["name"])
-    cells = [(ratio, f"{label}\n{_span(begin + i * length, length)}\n{_says(ratio)}") for i, ratio in enumerate(worst)]
+    cells = [(ratio, f"{label}\n{_times(begin + i * length, length)}\n{_says(ratio)}") for i, ratio in enumerate(worst)]
     return {**f, "label": label, "ratio": _ratio(f), "heat": strips.heat(cells, title=f"{label} over time")}
 
 
@@ -108,7 +122,7 @@ def _label(name: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _span(at: datetime, length: timedelta) -> str:
+def _times(at: datetime, length: timedelta) -> str:
     return f"{at:%b} {at.day}, {at:%H:%M} – {at + length:%H:%M} UTC"
 
 
@@ -119,14 +133,8 @@ def _says(ratio: float | None) -> str:
 def _live(
     conn: Connection, model: str, number: int, window: windows.Window, begin: datetime, until: datetime
 ) -> dict[str, Sequence[int]]:
-    """The live histograms; how like corrections the answers were comes from feedback, which arrives later."""
-    asked = {"model": model, "version": number, "since": begin, "until": until}
-    edges = list(FEATURE["similarity"].edges)
-    row = one(conn, drift.SQL["feedback"], {**asked, "edges": edges})
-    return {
-        **{name: window.histogram(name) for name in FEATURE},
-        "similarity": statistics.dense(row["histogram"], FEATURE["similarity"].bins),
-    }
+    """The live histograms; quality comes from feedback, which arrives later."""
+    return {name: window.histogram(name) for name in FEATURE} | drift.quality(conn, model, number, begin, until)
 
 
 def _distribution(name: str, reference: Profile, live: Mapping[str, Sequence[int]], number: int) -> Markup | None:

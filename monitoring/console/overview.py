@@ -22,13 +22,15 @@ def models(visit: Visit) -> Response:
 
 def _card(conn: Connection, row: dict[str, Any]) -> dict[str, Any]:
     # A young model's whole traffic lies in a shorter range than a day, which shows more of its course.
-    day = traffic.read(conn, row["name"], RANGES[traffic.natural_range(conn, row["name"])])
+    shown = traffic.natural_range(conn, row["name"])
+    day = traffic.read(conn, row["name"], RANGES[shown])
     return {
         **row,
+        "range": shown,
         "day": day.total,
         "spark": strips.sparkline(
             [bucket.requests for bucket in day.buckets],
-            title=f"Requests to {row['name']} over the last 24 hours: {number(day.total.requests)}",
+            title=f"Requests to {row['name']} over the last {shown}: {number(day.total.requests)}",
             height=44,
         ),
     }

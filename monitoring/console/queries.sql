@@ -3,10 +3,13 @@ select count(*) as open from alert where closed_at is null
 
 -- name: models
 select m.name, m.created_at, coalesce(d.generation, 0) as generation, d.champion, d.challenger, d.challenger_share,
-       d.shadow, d.updated_at, v.versions, a.alerts, a.worst, t.verdict, t.verdict_at, t.explanation,
+       d.shadow, s.serves_since, v.versions, a.alerts, a.worst, t.verdict, t.verdict_at, t.explanation,
        r.run_kind, r.run_state, r.run_started_at
 from model m
 left join deployment d on d.model = m.name
+left join lateral (
+    select at as serves_since from ledger where model = m.name and slot = 'champion' order by generation desc limit 1
+    ) s on true
 cross join lateral (select count(*) as versions from version where model = m.name) v
 cross join lateral (
     select count(*) as alerts, bool_or(severity = 'critical') as worst
@@ -195,3 +198,6 @@ select name, output, seconds, created_at from stage where run_id = %(id)s order 
 
 -- name: profile
 select profile from version where model = %(model)s and number = %(number)s
+
+-- name: judged_over
+select settings -> 'monitoring' ->> 'window' as span from model where name = %(model)s

@@ -50,6 +50,18 @@ def row(identifier: uuid.UUID | str) -> dict[str, Any]:
         return one(conn, "select * from feedback where request_id = %(id)s", {"id": str(identifier)})
 
 
+def test_made_up_requests_hold_up_nobody(model: str) -> None:
+    real = event()
+    give({"request_id": real["id"], "score": 1})
+    for _ in range(30):
+        give({"request_id": str(traffic.uuid7(traffic.minutes_ago(0))), "score": -1})
+    send(real)
+    with transaction() as conn:
+        assert feedback.settle(conn, limit=10) == 1
+        assert feedback.settle(conn, limit=10) == 0
+    assert row(real["id"])["model"] == "m"
+
+
 def test_last_write_wins_and_similarity_is_chrf(model: str) -> None:
     kept = event(keep_text=True)
     send(kept)

@@ -388,6 +388,7 @@ def test_a_client_that_goes_away_frees_its_slot(stand: Stand) -> None:
         assert stand.stats()["active"] == 0
     gone = [e for e in stand.wait_events(2) if e["status"] == 499]
     assert [e["stream"] for e in gone] == [True, False]
+    assert 1 <= gone[0]["completion_tokens"] < 50, "what was sent counts"
 
 
 def test_an_engine_that_fails(stand: Stand) -> None:

@@ -25,6 +25,7 @@ from infra import migrate, ports, postgres
 from infra.db import one, transaction
 from infra.errors import TunesmithError
 from infra.settings import Settings, get_settings
+from infra.storage import text_digest
 
 OLD = [(f"pathlib.Path.m{i}(self, path, mode=0o777)", f"Do what number {i} does to a path.") for i in range(200)]
 NEW = [(f"torch.op{i}(tensor, axis=-1, dtype=None, keepdims=False)", f"Reduce a tensor, {i}.") for i in range(200)]
@@ -165,6 +166,16 @@ def test_feedback_and_foreign_events_over_http(database: Settings) -> None:
             assert "line 3: not JSON" in wrong.text
             assert "line 4: id: must be a UUIDv7" in wrong.text
             assert post("/v1/events", orjson.dumps({**event, "version": 9}), "operator").status_code == 400
+            for minutes in (-120, 31 * 24 * 60):
+                other = {**event, "id": str(traffic.uuid7(traffic.minutes_ago(minutes)))}
+                refused = post("/v1/events", orjson.dumps(other), "operator")
+                assert refused.status_code == 400
+                assert "line 1: id: its time must be of the last 30 days" in refused.text
+            priced = {**event, "id": str(traffic.uuid7(traffic.minutes_ago(1))), "engine_seconds": 36, "user": "ada"}
+            assert post("/v1/events", orjson.dumps(priced), "operator").json() == {"events": 1, "new": 1}
+            [stored] = [e for e in stand.events() if str(e["id"]) == priced["id"]]
+            assert stored["cost_usd"] == pytest.approx(0.001), "at the price of a machine hour, 0.10 dollars"
+            assert stored["subject"] == text_digest("ada")
             kept = next(e for e in stand.events() if str(e["id"]) == event["id"])
             assert kept["messages"] == [{"role": "user", "content": "mail [EMAIL]"}]
             assert kept["features"][0] == 4

@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import json
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -34,6 +35,7 @@ class Receiver:
     got: list[dict[str, Any]] = field(default_factory=list)
     refused: int = 0
     slack: list[str] = field(default_factory=list)
+    seconds: float = 0.0  # that it takes for an answer
 
 
 @pytest.fixture
@@ -49,6 +51,7 @@ def receiver(database: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Re
                 self.send_response(200)
                 self.end_headers()
                 return
+            time.sleep(made.seconds)
             status = made.statuses.pop(0) if made.statuses else 200
             name, at = self.headers["webhook-id"], self.headers["webhook-timestamp"]
             right = hmac.new(SECRET.encode(), f"{name}.{at}.".encode() + body, hashlib.sha256).digest()
@@ -141,6 +144,17 @@ def test_what_can_never_be_told_is_given_up(receiver: Receiver, caplog: pytest.L
     assert deliver() == 1
     assert "never told of ledger-m-1" in caplog.text
     assert [each["data"]["generation"] for each in receiver.got] == [2]
+
+
+def test_a_slow_receiver_does_not_hold_up_the_watcher(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    promote(1)
+    promote(2)
+    monkeypatch.setattr(notifications, "_SECONDS", 0.5)
+    receiver.seconds = 0.4
+    promote(3)
+    assert deliver() == 2, "the third is not begun: half a second is over"
+    assert deliver() == 1
+    assert [each["data"]["generation"] for each in receiver.got] == [1, 2, 3]
 
 
 def test_a_crash_after_the_telling_tells_it_again_under_the_same_id(receiver: Receiver) -> None:

@@ -270,6 +270,87 @@ def test_limits_open_and_close_with_hysteresis(database: Settings) -> None:
     assert "p95_latency_ms is 9" in next(a["message"] for a in history if a["rule"].startswith("p95"))
 
 
+def test_several_limits_of_a_figure_are_one_alert_that_only_gets_worse(database: Settings) -> None:
+    profile = traffic.profile([], [])
+    limits = [{"metric": "p95_latency_ms", "above": 500, "severity": "warning"},
+              {"metric": "p95_latency_ms", "above": 1000, "severity": "critical"}]  # fmt: skip
+    with transaction() as conn:
+        traffic.register(conn, "m", 1, profile, settings={"monitoring": {"alerts": limits}})
+    watcher = watch.Watcher("test")
+
+    def look(latency: float) -> list[tuple[str, bool]]:
+        with transaction() as conn:
+            conn.execute("truncate request_event, event_batch, traffic_window")
+        served([("f(x)", "Return x.")] * 40, 1, profile, latency_ms=latency)
+        turn(watcher)
+        turn(watcher)
+        with transaction() as conn:
+            return [(a["severity"], a["closed_at"] is not None) for a in alerts.listing(conn, "m", closed=True)]
+
+    assert look(700) == [("warning", False)], "over one limit and clear of the other: neither opened and closed"
+    assert look(1200) == [("critical", False)]
+    assert look(700) == [("critical", False)]
+    assert look(450) == [("critical", False)], "between"
+    assert look(300) == [("critical", True)]
+    with transaction() as conn:
+        told = conn.execute("select message from notification where target = 'webhook' order by id").fetchall()
+    assert [(t["message"]["type"], t["message"]["data"]["severity"]) for t in told] == [
+        ("alert.opened", "warning"), ("alert.opened", "critical"), ("alert.closed", "critical"),
+    ]  # fmt: skip
+
+
+def test_no_retraining_where_only_the_answers_changed(
+    prefect: Prefect, worlds: tuple[list[traffic.Pair], list[traffic.Pair]]
+) -> None:
+    """An engine that answers nothing cannot be mended by training."""
+    old, _ = worlds
+    profile = traffic.profile(old[:900], old[900:1060])
+    settings = SETTINGS | {"retrain": {"on": "drift", "min_rows": 0, "cooldown": "10m"}}
+    with transaction() as conn:
+        traffic.register(conn, "m", 1, profile, settings=settings)
+    served([(asked, "") for asked, _ in old[1060:1260]], 1, profile)
+    watcher = watch.Watcher("test")
+    turn(watcher)
+    assert verdict(1) == "drift"
+    assert [(r["state"], r["reason"].split(",")[0]) for r in requests()] == [("refused", "Only the answers changed")]
+    assert prefect.created == []
+    watcher.release()
+
+
+def test_scores_are_compared_with_those_given_before(
+    database: Settings, worlds: tuple[list[traffic.Pair], list[traffic.Pair]]
+) -> None:
+    old, _ = worlds
+    profile = traffic.profile(old[:900], old[900:1060])
+    with transaction() as conn:
+        traffic.register(conn, "m", 1, profile, settings=SETTINGS)
+
+    def rated(pairs: list[traffic.Pair], liked: float) -> None:
+        events = served(pairs, 1, profile)
+        items = [{"request_id": e["id"], "score": 1 if i < liked * 60 else -1} for i, e in enumerate(events[:60])]
+        with transaction() as conn:
+            feedback.record(conn, [feedback.parse(item) for item in items], model="m")
+
+    watcher = watch.Watcher("test")
+    rated(old[1060:1260], 0.9)
+    turn(watcher)
+    assert verdict(1) == "stable", "nothing was there before"
+    with transaction() as conn:
+        conn.execute("truncate request_event, event_batch, traffic_window")
+        conn.execute("update feedback set at = at - interval '2 days', request_at = request_at - interval '2 days'")
+    rated(old[1260:1460], 0.85)
+    turn(watcher)
+    assert verdict(1) == "stable"
+    with transaction() as conn:
+        conn.execute("update feedback set score = -1 where at > now() - interval '1 day'")
+    turn(watcher)
+    assert verdict(1) == "drift"
+    _, body = drift_json("m:1")
+    assert [f["name"] for f in body["features"] if f["drifted"]] == ["score"]
+    assert "people like the answers less than they did" in body["explanation"]
+    watcher.release()
+
+
 def test_a_gateway_that_cannot_follow_is_an_alert(database: Settings) -> None:
     for number in (1, 2):
         with transaction() as conn:
