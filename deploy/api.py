@@ -271,7 +271,7 @@ def _changes(app: FastAPI) -> None:
         check_force(who, body.force)
         if if_match is None:
             raise PreconditionRequired("If-Match is missing.", hint="Send the generation that you read.")
-        text = if_match.strip().strip('"')
+        text = if_match.strip().removeprefix("W/").strip('"')  # weak, where a proxy compressed the answer
         if not (text.isascii() and text.isdigit() and len(text) < 18):
             raise UsageError("If-Match must be a generation.", hint="Send the ETag of GET .../deployment.")
         common = _Common(actor=who.actor, reason=body.reason, expect_generation=int(text))
@@ -330,7 +330,9 @@ def _changes(app: FastAPI) -> None:
             for part in file:
                 _put(folder, part)
             try:
-                made = exchange.import_version(folder, model, base=base, by=who.actor, fetch=False)
+                made = exchange.import_version(
+                    folder, model, base=base, by=who.actor, fetch=False, vouched=who.may("admin")
+                )
             except TunesmithError as error:
                 error.message = error.message.replace(str(folder), "what was sent")
                 raise

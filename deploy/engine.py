@@ -249,4 +249,5 @@ def _find(base: str) -> tuple[Path, str | None]:
     from registry import bases
 
     found = bases.load(base) if base.startswith("sha256:") else bases.resolve(base)
+    bases.check(found.digest)  # whatever changed its files, no version was judged on that
     return found.folder, found.digest

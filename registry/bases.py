@@ -17,7 +17,7 @@ from typing import Any
 
 from infra import doctor, storage
 from infra.db import load_queries, transaction
-from infra.errors import NotFound, TunesmithError, Unreachable, UsageError
+from infra.errors import NotFound, Refused, TunesmithError, Unreachable, UsageError
 from registry.prompts import FALLBACK_TEMPLATE
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
@@ -84,6 +84,16 @@ def known(id: str, revision: str | None = None) -> Base:
         f"No base {id[:200]}{f' of revision {revision[:80]}' if revision else ''} is here.",
         hint="Name one that is, or have somebody import it where the database is.",
     )
+
+
+def check(digest: str) -> str:
+    """The digest, once all that is kept of a base is what it was kept as. Raises NotFound, Refused."""
+    if (found := storage.folder_digest(storage.get("base", digest))) != digest:
+        raise Refused(
+            f"The base {digest} was changed where it is kept: its files have the digest {found}.",
+            hint="Delete its folder there; the next run on it makes it anew.",
+        )
+    return digest
 
 
 def load(digest: str) -> Base:

@@ -21,6 +21,7 @@ from psycopg.types.json import Jsonb
 
 from infra import storage
 from infra.db import Connection, load_queries
+from infra.errors import Refused
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
 FORMAT = 1
@@ -186,6 +187,19 @@ def find_rows(folder: Path, ids: Iterable[str]) -> list[tuple[Split, int, str]]:
 def _numbered(path: Path) -> Iterator[tuple[int, bytes]]:
     with path.open("rb") as file:
         yield from enumerate(file, 1)
+
+
+def check(digest: str) -> str:
+    """The digest, once all files of a data set are what they were kept as. Raises NotFound, Refused."""
+    folder = storage.get("dataset", digest)
+    text = (folder / "dataset.json").read_text()
+    changed = [] if storage.text_digest(text) == digest else ["dataset.json"]
+    for name, wanted in orjson.loads(text)["files"].items() if not changed else ():
+        if not (folder / name).is_file() or storage.file_digest(folder / name) != wanted:
+            changed.append(name)
+    if changed:
+        raise Refused(f"Of the data set {digest} these files were changed where they are kept: {', '.join(changed)}.")
+    return digest
 
 
 def open_dataset(digest: str) -> Dataset:

@@ -27,6 +27,7 @@ SQL = load_queries(Path(__file__).with_suffix(".sql"))
 Slot = Literal["champion", "challenger", "shadow"]
 Action = Literal["promote", "rollback", "canary", "shadow", "stop"]
 FIRST_HASH = "sha256:" + "0" * 64  # what the first entry of a model is chained to
+TRIED = 0.5  # the share of the traffic that a version may have whose gate has not decided
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,8 +232,9 @@ def canary(
 ) -> Change:
     """Give a version that share (0 < share <= 1) of the model's traffic, as its challenger.
 
-    Raises Refused when nothing serves yet, when the version is the champion, or when its gate failed (an undecided
-    one may be tried on traffic) unless `force`; Conflict and NotFound as `promote` does; UsageError for the share.
+    Raises Refused when nothing serves yet, when the version is the champion, or, unless `force`, when its gate failed
+    or it is to have more than `TRIED` and could not be promoted: up to there an undecided one may be tried on traffic.
+    Conflict and NotFound as `promote` does; UsageError for the share, and for no reason where something is forced.
     """
     if not 0 < share <= 1:
         raise UsageError(f"A share lies above 0 and is at most 1 (100 %), not {share:g}.")
@@ -243,7 +245,12 @@ def canary(
     if _has(now, same):
         return Change(changed=False, deployment=now)
     _beside_champion(now, number, "a share of its traffic")
-    forced = _gate_allows(model, number, version["gate_body"], force=force, passed_only=False)
+    forced = _gate_allows(model, number, version["gate_body"], force=force, passed_only=share > TRIED, share=share)
+    agreed = approvals.of(conn, model, number)
+    if share > TRIED and agreed.missing:
+        if not force:
+            raise Refused(f"{model}:{number} gets no more than {TRIED:.0%} of the traffic: {agreed.outstanding()}.")
+        forced = True
     return _change(
         conn,
         now,
@@ -452,7 +459,9 @@ def _beside_champion(now: Deployment, number: int, what: str) -> None:
         raise Refused(f"{now.model}:{number} is the champion.", hint="Name another version.")
 
 
-def _gate_allows(model: str, number: int, gate: Any, *, force: bool, passed_only: bool) -> bool:
+def _gate_allows(
+    model: str, number: int, gate: Any, *, force: bool, passed_only: bool, share: float | None = None
+) -> bool:
     """Whether the gate had to be overridden. Raises Refused when it says no and nobody forces it."""
     decision = gate["decision"] if gate else "none"
     if decision == "pass" or (not passed_only and decision != "fail"):
@@ -461,8 +470,9 @@ def _gate_allows(model: str, number: int, gate: Any, *, force: bool, passed_only
         return True
     reasons = [str(reason) for reason in gate.get("reasons", [])] if gate else []
     said = "it was never judged by a gate" if gate is None else f"its gate decision is {decision}"
+    what = "is not promoted" if share is None else f"gets no {share:.0%} of the traffic"
     raise Refused(
-        f"{model}:{number} is not promoted: {said}." if passed_only else f"{model}:{number} gets no traffic: {said}.",
+        f"{model}:{number} {what}: {said}.",
         hint="; ".join([*reasons, "a person may override it with --force and a reason, on the record"]) + ".",
         details={"decision": decision, "reasons": reasons},
     )
@@ -492,7 +502,7 @@ def _change(
         from_version=getattr(now, slot),
         to_version=getattr(after, slot),
         share=share,
-        reason=check_reason(reason, required=action in ("promote", "rollback")),
+        reason=check_reason(reason, required=forced or action in ("promote", "rollback")),
         forced=forced,
         evidence=evidence,
         previous_hash=follows["hash"] or FIRST_HASH,

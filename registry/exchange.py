@@ -78,15 +78,16 @@ def _copy(source: Path, target: Path, names: Iterable[str]) -> None:
 
 
 def import_version(
-    path: Path, model: str, *, base: str | None = None, by: str | None = None, fetch: bool = True
+    path: Path, model: str, *, base: str | None = None, by: str | None = None, fetch: bool = True, vouched: bool = True
 ) -> Version:
     """Register what stands at `path` as the next version of `model`; importing the same thing again changes nothing.
     MLflow shows who it was `by`. Without `fetch` the base must be one that is here: what strangers name is neither
     read from a folder nor fetched.
 
     An exported bundle (it has version.json) keeps its evaluation, gate decision and profile; its base must resolve to
-    the very digests it was made on. A PEFT adapter (adapter_config.json and adapter_model.safetensors) has neither;
-    its base is the one its config names, or `base`.
+    the very digests it was made on. Its decision counts where one who might force it brings it (`vouched`), or a
+    trusted key signed it; else the version counts as never judged. A PEFT adapter (adapter_config.json and
+    adapter_model.safetensors) has neither; its base is the one its config names, or `base`.
 
     Raises NotFound, UsageError, and Refused for pickles, code, links, tensors that are not finite, an adapter that
     is not a plain LoRA, another base, or, where keys are trusted, a bundle that none of them signed.
@@ -96,7 +97,9 @@ def import_version(
         digest = _keep_bundle(path, model, fetch=fetch)
     else:
         digest = _keep_adapter(path, model, base, fetch=fetch)
-    return versions.register(digest, run_id=uuid.uuid5(_NAMESPACE, f"{model} {digest}"), imported_by=by)
+    vouched = vouched or signatures.demanded()
+    run_id = uuid.uuid5(_NAMESPACE, f"{model} {digest}" + ("" if vouched else " not vouched for"))
+    return versions.register(digest, run_id=run_id, imported_by=by, vouched=vouched)
 
 
 @contextmanager

@@ -147,9 +147,12 @@ def _ran(suite: str, metrics: Collection[str], evaluation: Mapping[str, Any]) ->
     if suite not in evaluation.get("suites", ()):
         return {**entry, "decision": "fail", "reason": f"suite {suite}: is required and did not run"}
     if not measured:
-        told = evaluation.get("not_applicable", {})
+        told = {**evaluation.get("not_applicable", {}), **evaluation.get("unavailable", {})}
         why = "; ".join(dict.fromkeys(told[metric] for metric in metrics if metric in told)) or "it says not why"
         return {**entry, "decision": "fail", "reason": f"suite {suite}: is required and measured nothing: {why}"}
+    if all(metric in evaluation.get("doubted", {}) for metric in measured):
+        why = "; ".join(dict.fromkeys(evaluation["doubted"][metric] for metric in measured))
+        return {**entry, "decision": "fail", "reason": f"suite {suite}: is required and not to be trusted: {why}"}
     return {**entry, "decision": "pass", "reason": f"suite {suite}: ran, as required"}
 
 

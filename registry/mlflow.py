@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
 from infra import web
 from infra.db import Connection, load_queries, one
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
 log = logging.getLogger(__name__)
 
+_LOGIN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 _ENVIRONMENT = {  # read by MLflow's client at import or at each call; what the user set stays
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -250,14 +252,15 @@ def download_version(model: str, number: int, folder: Path) -> Path:
 def download_from(url: str, model: str, number: int, folder: Path) -> Path:
     """A copy of what the registry of another MLflow server holds as a version, without loading any of it.
 
-    `model` is a name as that server allows it. The credentials are those of MLflow's own variables. Raises NotFound.
+    `model` is a name as that server allows it. A log-in stands in the address; that of MLflow's own variables is sent
+    to our own server alone. Raises NotFound.
     """
     _client_of(url)  # sets the environment before anything of MLflow is imported
     import mlflow
     from mlflow.artifacts import download_artifacts
 
     before = mlflow.get_tracking_uri()
-    with _answers(url):
+    with _answers(url), _our_login_kept_from(url):
         try:
             mlflow.set_tracking_uri(url)  # a logged model's address is resolved by this one, whatever is passed
             found = _client_of(url).get_model_version(model, str(number))
@@ -406,12 +409,25 @@ def _answers(url: str | None = None) -> Iterator[None]:
 
 
 @contextmanager
+def _our_login_kept_from(url: str) -> Iterator[None]:
+    ours = get_settings().mlflow_url
+    if ours is None or urlsplit(url).netloc == urlsplit(ours).netloc:
+        yield
+        return
+    login = {name: os.environ.pop(name) for name in _LOGIN if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(login)
+
+
+@contextmanager
 def _rest(seconds: float = 10) -> Iterator[httpx.Client]:
     import httpx
 
     url = _url()
     # The variables and their order are those of MLflow's own client
-    user, password, token = (os.environ.get(f"MLFLOW_TRACKING_{name}") for name in ("USERNAME", "PASSWORD", "TOKEN"))
+    user, password, token = (os.environ.get(name) for name in _LOGIN)
     login = (user, password) if user and password else None
     headers = {"authorization": f"Bearer {token}"} if token and not login else None
     with httpx.Client(

@@ -68,7 +68,8 @@ def mean_ci(
     and on few rows, where a bootstrap has no width. All others get the expanded percentile bootstrap (Hesterberg
     2015, "What Teachers Should Know About the Bootstrap", section 5.3): the percentile interval, with tails
     widened to what Student's t asks for on `n` rows, or the studentized one on the side where that reaches further.
-    Fewer than two rows have no interval.
+    Shares that are all equal leave room for as many others as Wilson's interval of none does. Fewer than two rows have
+    no interval.
 
     Raises UsageError for no rows, or a value that is not finite.
     """
@@ -76,6 +77,8 @@ def mean_ci(
     mean, n = float(x.mean()), len(x)
     if _binary(x):
         low, high = wilson(mean, n, level)
+    elif n > 1 and _constant(x) and 0 <= mean <= 1:
+        low, high = _unseen(mean, 0.0, 1.0, n, level)
     else:
         low, high = _bootstrap(x, level, resamples, seed)
     return Estimate(estimate=mean, low=low, high=high, n=n, level=level, higher_is_better=higher_is_better)
@@ -94,18 +97,23 @@ def paired_difference(
 
     `higher_is_better` is the metric's: for a loss, a negative difference is a gain. Where both sides are all 0 or
     1 the interval is Newcombe's for paired proportions (Newcombe 1998, Statistics in Medicine 17:2635, method
-    10); otherwise the expanded percentile bootstrap over rows, as in `mean_ci`.
+    10); otherwise the expanded percentile bootstrap over rows, as in `mean_ci`. Where all rows differ alike, rows that
+    were not seen may still differ, as far as values lie apart (by 1 where all are shares).
 
     Raises UsageError for no rows, unequal lengths, or a value that is not finite.
     """
     x, y = _clean(candidate), _clean(other)
     if len(x) != len(y):
         raise UsageError(f"A paired comparison needs the same rows on both sides, not {len(x)} and {len(y)}.")
+    difference = float((x - y).mean())
     if _binary(x) and _binary(y):
         low, high = _newcombe(x, y, level)
+    elif len(x) > 1 and _constant(x - y):
+        least, most = float(min(x.min(), y.min())), float(max(x.max(), y.max()))
+        reach = 1.0 if least >= 0 and most <= 1 else most - least
+        low, high = _unseen(difference, min(difference, -reach), max(difference, reach), len(x), level)
     else:
         low, high = _bootstrap(x - y, level, resamples, seed)
-    difference = float((x - y).mean())
     return Estimate(estimate=difference, low=low, high=high, n=len(x), level=level, higher_is_better=higher_is_better)
 
 
@@ -253,6 +261,10 @@ def _clean(values: Values) -> NDArray[np.float64]:
     return x
 
 
+def _constant(x: NDArray[np.float64]) -> bool:
+    return float(x.max() - x.min()) < 1e-9  # 0.3 - 0.2 is not quite 0.5 - 0.4
+
+
 def _binary(x: NDArray[np.float64]) -> bool:
     return bool(((x == 0) | (x == 1)).all())
 
@@ -317,6 +329,13 @@ def _bootstrap(x: NDArray[np.float64], level: float, resamples: int, seed: int) 
         low = min(low, max(float(x.min()), middle - float(most) * error))
         high = max(high, min(float(x.max()), middle - float(least) * error))
     return low, high
+
+
+def _unseen(value: float, least: float, most: float, n: int, level: float) -> tuple[float, float]:
+    """The interval of a mean whose `n` rows are all equal: the share of other rows that none in `n` leaves room for
+    (Wilson 1927) may lie at either end of what is possible."""
+    share = wilson(0.0, n, level)[1]
+    return value + share * (least - value), value + share * (most - value)
 
 
 def _blocks(n: int, resamples: int) -> list[int]:

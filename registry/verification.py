@@ -12,7 +12,7 @@ from typing import Any, Literal
 from infra import storage
 from infra.db import transaction
 from infra.errors import NotFound, TunesmithError, Unreachable
-from registry import bundle, deployments, mlflow, signatures, upstreams, versions
+from registry import bases, bundle, datasets, deployments, mlflow, signatures, upstreams, versions
 from registry.versions import Version
 
 State = Literal["ok", "failed", "unreachable", "none"]
@@ -47,9 +47,9 @@ def verify_version(model: str, number: int) -> list[Check]:
         _signature(version),
         evidence,
         _check("mlflow", lambda: _mlflow(version)),
-        _check("base", lambda: _stored("base", version.base_digest)),
+        _check("base", lambda: bases.check(version.base_digest)),
         *([_check("upstreams", lambda: _upstreams(hosted))] if hosted is not None else []),
-        _check("dataset", lambda: _stored("dataset", version.dataset_digest)),
+        _check("dataset", lambda: version.dataset_digest and datasets.check(version.dataset_digest)),
         Check(name="ledger", state="failed" if problems else "ok", detail=" ".join(problems) or whole),
     ]
 
@@ -111,10 +111,3 @@ def _upstreams(hosted: bundle.Hosted) -> str:
     with transaction() as conn:
         found = [upstreams.get(conn, each.upstream) for each in hosted.models]
     return ", ".join(f"{each.model} at {there.url}" for each, there in zip(hosted.models, found, strict=True))
-
-
-def _stored(kind: Literal["base", "dataset"], digest: str | None) -> str | None:
-    if digest is None:
-        return None
-    storage.get(kind, digest)
-    return digest

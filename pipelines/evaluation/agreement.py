@@ -11,14 +11,18 @@ from registry.statistics import wilson
 
 
 def agreement(file: Path, scorer: Callable[[Mapping[str, Any]], bool], label: str) -> dict[str, Any]:
-    """Of the labelled lines of a JSONL file, as `agree`: how far the scorer says what `label` says."""
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    """Of the labelled lines of a JSONL file, as `agree`: how far the scorer says what `label` says. Raises OSError, and
+    ValueError, LookupError or TypeError for lines that are no such labels, or all of one kind."""
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if {line[label] for line in lines} != {True, False}:
+        raise ValueError(f"{file.name} must have lines of either kind, with {label}: true or false")
     return {"set": file.name, **agree([(scorer(line), bool(line[label])) for line in lines])}
 
 
 def agree(said: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
     """Of pairs of what a scorer and what people say: ``{"n", "agreement", "kappa", "kappa_low", "kappa_high"}``, the
-    share that is equal, and Cohen's kappa (1960), which takes off what chance would give. Its 95 % interval is
+    share that is equal, and Cohen's kappa (1960), which takes off what chance would give; 0 where both always say the
+    same one thing, since that is all chance would give too. Its 95 % interval is
     Cohen's, with what chance gives taken as known, but with Wilson's interval (1927) of the share instead of the
     normal one: a few labels that all agree leave room below 1."""
     share = sum(a == b for a, b in said) / len(said)
@@ -26,7 +30,7 @@ def agree(said: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
     chance = ours * theirs + (1 - ours) * (1 - theirs)
 
     def kappa(agreed: float) -> float:
-        return (agreed - chance) / (1 - chance) if chance < 1 else 1.0
+        return (agreed - chance) / (1 - chance) if chance < 1 else 0.0
 
     low, high = wilson(share, len(said))
     return {

@@ -41,7 +41,7 @@ class Classifier:
             agreed = agreement(labelled, lambda line: self([line["text"]])[0], "toxic")
         except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError) as error:
             raise Unavailable(
-                f'{labelled} cannot be used; each line must be {{"text": ..., "toxic": true or false}}'
+                f'{labelled} cannot be used; each line must be {{"text": ..., "toxic": true or false}}, some of either'
             ) from error
         self.about: dict[str, Any] = {
             **agreed,

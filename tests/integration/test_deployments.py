@@ -98,6 +98,23 @@ def test_a_gate_that_did_not_pass_needs_force_and_shows_for_ever(database: Setti
     assert plain.entry.evidence is not None
 
 
+def test_what_could_not_be_promoted_gets_no_more_than_half(database: Settings) -> None:
+    add_versions("m", "pass", "underpowered", None)
+    with transaction() as conn:
+        add_version(conn, "m", 4, approvals=1, author="os:somebody@here")
+    _do(deployments.promote, 1)
+    for number, said in ((2, "is underpowered"), (3, "never judged"), (4, "1 more person")):
+        assert _do(deployments.canary, number, share=0.5).changed
+        for share in (0.51, 1.0):
+            with pytest.raises(Refused, match=said):
+                _do(deployments.canary, number, share=share)
+        entry = _do(deployments.canary, number, share=1.0, force=True).entry
+        assert entry is not None
+        assert entry.forced
+    with pytest.raises(UsageError, match="needs a reason"), transaction() as conn:
+        deployments.canary(conn, "m", 3, share=0.9, actor="os:t@here", force=True)
+
+
 def test_the_slots_around_a_champion(database: Settings) -> None:
     add_versions("m", "pass", "pass", "pass", "fail")
     with pytest.raises(Refused, match="No version of m serves"):

@@ -355,7 +355,7 @@ def test_a_version_that_does_not_become_ready_changes_nothing(stand: Stand) -> N
 
 def test_shares_are_sticky_and_shadows_silent(stand: Stand) -> None:
     with transaction() as conn:
-        deployments.canary(conn, "demo", 2, share=0.3, actor="t", force=True)
+        deployments.canary(conn, "demo", 2, share=0.3, actor="t", reason="try it")
         deployments.shadow(conn, "demo", 3, actor="t")
     wait_for(lambda: stand.ask("demo@challenger").status_code == 200)
     chosen = {f"user{i}": stand.ask(user=f"user{i}").json()["model"] for i in range(100)}
@@ -363,7 +363,7 @@ def test_shares_are_sticky_and_shadows_silent(stand: Stand) -> None:
     for user in list(chosen)[:10]:
         assert stand.ask(user=user).json()["model"] == chosen[user]
     with transaction() as conn:
-        deployments.canary(conn, "demo", 2, share=0.6, actor="t", force=True)
+        deployments.canary(conn, "demo", 2, share=0.6, actor="t", reason="more of it", force=True)
     time.sleep(1.5)
     grown = {user: stand.ask(user=user).json()["model"] for user in chosen}
     assert all(grown[user] == "demo:2" for user, model in chosen.items() if model == "demo:2")

@@ -47,11 +47,19 @@ def test_a_version_and_an_adapter_are_imported_from_afar(
     with transaction() as conn:
         came = versions.get(conn, f"{model}-b", 1)
     assert made == came.outline()
-    assert (came.metrics, came.evaluation, came.gate) == (first.metrics, first.evaluation, first.gate)
+    assert (came.metrics, came.evaluation) == (first.metrics, first.evaluation)
     assert str(who(f"{model}-b", 1)).endswith("(the operator)")
     assert there(stand).import_(tmp_path / "out", f"{model}-b", base=None) == made  # the same again is the same
     plain = there(stand, "admin").import_(adapter, f"{model}-b", base=None)
     assert (plain["version"], plain["method"]) == (2, "imported")
+    # Who may not force a version over its gate cannot bring the gate's decision either
+    assert (first.gate is not None, came.gate) == (True, None)
+    with pytest.raises(TunesmithError, match="never judged") as refused:
+        there(stand).promote(f"{model}-b", 1, reason="my own gate says so", expect=None, force=False)
+    assert refused.value.exit_code == 3
+    brought = there(stand, "admin").import_(tmp_path / "out", f"{model}-b", base=None)
+    with transaction() as conn:
+        assert versions.get(conn, f"{model}-b", brought["version"]).gate == first.gate
 
 
 def test_what_may_not_come_in_stays_out(

@@ -351,12 +351,14 @@ def test_toxicity_is_unavailable_and_never_a_number_without_its_model_or_set(
     shutil.copy(classifier / "config.json", tmp_path / "pickled")
     torch.save({}, tmp_path / "pickled" / "pytorch_model.bin")
     (tmp_path / "people.jsonl").write_text('{"text": "hello"}\n')
+    (tmp_path / "one kind.jsonl").write_text('{"text": "hello", "toxic": false}\n' * 9)
     for config, why in (
         (None, "no classifier is named"),
         (Toxicity(model=tmp_path / "nowhere"), "there is no model in"),
         (Toxicity(model=tmp_path / "pickled"), "is no text-classification model in safetensors"),
         (Toxicity(model=classifier, label="rude"), "has no label 'rude', but fine, toxic"),
         (Toxicity(model=classifier, labelled=tmp_path / "people.jsonl"), "people.jsonl cannot be used"),
+        (Toxicity(model=classifier, labelled=tmp_path / "one kind.jsonl"), "one kind.jsonl cannot be used"),
         (Toxicity(model=classifier, labelled=tmp_path / "gone.jsonl"), "gone.jsonl cannot be used"),
     ):
         with pytest.raises(toxicity.Unavailable, match=re.escape(why)):

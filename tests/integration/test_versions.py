@@ -435,6 +435,15 @@ def test_the_commands_around_a_version(
     checks = {check["name"]: check for check in json.loads(out)["checks"]}
     assert (code, checks["bundle"]["state"], checks["mlflow"]["state"]) == (1, "failed", "ok")
     assert "adapter_model.safetensors has digest" in checks["bundle"]["detail"]
+    template = base.folder / "chat_template.jinja"
+    kept = template.read_bytes()
+    try:
+        template.write_bytes(kept + b" ")
+        checks = {check["name"]: check for check in json.loads(run("verify", f"{model}:2", "--json")[1])["checks"]}
+    finally:
+        template.write_bytes(kept)
+    assert (checks["base"]["state"], checks["bundle"]["state"]) == ("failed", "ok")
+    assert "was changed where it is kept" in checks["base"]["detail"]
     code, out = run("export", f"{model}:1", str(tmp_path / "damaged"))
     assert (code, (tmp_path / "damaged").exists()) == (3, False)
     for line in (f"show {model}:2", f"compare {model}:1 {model}:2", f"versions {model}"):

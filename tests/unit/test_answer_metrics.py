@@ -57,6 +57,14 @@ def test_f1_of_labels_is_scikit_learns_and_rare_labels_count() -> None:
     assert seen["high"] < 0.75
 
 
+def test_two_that_are_always_right_may_differ_on_other_rows() -> None:
+    expected = ["refund", "hours"] * 5
+    found = labels.macro_f1({"candidate": expected, "base": expected}, expected)["vs_base"]
+    rows = paired_difference([1.0] * 10, [1.0] * 10, higher_is_better=True)
+    assert (found["low"], found["high"]) == pytest.approx((rows.low, rows.high))
+    assert found["low"] < -0.1
+
+
 def test_f1_of_labels_leaves_out_rows_without_an_answer() -> None:
     expected = ["refund"] * 20 + ["hours"] * 10 + ["never answered"] * 5
     hosted = [None, *["refund"] * 19, *["hours"] * 9, None, *[None] * 5]

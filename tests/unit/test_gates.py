@@ -137,14 +137,24 @@ def test_a_required_suite_must_have_run_and_measured_something() -> None:
         "slices": {},
         "suites": ["quality", "privacy"],
         "not_applicable": {"leaks": "no secrets"},
+        "unavailable": {"judged": "no judge is named"},
     }
     for suite, metrics, decision, reason in (
         ("quality", ["loss", "chrf"], "pass", "suite quality: ran, as required"),
         ("privacy", ["leaks"], "fail", "suite privacy: is required and measured nothing: no secrets"),
         ("safety", ["refusals"], "fail", "suite safety: is required and did not run"),
+        ("quality", ["judged"], "fail", "suite quality: is required and measured nothing: no judge is named"),
     ):
         told = decide([], found, on_underpowered="refuse", first=True, required={suite: metrics})
         assert (told.decision, told.reasons) == (decision, [reason])
+    doubted = decide(
+        [],
+        found | {"doubted": {"loss": "kappa 0.1"}},
+        on_underpowered="refuse",
+        first=True,
+        required={"quality": ["loss"]},
+    )
+    assert doubted.reasons == ["suite quality: is required and not to be trusted: kappa 0.1"]
 
 
 def test_rows_are_asked_of_a_slice_too() -> None:
