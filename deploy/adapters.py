@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -137,8 +138,9 @@ class _Plan:
 class Adapters:
     """The adapters of one base, under names, and their application to rows of a batch.
 
-    `read`, `get` and `names` may be called from any thread; all else belongs to the one that runs the model.
-    A name stands for one content as long as this object lives, also after `remove`.
+    `read`, `get`, `use` and `names` may be called from any thread; all else belongs to the one that runs the model.
+    A name stands for one content as long as this object lives, also after `remove`. Of more than `max_adapters` the
+    one that was used longest ago goes, as in vLLM; whoever wants it loads it again.
     """
 
     def __init__(self, model: Any, *, max_rank: int = 256, max_adapters: int = 256, stack_rank: int = 128) -> None:
@@ -155,6 +157,7 @@ class Adapters:
         self._max_rank, self._max_adapters, self._stack_rank = max_rank, max_adapters, stack_rank
         self._named: dict[str, Adapter] = {}
         self._digests: dict[str, str] = {}
+        self._used: dict[str, float] = {}
         self._hooked: set[str] = set()
         self._stack: _Stack | None = None
         self._plan: _Plan | None = None
@@ -166,6 +169,12 @@ class Adapters:
     def get(self, name: str) -> Adapter | None:
         return self._named.get(name)
 
+    def use(self, name: str) -> Adapter | None:
+        """The same, for a row that will decode with it."""
+        if (found := self._named.get(name)) is not None:
+            self._used[name] = time.monotonic()
+        return found
+
     def load(self, name: str, folder: Path) -> Adapter:
         """`read` and `add` at once."""
         return self.add(name, self.read(folder))
@@ -173,7 +182,7 @@ class Adapters:
     def add(self, name: str, adapter: Adapter) -> Adapter:
         """Serve an adapter under a name; the same content again changes nothing.
 
-        Raises NameTaken when the name stands for another content, UsageError when no more adapters fit.
+        Raises NameTaken when the name stands for another content.
         """
         if self._digests.get(name, adapter.digest) != adapter.digest:
             raise NameTaken(
@@ -182,13 +191,14 @@ class Adapters:
             )
         if name in self._named:
             return self._named[name]
-        if len(self._named) >= self._max_adapters:
-            raise UsageError(f"{len(self._named)} adapters are loaded already, the most that fit.", hint="Unload one.")
+        while len(self._named) >= self._max_adapters:
+            self.remove(min(self._named, key=self._used.__getitem__))
         for layer in adapter.layers.keys() - self._hooked:
             self._linears[layer].register_forward_hook(partial(self._add_delta, layer))
             self._hooked.add(layer)
         self._named[name] = adapter
         self._digests[name] = adapter.digest
+        self._used[name] = time.monotonic()
         return adapter
 
     def remove(self, name: str) -> bool:

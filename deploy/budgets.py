@@ -87,6 +87,7 @@ class _Purse:
     ends: float = 0.0
     empty: bool = False
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    asking: bool = False  # the database, which has not answered yet
 
     def roll_over(self, now: float) -> None:
         if now >= self.ends:
@@ -114,12 +115,14 @@ class Budgets:
             await asyncio.sleep(_REFRESH_SECONDS)
 
     async def close(self) -> None:
-        """Give back what was taken and not used."""
+        """Give back what was taken and not used, and tell what was used beyond it."""
         now = time.monotonic()
-        rest = [(purse.limit, -purse.left) for purse in self._purses.values() if purse.left > 0 and now < purse.ends]
+        rest = [(purse.limit, purse.owed - purse.left) for purse in self._purses.values() if now < purse.ends]
         with contextlib.suppress(TunesmithError, psycopg.Error, OSError, TimeoutError):
             loop = asyncio.get_running_loop()
             for limit, back in rest:
+                if not back:
+                    continue
                 given = loop.run_in_executor(self._thread, _grant, limit, back, 0.0)
                 await asyncio.wait_for(given, _WAIT_SECONDS)
 
@@ -201,6 +204,7 @@ class Budgets:
 
         def told(grant: asyncio.Future[tuple[float, float, float]]) -> None:
             """What was owed is told and what was granted is ours, also when it comes late; answers spend meanwhile."""
+            purse.asking = False
             if grant.cancelled() or grant.exception() is not None:
                 return
             granted, used, seconds = grant.result()
@@ -208,12 +212,14 @@ class Budgets:
             purse.owed, purse.used, purse.ends = max(0.0, purse.owed - owed), used, time.monotonic() + seconds
             purse.empty = purse.left < need or purse.left <= 0
 
-        grant = asyncio.get_running_loop().run_in_executor(self._thread, _grant, limit, debt + owed, part)
         try:
-            await asyncio.wait_for(asyncio.shield(grant), _WAIT_SECONDS)
-            told(grant)
-        except (TunesmithError, psycopg.Error, OSError, TimeoutError) as error:
+            if purse.asking:  # what is owed is on its way, and must not be told twice
+                raise TimeoutError("the database has not answered yet")
+            purse.asking = True
+            grant = asyncio.get_running_loop().run_in_executor(self._thread, _grant, limit, debt + owed, part)
             grant.add_done_callback(told)
+            await asyncio.wait_for(asyncio.shield(grant), _WAIT_SECONDS)
+        except (TunesmithError, psycopg.Error, OSError, TimeoutError) as error:
             log.warning("limits are counted here alone: %s", str(error) or type(error).__name__)
             length = _LENGTHS[limit.unit]
             purse.ends = time.monotonic() + length - time.time() % length

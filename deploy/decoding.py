@@ -165,6 +165,7 @@ class Batch:
         self.max_rows, self.max_cells = max_rows, max_cells
         self.rows: list[Row] = []
         self._ends = end_tokens(model, tokenizer)
+        self._slides = getattr(model.config.get_text_config(), "sliding_window", None) is not None
         self._prefixes = Prefixes(max_cells // 16)
         self._memory: Any = None  # keys and values, given with the first row
         self._mask: torch.Tensor | None = None  # [rows, width], 1 where a column is the row's own
@@ -172,7 +173,7 @@ class Batch:
     def row(self, request: Request) -> Row:
         """A row for a request. Raises NotFound for an unknown adapter, UsageError for what can never fit."""
         adapter = None
-        if request.adapter is not None and (adapter := self.adapters.get(request.adapter)) is None:
+        if request.adapter is not None and (adapter := self.adapters.use(request.adapter)) is None:
             raise NotFound(f"The adapter {request.adapter!r} is not loaded.")
         row = Row(request, adapter, self.tokenizer)
         if not request.prompt:
@@ -196,6 +197,8 @@ class Batch:
         while waiting:
             count = 1
             while count < len(waiting) and (count + 1) * waiting[count].rest <= _PASS_TOKENS:
+                if self._slides and any(joining.known for joining in waiting[: count + 1]):
+                    break  # a window is of columns, and what is known of a prompt would stand too far from its rest
                 count += 1
             group, waiting = waiting[:count], waiting[count:]
             started = time.perf_counter()

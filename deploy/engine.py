@@ -12,11 +12,12 @@ import logging
 import socket
 import time
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import psycopg
 
@@ -30,6 +31,7 @@ from infra.settings import get_settings
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 BASE_NAME = "base"
 COMPLETION_TOKENS = 16  # OpenAI's default for text completions; chats may fill the context
@@ -110,6 +112,10 @@ class Engine:
             ],
             loop,
         )
+
+    async def spelled(self, make: Callable[[], T]) -> T:
+        """What `make` gives, by the one thread that may use the tokenizer: log-probabilities are of many tokens."""
+        return await asyncio.get_running_loop().run_in_executor(self._encoder, make)
 
     def _encode(self, ask: chat.ChatAsk | chat.CompletionAsk) -> list[list[int]]:
         if isinstance(ask, chat.ChatAsk):

@@ -8,6 +8,7 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -126,14 +127,17 @@ async def _answer(engine: Engine, request: HTTPRequest, ask: chat.ChatAsk | chat
     kind = "chatcmpl" if isinstance(ask, chat.ChatAsk) else "cmpl"
     answer = chat.Answer(id=f"{kind}-{uuid.uuid4().hex}", ask=ask, rows=ticket.rows, tokenizer=engine.tokenizer)
     if ask.stream:
-        return _Stream(_events(answer, ticket), lambda: engine.scheduler.cancel(ticket))
+        return _Stream(_events(engine, answer, ticket), lambda: engine.scheduler.cancel(ticket))
     gone = asyncio.create_task(_disconnected(request))
     collecting = asyncio.create_task(_collect(ticket))
     try:
         await asyncio.wait({gone, collecting}, return_when=asyncio.FIRST_COMPLETED)
         if not collecting.done():
             return Response(status_code=499)  # nobody reads it
-        return _json(answer.whole(collecting.result()))
+        pieces = collecting.result()
+        if ask.top_logprobs_wanted() is None:
+            return _json(answer.whole(pieces))
+        return _json(await engine.spelled(lambda: answer.whole(pieces)))
     finally:
         gone.cancel()
         collecting.cancel()
@@ -155,7 +159,7 @@ async def _collect(ticket: Ticket) -> list[Piece]:
     return [piece async for piece in _pieces(ticket)]
 
 
-async def _events(answer: chat.Answer, ticket: Ticket) -> AsyncIterator[bytes]:
+async def _events(engine: Engine, answer: chat.Answer, ticket: Ticket) -> AsyncIterator[bytes]:
     seen, left = [0] * len(ticket.rows), len(ticket.rows)
     for chunk in answer.opening():
         yield _event(chunk)
@@ -163,9 +167,10 @@ async def _events(answer: chat.Answer, ticket: Ticket) -> AsyncIterator[bytes]:
         async for piece in _pieces(ticket):
             left -= piece.finish is not None
             last = left == 0 and not answer.ask.stream_options.include_usage
-            wanted = piece.text or piece.finish or answer.ask.top_logprobs_wanted() is not None
-            if wanted:
-                chunk = answer.chunk(piece, seen[piece.index])
+            spelled = answer.ask.top_logprobs_wanted() is not None
+            if piece.text or piece.finish or spelled:
+                make = partial(answer.chunk, piece, seen[piece.index])
+                chunk = await engine.spelled(make) if spelled else make()
                 yield _event(chunk | {"tunesmith": answer.measured()} if last else chunk)
             seen[piece.index] += len(piece.text)
         if answer.ask.stream_options.include_usage:

@@ -89,6 +89,7 @@ class Follower:
         self.replica = replica
         self.table = Table()
         self.synced = False
+        self.waiting: set[str] = set()  # models of which nothing answers, and nothing failed yet
         self.applied: dict[str, tuple[int, bool, str]] = {}  # model -> generation, ready, message
         self._versions: dict[Ref, Served] = {}  # verified; the least recently needed or used first
         self._loaded: dict[uuid.UUID, set[Ref]] = {}  # what each engine answered a first request of
@@ -147,11 +148,12 @@ class Follower:
         ref = (model, number)
         if signatures.demanded():
             await asyncio.to_thread(_demand_signature, model, number)
-        self._start_warming(ref)
-        if task := self._warming.get(ref):
-            await asyncio.shield(task)
-        if served := self.table.resident.get(ref):
-            return served
+        for _ in range(2):  # it may just be let go of
+            self._start_warming(ref)
+            if task := self._warming.get(ref):
+                await asyncio.shield(task)
+            if served := self.table.resident.get(ref):
+                return served
         if failure := self._failures.get(ref):
             raise failure.error
         raise Unreachable(f"No engine runs for the base of {model}:{number}.", hint="`tunesmith status` shows them.")
@@ -263,8 +265,14 @@ class Follower:
         shadow = ready(wish.shadow, old.shadow)
         message = "; ".join(missing)
         self.applied[wish.model] = (wish.generation if not missing else old.generation, not missing, message)
-        if champion is None and wish.champion is not None and old.champion is not None:
-            return replace(old, message=message)
+        self.waiting.discard(wish.model)
+        if champion is None and wish.champion is not None:
+            if old.champion is not None:
+                return replace(old, message=message)
+            if (wish.model, wish.champion) not in self._failures:
+                self.waiting.add(wish.model)
+            else:  # this gateway began after it was promoted: what a rollback would bring back is the old one
+                champion = ready(wish.previous, None)
         return Route(
             model=wish.model,
             generation=self.applied[wish.model][0],

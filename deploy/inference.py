@@ -52,12 +52,17 @@ class TooSlow(BadRequest):
     code: ClassVar[str] = "too_slow"
 
 
+class _Stalled(Exception):
+    """A client does not read its answer."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """What one gateway process takes on."""
 
     body_bytes: int = 2**20
     body_seconds: float = 30.0  # for a request's body to arrive
+    send_seconds: float = 30.0  # for a client to take a piece of its answer
     concurrent: int = 128
 
 
@@ -172,6 +177,8 @@ class Inference:
         except asyncio.CancelledError:
             call.status, call.error = _GONE, "the client went away, or the gateway was stopped"
             raise
+        except _Stalled:
+            call.status, call.error = _GONE, f"the client read nothing for {self.limits.send_seconds:g} s"
         except Exception as error:
             log.exception("request %s failed", call.id)
             call.status, call.error = 500, f"{type(error).__name__}: {error}"
@@ -266,13 +273,12 @@ class Inference:
                     chunk.pop("usage", None)
                     if not chunk.get("choices"):
                         continue
-                await send(
-                    {
-                        "type": "http.response.body",
-                        "body": b"data: " + orjson.dumps(chunk) + b"\n\n",
-                        "more_body": True,
-                    }
-                )
+                data = b"data: " + orjson.dumps(chunk) + b"\n\n"
+                try:
+                    async with asyncio.timeout(self.limits.send_seconds):
+                        await send({"type": "http.response.body", "body": data, "more_body": True})
+                except TimeoutError:
+                    raise _Stalled from None
         call.status = 200
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 

@@ -21,7 +21,7 @@ import uuid
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from math import nan
@@ -172,9 +172,13 @@ class Segment:
         self.sent = offset
 
     def sync(self) -> None:
-        """Force what was written to the disk; a segment that was sent and closed meanwhile needs none."""
-        with suppress(ValueError):
-            self._map.flush()
+        """Force what was written to the disk; what was sent and closed meanwhile needs none. Raises OSError."""
+        # Not `mmap.flush`, which keeps all other threads waiting for the disk
+        try:
+            os.fsync(self._descriptor)
+        except OSError:
+            if not self._map.closed:
+                raise
 
     def close(self, *, remove: bool) -> None:
         self._map.close()
@@ -280,13 +284,17 @@ class Recorder:
         next_sync = 0.0
         while not self._stop.is_set():
             self._short.clear()
-            self._tend()
-            if time.monotonic() >= next_sync:
-                next_sync = time.monotonic() + 1.0
-                with self._lock:
-                    newest = list(self._segments)[-3:]
-                for segment in newest:
-                    segment.sync()
+            try:
+                self._tend()
+                if time.monotonic() >= next_sync:
+                    next_sync = time.monotonic() + 1.0
+                    with self._lock:
+                        newest = list(self._segments)[-3:]
+                    for segment in newest:
+                        segment.sync()
+            except Exception:  # whatever it was, the spool must go on growing
+                log.exception("the spool %s was not tended", self.folder)
+                self._stop.wait(1.0)
             self._short.wait(POLL_SECONDS)
         self._tend()
 
@@ -318,10 +326,7 @@ class Recorder:
         while not self._stop.wait(wait):
             try:
                 if time.monotonic() >= next_hour:
-                    with self._transaction() as conn:
-                        ensure_partitions(conn)
-                    self._adopt()
-                    self._drop_rejected()
+                    self._keep_house()
                     next_hour = time.monotonic() + 3600
                 wait = 0.0 if self._send() else POLL_SECONDS
             except (psycopg.OperationalError, psycopg.InterfaceError, TunesmithError) as error:
@@ -341,11 +346,24 @@ class Recorder:
             log.warning("events stay in %s for the next start: %s", self.folder, str(error).strip().split("\n")[0])
         self._hang_up()
 
+    def _keep_house(self) -> None:
+        """Partitions for the days to come, what dead processes left, and what was set aside long ago. Raises for a
+        database that is away; whatever else is wrong here keeps no event from being sent."""
+        try:
+            with self._transaction() as conn:
+                ensure_partitions(conn)
+            self._adopt()
+            self._drop_rejected()
+        except (psycopg.OperationalError, psycopg.InterfaceError, TunesmithError):
+            raise
+        except Exception:
+            log.exception("keeping house in %s failed", self.folder)
+
     def _send(self) -> bool:
         """Send one batch of the oldest segment; False when there was nothing to send."""
         segment = self._segments[0]
         bodies: list[bytes] = []
-        offset = segment.sent
+        offset, end_seen = segment.sent, segment.end
         for body, end in segment.records():
             bodies.append(body)
             offset = end
@@ -358,6 +376,8 @@ class Recorder:
         with self._lock:
             if len(self._segments) == 1:
                 return False
+            if segment.end != end_seen:  # filled up since it was looked at
+                return True
             self._segments.popleft()
         segment.close(remove=True)
         return True

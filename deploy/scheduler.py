@@ -117,7 +117,7 @@ class Scheduler(threading.Thread):
             self._between_steps(lambda: self._cancel(ticket))
 
     async def call(self, function: Callable[[], T]) -> T:
-        """The function's result, run by the model's thread between two steps."""
+        """The function's result, run by the model's thread between two steps. Raises Unreachable when it has ended."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
@@ -133,7 +133,8 @@ class Scheduler(threading.Thread):
             else:
                 loop.call_soon_threadsafe(tell, result, None)
 
-        self._between_steps(run)
+        if not self._between_steps(run):
+            raise Unreachable("The engine is stopping.", hint="Try again in a few seconds.")
         return await future
 
     def stop(self) -> None:
@@ -144,10 +145,13 @@ class Scheduler(threading.Thread):
         if self.is_alive():
             self.join()
 
-    def _between_steps(self, function: Callable[[], None]) -> None:
+    def _between_steps(self, function: Callable[[], None]) -> bool:
         with self._changed:
+            if self._stopping:
+                return False
             self._calls.append(function)
             self._changed.notify()
+        return True
 
     # ------------------------------------------------------------ the model's thread
 

@@ -34,12 +34,12 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 CONNECT_SECONDS = 3.0
-ANSWER_SECONDS = 600.0  # for a whole answer
-SILENCE_SECONDS = 120.0  # between two pieces of one
+ANSWER_SECONDS = 600.0  # for a whole answer; engines may be silent for as long, while a request waits its turn
+SILENCE_SECONDS = 120.0  # between two pieces of a hosted model's
 PATIENCE_SECONDS = 120.0  # after which nobody else is asked
 _ENGINE_RESTS = 2.0  # seconds at most that a failing engine is left alone
 _PLACES = 1000  # that anything is remembered of
-_ANSWER_BYTES = 16 * 2**20
+_ANSWER_BYTES, _ENGINE_BYTES = 16 * 2**20, 256 * 2**20  # engines tell many log-probabilities, if asked
 _SAID = 500
 
 
@@ -128,13 +128,18 @@ class Upstream:
         order = [places[(first + n) % len(places)] for n in range(len(places))]
         failure: BaseException | None = None
         failed = order[0]
+        asked = dict.fromkeys(range(len(order)), 0)
         since = time.monotonic()
         for attempt in range(max(ATTEMPTS, len(order))):
-            # The next one in order that takes requests; where none does, there is no use in waiting
-            turns = (order[(attempt + n) % len(order)] for n in range(len(order)))
-            place = next((p for p in turns if self._breaker(p).admit()), None)
-            if place is None or time.monotonic() - since > PATIENCE_SECONDS:
+            if time.monotonic() - since > PATIENCE_SECONDS:
                 break
+            # The next one in order, of those least often asked, that takes requests; where none does, waiting is no use
+            turns = sorted(asked, key=asked.__getitem__)
+            turn = next((n for n in turns if self._breaker(order[n]).admit()), None)
+            if turn is None:
+                break
+            asked[turn] += 1
+            place = order[turn]
             if attempt:
                 self.retries += 1
                 await asyncio.sleep(random.uniform(0.02, 0.1) * attempt)
@@ -244,7 +249,10 @@ class Upstream:
             self._explain_hosted(place, response, said)
         if response.status == 404 and served.adapter_path is not None:
             # The engine was restarted, or let go of the adapter to make room.
-            await self.load(place.url, served)
+            try:
+                await self.load(place.url, served)
+            except Unreachable:
+                raise _TryAgain from None
             raise _TryAgain(sick=False)
         if response.status in (429, 503):
             raise _TryAgain(sick=False) from Busy(f"The engine is full: {said}", hint="Try again in a second.")
@@ -349,7 +357,7 @@ def _nowhere(served: Served) -> Unreachable:
 def _session(headers: Mapping[str, str]) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
-        timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS, connect=CONNECT_SECONDS, sock_read=SILENCE_SECONDS),
+        timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS, connect=CONNECT_SECONDS),
         headers={**headers, "content-type": "application/json"},
         cookie_jar=aiohttp.DummyCookieJar(),
         trust_env=False,
@@ -381,11 +389,11 @@ def _proxy(url: str) -> str | None:
 
 
 async def _whole(response: aiohttp.ClientResponse, place: Place) -> bytes:
-    data = bytearray()
+    data, most = bytearray(), _ANSWER_BYTES if place.hosted else _ENGINE_BYTES
     async for part in response.content.iter_any():
         data += part
-        if len(data) > _ANSWER_BYTES:
-            raise BadAnswer(f"{place.who} answered with more than {_ANSWER_BYTES} bytes.")
+        if len(data) > most:
+            raise BadAnswer(f"{place.who} answered with more than {most} bytes.")
     return bytes(data)
 
 

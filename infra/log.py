@@ -5,12 +5,28 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from unicodedata import category
+
+
+class Escaped(logging.Formatter):
+    """Lines that stay lines: a message may repeat what a stranger sent, and its control characters are shown as
+    escapes. Tracebacks keep their lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        text = super().formatMessage(record)
+        if text.isprintable():
+            return text
+        return "".join(_shown(c) if category(c)[0] == "C" else c for c in text)
+
+
+def _shown(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode()
 
 
 def setup(level: int = logging.INFO) -> None:
     """Send all records of this process to standard error; called once, by a process's entry point."""
     handler = logging.StreamHandler(sys.stderr)
-    formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)-7s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
+    formatter = Escaped("%(asctime)s.%(msecs)03dZ %(levelname)-7s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
     formatter.converter = time.gmtime
     handler.setFormatter(formatter)
     logging.basicConfig(level=level, handlers=[handler], force=True)

@@ -1,8 +1,9 @@
 """An HTTP server that speaks the engine's contract without a model, for faults that a real one cannot be asked for.
 
 It answers every request with words that begin with the adapter's name. The last message may ask for more:
-``slow`` (50 words, 0.05 s each), ``garbage`` (not JSON), ``break`` (the connection ends in the middle), ``full``
-(429), ``fail`` (500). ``GET /stats`` tells what it saw. Run as a process: ``python engine_peer.py PORT``.
+``slow`` (50 words, 0.05 s each), ``flood`` (20 MB), ``garbage`` (not JSON), ``break`` (the connection ends in the
+middle), ``full`` (429), ``fail`` (500). ``GET /stats`` tells what it saw. Run as a process: ``python engine_peer.py
+PORT``.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ class Peer:
         if asked in ("full", "fail"):
             return web.json_response({"error": {"message": asked}}, status=429 if asked == "full" else 500)
         words = [model, *(f" word{i}" for i in range(49 if asked == "slow" else 2))]
+        if asked == "flood":
+            words += ["x" * 50_000] * 400
         pause = 0.05 if asked == "slow" else 0.0
         usage = {"prompt_tokens": 5, "completion_tokens": len(words), "total_tokens": 5 + len(words)}
         extra = {"engine_seconds": 0.01, "queue_ms": 0.1, "ttft_ms": 2.0, "mean_logprob": -0.5}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -161,6 +162,41 @@ def test_a_gateway_that_ends_gives_back_what_it_did_not_use(database: Settings) 
     RUNNER.run(purses.close())
     with transaction() as conn:
         assert one(conn, "select sum(used) as n from spending")["n"] == 7
+
+
+def test_a_gateway_that_ends_tells_what_was_used_beyond_what_it_had(database: Settings) -> None:
+    early_in_a_minute(10)
+    purses = Budgets()
+    purses._set([Limit(scope="key", name="k", kind="tokens", amount=100)])
+    assert admitted(purses, "k", 1) == 1
+    purses.spend("k", "demo", tokens=250, usd=0.0)
+    RUNNER.run(purses.close())
+    with transaction() as conn:
+        assert one(conn, "select sum(used) as n from spending")["n"] == 250
+    fresh = Budgets()
+    fresh._set([Limit(scope="key", name="k", kind="tokens", amount=100)])
+    assert admitted(fresh, "k", 1) == 0, "another gateway, or the same one begun again, does not forget it"
+
+
+def test_a_database_that_hangs_is_told_once_of_what_was_used(
+    database: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    early_in_a_minute(15)
+    purses, hangs, grant = Budgets(), threading.Event(), budgets._grant
+
+    def slow(*asked: Any) -> Any:
+        hangs.wait(20)
+        return grant(*asked)
+
+    monkeypatch.setattr(budgets, "_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(budgets, "_grant", slow)
+    purses._set([Limit(scope="key", name="k", kind="requests", amount=100)])
+    assert sum(admitted(purses, "k", 1) for _ in range(40)) == 40  # eight parts of five
+    hangs.set()
+    RUNNER.run(asyncio.sleep(0.5))
+    RUNNER.run(purses.close())
+    with transaction() as conn:
+        assert one(conn, "select sum(used) as n from spending")["n"] == 40
 
 
 def test_limits_are_set_shown_and_taken_away(database: Settings) -> None:

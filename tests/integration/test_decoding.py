@@ -16,6 +16,7 @@ from deploy.decoding import Batch, Finish, Request, Row, generate, open_model
 from deploy.prefixes import Prefixes
 from deploy.sampling import Sampling, Text
 from deploy.scheduler import Scheduler
+from infra.errors import NotFound, Unreachable
 
 # PEFT 0.21 asks transformers 5.23 by an old name.
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -318,7 +319,22 @@ def test_those_who_decode_wait_for_few_tokens_of_prompts(
         assert asyncio.run(ask()) == ["length"] * 8
     finally:
         scheduler.stop()
+    with pytest.raises(Unreachable):
+        asyncio.run(scheduler.call(adapters.names))
     assert [rows for rows in joined if rows] == [[300, 299, 298], [297, 296, 295], [294, 293]]
+
+
+def test_of_more_adapters_than_fit_the_one_unused_longest_goes(folders: dict[str, Path], opened: Any) -> None:
+    model, tokenizer, _ = opened
+    adapters = Adapters(model, max_adapters=2)
+    adapters.load("cats-v1", folders["cats-v1"])
+    adapters.load("cats-v2", folders["cats-v2"])
+    batch = Batch(model, tokenizer, adapters)
+    batch.row(Request(prompt=[1], adapter="cats-v1"))
+    adapters.load("dogs-v1", folders["dogs-v1"])
+    assert adapters.names() == ["cats-v1", "dogs-v1"]
+    with pytest.raises(NotFound):
+        batch.row(Request(prompt=[1], adapter="cats-v2"))
 
 
 def test_an_adapter_removed_meanwhile_goes_on_for_its_rows(folders: dict[str, Path], opened: Any) -> None:

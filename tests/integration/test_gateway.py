@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import threading
 import time
 import uuid
@@ -22,6 +23,7 @@ from serving import Stand, add_version, make_stand, wait_for
 
 from deploy.follower import IDLE_VERSIONS, Follower
 from deploy.upstream import Upstream
+from infra import storage
 from infra.db import transaction
 from infra.settings import Settings
 from registry import deployments
@@ -328,16 +330,21 @@ def test_promotions_under_load(stand: Stand) -> None:
     assert row == {"generation": 6, "ready": True}
 
 
-def test_a_version_that_does_not_become_ready_changes_nothing(stand: Stand) -> None:
-    from infra import storage
-
+def damage(number: int) -> None:
+    """Flip a bit of an adapter."""
     with transaction() as conn:
-        row = conn.execute("select bundle_digest from version where number = 2").fetchone()
+        row = conn.execute(
+            "select bundle_digest from version where model = 'demo' and number = %s", (number,)
+        ).fetchone()
     assert row is not None
     weights = storage.get("bundle", row["bundle_digest"]) / "adapter/adapter_model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-3] ^= 1
     weights.write_bytes(data)
+
+
+def test_a_version_that_does_not_become_ready_changes_nothing(stand: Stand) -> None:
+    damage(2)
     promote("demo", 2)
 
     def told() -> Any:
@@ -351,6 +358,53 @@ def test_a_version_that_does_not_become_ready_changes_nothing(stand: Stand) -> N
     assert stand.ask("demo:2").status_code == 409
     promote("demo", 3)
     wait_for(lambda: stand.ask().headers["x-tunesmith-version"] == "demo:3")
+
+
+def test_a_gateway_that_begins_while_the_champion_is_damaged_serves_the_one_before(database: Settings) -> None:
+    for number in (1, 2):
+        add_version("demo", number)
+        promote("demo", number)
+    add_version("other", 1)
+    promote("other", 1)
+    damage(2)
+    with make_stand(database.home) as stand, stand.running_engine(), stand.running_gateway():
+        wait_for(lambda: stand._status() == 200)
+        assert stand.ask().headers["x-tunesmith-version"] == "demo:1"
+        assert stand.ask("other").status_code == 200
+        body = stand.http.get(f"{stand.url}/readyz", headers=stand.header("viewer")).json()
+        assert (body["status"], body["models"]["demo"]["ready"]) == ("stale", False)
+        assert "adapter_model.safetensors has digest" in body["models"]["demo"]["message"]
+
+
+def test_a_model_that_cannot_be_served_takes_no_other_away(database: Settings) -> None:
+    for model in ("demo", "other"):
+        add_version(model, 1)
+        promote(model, 1)
+    damage(1)
+    with make_stand(database.home) as stand, stand.running_engine(), stand.running_gateway():
+        wait_for(lambda: stand._status() == 200)
+        assert (stand.ask("demo").status_code, stand.ask("other").status_code) == (503, 200)
+
+
+def test_a_client_that_stops_reading_is_let_go(database: Settings) -> None:
+    add_version("demo", 1)
+    promote("demo", 1)
+    with make_stand(database.home) as stand, stand.running_engine(), stand.running_gateway(send_seconds=1.0):
+        stand.wait_ready()
+        body = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "flood"}], "stream": True})
+        host, port = stand.url.removeprefix("http://").split(":")
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect((host, int(port)))
+            head = (
+                f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: {stand.header()['Authorization']}\r\n"
+            )
+            client.sendall(
+                f"{head}content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode()
+            )
+            [event] = stand.wait_events(1)
+        assert (event["status"], event["error"]) == (499, "the client read nothing for 1 s")
+        assert wait_for(lambda: stand.stats()["active"] == 0)
 
 
 def test_shares_are_sticky_and_shadows_silent(stand: Stand) -> None:

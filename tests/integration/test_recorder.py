@@ -173,6 +173,28 @@ def test_what_another_release_left_in_the_spool_does_not_hold_up_the_others(data
     assert not old.exists(), "kept no longer than the events"
 
 
+def test_a_disk_that_fails_once_ends_nothing(
+    database: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    failures = iter([OSError(5, "Input/output error")])
+
+    def sync(segment: Segment) -> None:
+        for error in failures:
+            raise error
+
+    monkeypatch.setattr("deploy.recorder.SEGMENT_BYTES", 8192)
+    monkeypatch.setattr(Segment, "sync", sync)
+    recorder = Recorder(database.home / "spool", uuid.uuid4())
+    recorder.start()
+    while "was not tended" not in caplog.text:
+        time.sleep(0.05)
+    for _ in range(200):  # more than a segment holds: spares are made
+        recorder.put(event())
+    all_arrived(recorder)
+    recorder.close()
+    assert (recorder.dropped, count()) == (0, (200, 200))
+
+
 def test_a_full_disk_is_waited_for_in_memory(database: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     full = True
     create = Segment.create

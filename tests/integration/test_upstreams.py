@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import engine_peer
@@ -16,6 +18,8 @@ from click.testing import CliRunner
 from serving import Stand, add_version, child, make_stand, wait_for
 
 from deploy.breaker import FAILURES
+from deploy.routing import Place
+from deploy.upstream import Upstream
 from infra import ports
 from infra.db import transaction
 from infra.errors import NotFound, Refused, UsageError
@@ -142,6 +146,30 @@ def test_an_upstream_that_dies_is_not_noticed_by_clients_and_is_asked_again_when
         before = _stats(stand, both, "first")["answered"]
         assert [stand.ask().status_code for _ in range(5)] == [200] * 5
         assert _stats(stand, both, "first")["answered"] == before + 5
+
+
+def test_each_place_is_asked_once_before_any_is_asked_again() -> None:
+    """The first is left alone; the second fails slowly; the third would answer."""
+
+    async def asked() -> list[str]:
+        upstream, names = Upstream(None), ["first", "second", "third"]
+        places = [Place(name=name, url="http://127.0.0.1:9", model="m", hosted=True) for name in names]
+        served: Any = SimpleNamespace(hosted=HOSTED, name="demo:1")
+        for _ in range(FAILURES):
+            upstream._breaker(places[0]).failed()
+        seen: list[str] = []
+
+        async def attempt(place: Place, *_: Any, **__: Any) -> Any:
+            seen.append(place.name)
+            if place.name == "second":
+                raise TimeoutError
+            yield {"choices": [{}]}
+
+        upstream._attempt = attempt  # type: ignore[method-assign, assignment]
+        await upstream.complete(places, served, "/chat/completions", {})
+        return seen
+
+    assert asyncio.run(asked()) == ["second", "third"]
 
 
 def test_garbage_refusals_and_breaks_end_in_clear_errors(database: Settings, both: Upstreams) -> None:
