@@ -396,12 +396,9 @@ def test_a_client_that_stops_reading_is_let_go(database: Settings) -> None:
         with socket.socket() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.connect((host, int(port)))
-            head = (
-                f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: {stand.header()['Authorization']}\r\n"
-            )
-            client.sendall(
-                f"{head}content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode()
-            )
+            lines = ["POST /v1/chat/completions HTTP/1.1", "host: x", f"content-length: {len(body)}"]
+            lines += [f"{name}: {value}" for name, value in stand.header().items()]
+            client.sendall("\r\n".join([*lines, "content-type: application/json", "", body]).encode())
             [event] = stand.wait_events(1)
         assert (event["status"], event["error"]) == (499, "the client read nothing for 1 s")
         assert wait_for(lambda: stand.stats()["active"] == 0)
