@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
 log = logging.getLogger(__name__)
 
+_ALIASES, _TAG = ("champion", "challenger", "shadow"), "tunesmith.deployment"
 _LOGIN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 _ENVIRONMENT = {  # read by MLflow's client at import or at each call; what the user set stays
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -283,7 +284,8 @@ def version_url(model: str, number: int) -> str:
 
 
 def deliver(conn: Connection, limit: int = 20) -> int:
-    """Set the aliases ``@champion`` and ``@challenger`` of models whose deployment changed; returns how many.
+    """Set the aliases ``@champion``, ``@challenger`` and ``@shadow`` of models whose deployment changed, and a tag that
+    says of which generation they are; returns how many.
 
     What is written is what the deployment row says now, under a lock per model, so neither order nor repetition
     matters. What fails stays in the outbox and is tried again after 1, 2, 4 ... 300 seconds; nothing is raised for it.
@@ -301,7 +303,7 @@ def deliver(conn: Connection, limit: int = 20) -> int:
             continue  # another process did it
         slots = one(conn, SQL["slots"], {"model": model})  # read after `newest`: at least as new as all these rows
         try:
-            gone = set_aliases(model, {"champion": slots["champion"], "challenger": slots["challenger"]})
+            gone = set_aliases(model, {name: slots[name] for name in _ALIASES}, tags={_TAG: _in_words(slots)})
         except Unreachable as error:
             log.warning("aliases wait, %s's and all others: %s", model, error)
             conn.execute(SQL["postpone_all"], {"error": str(error)[:1000]})
@@ -331,8 +333,15 @@ def drop_old(conn: Connection, days: int) -> None:
     conn.execute(SQL["drop_old"], {"days": days})
 
 
-def set_aliases(model: str, wanted: Mapping[str, int | None]) -> list[int]:
-    """Make a registered model's aliases point where `wanted` says, None meaning nowhere; others are left alone.
+def _in_words(slots: Mapping[str, Any]) -> str:
+    share = f" at {100 * slots['challenger_share']:g} %"
+    held = [f"{name} {slots[name]}{share * (name == 'challenger')}" for name in _ALIASES if slots[name] is not None]
+    return f"generation {slots['generation']}: {', '.join(held) or 'nothing serves'}"
+
+
+def set_aliases(model: str, wanted: Mapping[str, int | None], *, tags: Mapping[str, str] | None = None) -> list[int]:
+    """Make a registered model's aliases point where `wanted` says, None meaning nowhere, and set its `tags`; others are
+    left alone.
 
     Returns the numbers that MLflow does not have. Raises Unreachable or TunesmithError.
     """
@@ -357,6 +366,10 @@ def set_aliases(model: str, wanted: Mapping[str, int | None]) -> list[int]:
                         _call(rest, "DELETE", "registered-models/alias", {"name": model, "alias": alias})
             elif number is not None and not _exists(rest, model, number):
                 gone.append(number)
+        has = {entry["key"]: entry.get("value") for entry in found.get("tags", [])}
+        for key, value in (tags or {}).items():
+            if has.get(key) != value:
+                _call(rest, "POST", "registered-models/set-tag", {"name": model, "key": key, "value": value})
     return gone
 
 

@@ -10,7 +10,7 @@ select pg_try_advisory_xact_lock(hashtextextended('mlflow_aliases:' || %(model)s
 select max(id) as id from outbox where model = %(model)s and kind = 'mlflow_aliases' and done_at is null
 
 -- name: slots
-select champion, challenger from deployment where model = %(model)s
+select champion, challenger, challenger_share, shadow, generation from deployment where model = %(model)s
 
 -- name: done
 update outbox set done_at = clock_timestamp(), attempts = attempts + 1, error = %(error)s

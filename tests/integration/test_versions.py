@@ -136,6 +136,19 @@ def test_aliases_follow_whatever_happened_to_mlflow_meanwhile(
     with transaction() as conn:
         deployments.promote(conn, model, 2, **WHO)
     assert (_deliver(), _aliases(model)) == (1, {"champion": "2"})  # and an empty slot has no alias
+    with transaction() as conn:
+        deployments.canary(conn, model, 1, share=0.25, **WHO)
+        deployments.stop(conn, model, "challenger", **WHO)
+        deployments.shadow(conn, model, 1, **WHO)
+    assert (_deliver(), _aliases(model)) == (1, {"champion": "2", "shadow": "1"})
+    found = httpx.get(
+        f"{mlflow_server}/api/2.0/mlflow/registered-models/get", params={"name": model}, trust_env=False, timeout=60
+    ).json()["registered_model"]
+    tags = {tag["key"]: tag["value"] for tag in found["tags"]}
+    assert tags["tunesmith.deployment"] == "generation 6: champion 2, shadow 1"
+    with transaction() as conn:
+        deployments.stop(conn, model, "shadow", **WHO)
+    assert (_deliver(), _aliases(model)) == (1, {"champion": "2"})
     body = {"name": model, "alias": "champion", "version": "1"}  # a hand in MLflow's page
     httpx.post(f"{mlflow_server}/api/2.0/mlflow/registered-models/alias", json=body, trust_env=False, timeout=60)
     assert (_deliver(), _aliases(model)) == (0, {"champion": "1"})
