@@ -42,7 +42,7 @@ from registry import (
     upstreams,
     versions,
 )
-from registry.bundle import Generation, Hosted
+from registry.bundle import Generation, Hosted, canonical_json
 from registry.datasets import Row
 from registry.pricing import MachinePrice, parse_price
 
@@ -356,7 +356,13 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
             first=plan.champion is None,
             required={name: SUITES[name] for name in config.evaluation.required},
         )
-        decision = replace(decision, approvals=config.approvals, author=deployments.actor_here())
+        decision = replace(
+            decision,
+            approvals=config.approvals,
+            author=deployments.actor_here(),
+            evaluation=storage.text_digest(canonical_json(evaluation)),
+            champion=champion.number if champion else None,
+        )
         digest = versions.seal(
             versions.VersionDraft(
                 model=config.model,

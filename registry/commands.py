@@ -78,6 +78,8 @@ def show(version: str, as_json: bool) -> None:
         asked = [f"{each['model']} at {each['upstream']}" for each in facts["hosted"]["models"]]
         flat |= {"base": None, "hosted": ", then ".join(asked)}
     flat |= {"gate": gate["decision"] if gate else "never judged"}
+    if gate and gate.get("champion") is not None:
+        flat["gate"] += f", beside version {gate['champion']}"
     for name in ("generation", "params"):
         flat[name] = ", ".join(f"{key} {value}" for key, value in facts[name].items())
     for name in ("metrics", "evaluation", "approvals"):

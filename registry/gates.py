@@ -35,13 +35,16 @@ class Gate:
 @dataclass(frozen=True, kw_only=True)
 class Decision:
     """`gates` holds each gate with its own decision, reason and the estimate it was judged by. `approvals`: how many
-    people other than the `author` must approve of the version before it serves; see registry/approvals.py."""
+    people other than the `author` must approve of the version before it serves; see registry/approvals.py.
+    `evaluation` is the digest of the evidence it was made from, `champion` the version it was judged beside."""
 
     decision: Outcome
     reasons: list[str]
     gates: list[dict[str, Any]] = field(default_factory=list)
     approvals: int = 0
     author: str | None = None
+    evaluation: str | None = None
+    champion: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -36,6 +36,7 @@ def console_routes() -> list[BaseRoute]:
         Route("/models/{model}/challenger/stop", page(changing.stop_challenger, "operator"), methods=["POST"]),
         Route("/models/{model}/drift", page(drift.show)),
         Route("/models/{model}/versions/{number}", page(version.show)),
+        Route("/models/{model}/versions/{number}/report", page(version.report)),
         Route("/models/{model}/versions/{number}/approve", page(version.approve, "operator"), methods=["POST"]),
         Route("/requests", page(requests.listing)),
         Route("/requests/{id}", page(requests.story)),

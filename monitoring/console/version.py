@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from infra.db import transaction
-from infra.errors import NotFound, TunesmithError
+from infra.errors import NotFound, Refused, TunesmithError
 from infra.settings import get_settings
+from infra.storage import text_digest
 from monitoring.console.figures import words
 from monitoring.console.model import HEADLINES, differences, look
 from monitoring.console.render import SQL, Visit, draw, whole
-from registry import approvals, deployments
+from registry import approvals, deployments, versions
 from registry.names import check_model_name
 from registry.statistics import Estimate
 
-EXAMPLES = 12
+EXAMPLES, REPORT = 12, "report.html"
 
 
 def show(visit: Visit) -> Response:
@@ -56,11 +57,26 @@ def show(visit: Visit) -> Response:
             for label, metrics in evaluation.get("slices", {}).items()
             if label.startswith("source=")  # the others stand in the report, one line each
         },
+        has_report=REPORT in v["manifest"].get("files", {}),
         rows=evaluation.get("rows"),
         suites=evaluation.get("suites", []),
         examples=evaluation.get("examples", [])[:EXAMPLES],
         mlflow_page=_mlflow_page(name, number),
     )
+
+
+def report(visit: Visit) -> Response:
+    """The bundle's own report. It may have come from elsewhere, so nothing in it may run or load anything."""
+    name, number = check_model_name(visit.path("model")), whole(visit.path("number"), "version")
+    with transaction() as conn:
+        found = versions.get(conn, name, number)
+    if REPORT not in found.parsed.files:
+        raise NotFound(f"{found.name} has no report.", hint="Only what a pipeline run judged has one.")
+    content = (found.folder() / REPORT).read_bytes()
+    if (digest := text_digest(content.decode())) != found.parsed.files[REPORT]:
+        raise Refused(f"The report of {found.name} has digest {digest}, not the one that it was sealed with.")
+    policy = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
+    return HTMLResponse(content, headers={"content-security-policy": policy})
 
 
 def approve(visit: Visit) -> Response:

@@ -128,6 +128,10 @@ def test_a_run_turns_rows_into_a_version_that_serves(stack: Stack, data: Path) -
     assert set(measured) == {"candidate", "base", "champion", "vs_base", "vs_champion"}
     assert set(measured["candidate"]) >= {"estimate", "low", "high", "level", "n", "higher_is_better"}
     assert measured["champion"] is None
+    assert result["gate"]["champion"] is None
+    [(evaluation, gate)] = asked(stack, "select evaluation, g.body ->> 'evaluation' from version v join evidence g"
+                                        " on g.digest = v.gate where v.model = 'whole'")  # fmt: skip
+    assert evaluation == gate, "the decision, which the ledger names, names the evidence it was made from"
     # What a terminal shows is the run's own: no logs of workers, no progress bars of libraries
     foreign = ("INFO", "Warning", "it/s", "shards", "deployments", "Traceback", "Prefect")
     assert [line for line in done.stderr.splitlines() if any(word in line for word in foreign)] == []
