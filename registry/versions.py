@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import re
 import shutil
 import subprocess
 import uuid
@@ -318,6 +320,14 @@ def _json(path: Path) -> dict[str, Any] | None:
     return value
 
 
+def _name_base(file: Path, base: BaseIdentity) -> None:
+    """Have PEFT's config name the base as the world does: what trained knows it as a folder of this machine's."""
+    config = json.loads(file.read_bytes())
+    commit = re.fullmatch(r"[0-9a-f]{40}", base.revision) is not None
+    config |= {"base_model_name_or_path": base.id, "revision": base.revision if commit else None}
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def _fill(folder: Path, draft: VersionDraft) -> Manifest:
     """Put all but version.json into the folder; what is written depends on the draft alone, not on time."""
     base = BaseIdentity(
@@ -349,6 +359,7 @@ def _fill(folder: Path, draft: VersionDraft) -> Manifest:
             if source.is_symlink() or not source.is_file():
                 raise Refused(f"The adapter in {draft.adapter} has no plain file {source.name}.")
             shutil.copyfile(source, folder / name)
+        _name_base(folder / bundle.ADAPTER_CONFIG, base)
     (folder / bundle.ENVIRONMENT).write_text(canonical_json(environment.lock()), encoding="utf-8")
     (folder / "profile.json").write_text(canonical_json(dict(draft.profile)), encoding="utf-8")
     if draft.evaluation is not None:
