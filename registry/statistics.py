@@ -26,7 +26,8 @@ _BLOCK = 4_000_000  # resampled numbers held at once: 32 MB
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A number with its confidence interval at `level`, from `n` rows. An end that is not known is infinite."""
+    """A number with its confidence interval at `level`, from `n` rows. An end that is not known is infinite. `p_value`,
+    of a paired difference, is that of an exact test (`sign_test`) that there is none."""
 
     estimate: float
     low: float
@@ -34,6 +35,7 @@ class Estimate:
     n: int
     higher_is_better: bool
     level: float = LEVEL
+    p_value: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The contract's object; what is not finite becomes null."""
@@ -44,6 +46,7 @@ class Estimate:
             "level": self.level,
             "n": self.n,
             "higher_is_better": self.higher_is_better,
+            **({} if self.p_value is None else {"p_value": self.p_value}),
         }
 
     @classmethod
@@ -56,6 +59,7 @@ class Estimate:
             level=float(value["level"]),
             n=int(value["n"]),
             higher_is_better=bool(value["higher_is_better"]),
+            p_value=value.get("p_value"),
         )
 
 
@@ -114,7 +118,26 @@ def paired_difference(
         low, high = _unseen(difference, min(difference, -reach), max(difference, reach), len(x), level)
     else:
         low, high = _bootstrap(x - y, level, resamples, seed)
-    return Estimate(estimate=difference, low=low, high=high, n=len(x), level=level, higher_is_better=higher_is_better)
+    return Estimate(
+        estimate=difference,
+        low=low,
+        high=high,
+        n=len(x),
+        level=level,
+        higher_is_better=higher_is_better,
+        p_value=sign_test(x, y),
+    )
+
+
+def sign_test(x: Values, y: Values) -> float:
+    """The two-sided p-value of the exact sign test (Dixon and Mood 1946) on paired rows: how likely a split of the rows
+    that differ is, that is as uneven as this one or more, if either side were the better one as often. For values of 0
+    and 1 it is McNemar's exact test. 1 where no row differs."""
+    from scipy.special import bdtr
+
+    d = _clean(x) - _clean(y)
+    more, less = int((d > 1e-9).sum()), int((d < -1e-9).sum())
+    return min(1.0, 2 * float(bdtr(min(more, less), more + less, 0.5))) if more + less else 1.0
 
 
 def percentile_ci(values: Values, q: float, *, higher_is_better: bool, level: float = LEVEL) -> Estimate:

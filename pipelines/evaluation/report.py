@@ -160,7 +160,7 @@ def _difference(estimate: Mapping[str, Any] | None, form: str) -> dict[str, Any]
     told = power.of(estimate)
     return {
         "estimate": _show(value, signed),
-        "interval": _interval(estimate, signed),
+        "interval": _interval(estimate, signed) + _exact(estimate),
         "effect": told.effect,
         "rows": told.rows,
         "n": estimate["n"],
@@ -170,6 +170,11 @@ def _difference(estimate: Mapping[str, Any] | None, form: str) -> dict[str, Any]
         "width": max(1.0, 50 * (ends[1] - ends[0]) / reach),
         "at": 50 + 50 * sign * value / reach,
     }
+
+
+def _exact(estimate: Mapping[str, Any]) -> str:
+    p = estimate.get("p_value")
+    return "" if p is None else ", p < 0.001" if p < 0.001 else f", p = {p:.3f}"
 
 
 def _interval(estimate: Mapping[str, Any], form: str) -> str:

@@ -43,6 +43,20 @@ def test_a_proportion_is_wilsons_interval() -> None:
         assert (got.low, got.high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
 
 
+def test_exact_p_values_are_scipys() -> None:
+    draw = np.random.default_rng(4)
+    x, y = (draw.random((2, 60)) < [[0.7], [0.5]]).astype(float)
+    only_x, only_y = int(((x == 1) & (y == 0)).sum()), int(((x == 0) & (y == 1)).sum())
+    mcnemar = stats.binomtest(only_x, only_x + only_y).pvalue
+    assert paired_difference(x, y, higher_is_better=True).p_value == pytest.approx(mcnemar)
+    losses = draw.normal(0.1, 1, 60)
+    signs = stats.binomtest(int((losses > 0).sum()), 60).pvalue
+    assert paired_difference(losses, np.zeros(60), higher_is_better=False).p_value == pytest.approx(signs)
+    assert paired_difference(x, x, higher_is_better=True).p_value == 1
+    told = paired_difference(x, y, higher_is_better=True)
+    assert Estimate.from_json(told.to_json()) == told
+
+
 def test_rows_that_are_all_equal_leave_room_for_others() -> None:
     same = np.random.default_rng(1).random(50)
     few, more = (paired_difference(same[:n], same[:n], higher_is_better=True) for n in (2, 50))
