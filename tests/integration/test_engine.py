@@ -110,8 +110,7 @@ CHAT = {"messages": [{"role": "user", "content": "the cat"}], "max_tokens": 12, 
 
 
 class EngineContract:
-    """What the gateway relies on. A subclass gives the fixture `engine`; vLLM with ``--enable-lora`` and
-    ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=1`` is meant to pass too."""
+    """What the gateway relies on. A subclass gives the fixture `engine`."""
 
     def test_health_needs_no_secret_and_all_else_does(self, engine: Running) -> None:
         with httpx.Client(base_url=engine.url, trust_env=False) as nobody:
@@ -155,6 +154,28 @@ class EngineContract:
             stopped = client.post("/v1/completions", json=body | {"stop": [stop]}).raise_for_status().json()
         assert stopped["choices"][0]["text"] == text[: text.index(stop)]
         assert stopped["choices"][0]["finish_reason"] == "stop"
+
+    def test_seeds_make_answers_repeatable(self, engine: Running) -> None:
+        body = CHAT | {"model": engine.base, "max_tokens": 20, "temperature": 1.0, "n": 2}
+        with engine.client() as client:
+            said = [
+                [
+                    choice["message"]["content"]
+                    for choice in client.post("/v1/chat/completions", json=ask).json()["choices"]
+                ]
+                for ask in (body | {"seed": 3}, body | {"seed": 3}, body | {"seed": 4})
+            ]
+        assert said[0] == said[1] != said[2]
+        assert said[0][0] != said[0][1]
+
+    def test_an_answer_that_nobody_reads_makes_room(self, engine: Running) -> None:
+        """More than can decode at once, all left after their first piece: the next is answered all the same."""
+        body = CHAT | {"model": engine.base, "max_tokens": 400, "stream": True}
+        with engine.client() as client:
+            for _ in range(3 * ROWS):
+                with client.stream("POST", "/v1/chat/completions", json=body) as response:
+                    next(response.iter_lines())
+            assert client.post("/v1/chat/completions", json=CHAT | {"model": engine.base}).status_code == 200
 
     def test_logprobs_stand_beside_their_tokens(self, engine: Running) -> None:
         body = CHAT | {"model": engine.base, "logprobs": True, "top_logprobs": 2}
@@ -204,6 +225,26 @@ class EngineContract:
             response = client.get("/metrics")
         assert response.status_code == 200
         assert "# TYPE" in response.text
+
+
+@pytest.mark.skipif("ENGINE_URL" not in os.environ, reason="names no engine to hold against the contract")
+class TestTheEngineAtAnAddress(EngineContract):
+    """Such as vLLM with ``--enable-lora`` and ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=1``: ``ENGINE_URL`` and
+    ``ENGINE_SECRET``, ``ENGINE_BASE`` as it is called there, its folder in ``ENGINE_BASE_FOLDER``, and in
+    ``ENGINE_ADAPTERS`` one where adapters for it are made, which the engine can read."""
+
+    @pytest.fixture(scope="class")
+    def engine(self) -> Running:
+        from deploy.decoding import open_model
+
+        root = Path(os.environ["ENGINE_ADAPTERS"])
+        model, _ = open_model(Path(os.environ["ENGINE_BASE_FOLDER"]))
+        return Running(
+            url=os.environ["ENGINE_URL"],
+            base=os.environ["ENGINE_BASE"],
+            adapters={f"cats-v{i}": save_adapter(model, root / f"cats-v{i}", seed=i, r=8 * i) for i in (1, 2, 3)},
+            secret=os.environ["ENGINE_SECRET"],
+        )
 
 
 class TestOurEngine(EngineContract):

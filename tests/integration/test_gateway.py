@@ -216,6 +216,26 @@ async def test_following_ends_when_asked_whatever_is_heard_meanwhile(database: S
         assert await asyncio.wait({task}, timeout=20) == ({task}, set()), turns
 
 
+async def test_a_change_is_seen_by_looking_where_listening_is_lost(
+    database: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Follower, "_listen", lambda *_: None)
+    for number in (1, 2):
+        add_version("demo", number)
+    promote("demo", 1)
+    follower = Follower(database, Upstream(None), uuid.uuid4())
+    task = asyncio.create_task(follower.run())
+    try:
+        for number in (1, 2):
+            promote("demo", number)
+            async with asyncio.timeout(20):
+                while f"demo:{number} is not ready" not in follower.applied.get("demo", (0, False, ""))[2]:
+                    await asyncio.sleep(0.05)
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
 MIB = 2**20
 
 
