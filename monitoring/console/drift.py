@@ -132,7 +132,7 @@ def _says(ratio: float | None) -> str:
 
 def _live(
     conn: Connection, model: str, number: int, window: windows.Window, begin: datetime, until: datetime
-) -> dict[str, Sequence[int]]:
+) -> dict[str, list[int]]:
     """The live histograms; quality comes from feedback, which arrives later."""
     return {name: window.histogram(name) for name in FEATURE} | drift.quality(conn, model, number, begin, until)
 
