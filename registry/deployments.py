@@ -470,7 +470,9 @@ def _gate_allows(
         return True
     reasons = [str(reason) for reason in gate.get("reasons", [])] if gate else []
     said = "it was never judged by a gate" if gate is None else f"its gate decision is {decision}"
-    what = "is not promoted" if share is None else f"gets no {share:.0%} of the traffic"
+    what = f"gets no more than {TRIED:.0%} of the traffic" if decision != "fail" else "gets no traffic"
+    if share is None:
+        what = "is not promoted"
     raise Refused(
         f"{model}:{number} {what}: {said}.",
         hint="; ".join([*reasons, "a person may override it with --force and a reason, on the record"]) + ".",

@@ -72,8 +72,7 @@ def mean_ci(
     and on few rows, where a bootstrap has no width. All others get the expanded percentile bootstrap (Hesterberg
     2015, "What Teachers Should Know About the Bootstrap", section 5.3): the percentile interval, with tails
     widened to what Student's t asks for on `n` rows, or the studentized one on the side where that reaches further.
-    Shares that are all equal leave room for as many others as Wilson's interval of none does. Fewer than two rows have
-    no interval.
+    Fewer than two rows have no interval.
 
     Raises UsageError for no rows, or a value that is not finite.
     """
@@ -81,8 +80,6 @@ def mean_ci(
     mean, n = float(x.mean()), len(x)
     if _binary(x):
         low, high = wilson(mean, n, level)
-    elif n > 1 and _constant(x) and 0 <= mean <= 1:
-        low, high = _unseen(mean, 0.0, 1.0, n, level)
     else:
         low, high = _bootstrap(x, level, resamples, seed)
     return Estimate(estimate=mean, low=low, high=high, n=n, level=level, higher_is_better=higher_is_better)
@@ -101,8 +98,9 @@ def paired_difference(
 
     `higher_is_better` is the metric's: for a loss, a negative difference is a gain. Where both sides are all 0 or
     1 the interval is Newcombe's for paired proportions (Newcombe 1998, Statistics in Medicine 17:2635, method
-    10); otherwise the expanded percentile bootstrap over rows, as in `mean_ci`. Where all rows differ alike, rows that
-    were not seen may still differ, as far as values lie apart (by 1 where all are shares).
+    10); otherwise the expanded percentile bootstrap over rows, as in `mean_ci`. Where all rows differ alike, or
+    not at all, rows that were not seen may still differ, by as much as values lie apart: as many of them as Wilson's
+    interval of none leaves room for.
 
     Raises UsageError for no rows, unequal lengths, or a value that is not finite.
     """
@@ -113,9 +111,9 @@ def paired_difference(
     if _binary(x) and _binary(y):
         low, high = _newcombe(x, y, level)
     elif len(x) > 1 and _constant(x - y):
-        least, most = float(min(x.min(), y.min())), float(max(x.max(), y.max()))
-        reach = 1.0 if least >= 0 and most <= 1 else most - least
-        low, high = _unseen(difference, min(difference, -reach), max(difference, reach), len(x), level)
+        apart = float(max(x.max(), y.max()) - min(x.min(), y.min()))
+        share = wilson(0.0, len(x), level)[1]  # of other rows, that none among these leaves room for
+        low, high = (difference + share * (end - difference) for end in (-apart, apart))
     else:
         low, high = _bootstrap(x - y, level, resamples, seed)
     return Estimate(
@@ -352,13 +350,6 @@ def _bootstrap(x: NDArray[np.float64], level: float, resamples: int, seed: int) 
         low = min(low, max(float(x.min()), middle - float(most) * error))
         high = max(high, min(float(x.max()), middle - float(least) * error))
     return low, high
-
-
-def _unseen(value: float, least: float, most: float, n: int, level: float) -> tuple[float, float]:
-    """The interval of a mean whose `n` rows are all equal: the share of other rows that none in `n` leaves room for
-    (Wilson 1927) may lie at either end of what is possible."""
-    share = wilson(0.0, n, level)[1]
-    return value + share * (least - value), value + share * (most - value)
 
 
 def _blocks(n: int, resamples: int) -> list[int]:

@@ -60,17 +60,12 @@ def test_exact_p_values_are_scipys() -> None:
 def test_rows_that_are_all_equal_leave_room_for_others() -> None:
     same = np.random.default_rng(1).random(50)
     few, more = (paired_difference(same[:n], same[:n], higher_is_better=True) for n in (2, 50))
-    wilson = mean_ci([0.0] * 50, higher_is_better=True)
-    assert (more.estimate, more.low, more.high) == pytest.approx((0, -wilson.high, wilson.high))
-    assert few.low < -0.6
-    losses = paired_difference(same + 3, same + 2.8, higher_is_better=False)  # no shares: as far as they lie apart
+    share, apart = mean_ci([0.0] * 50, higher_is_better=True).high, float(same.max() - same.min())
+    assert (more.estimate, more.low, more.high) == pytest.approx((0, -share * apart, share * apart))
+    assert few.low < -0.6 * abs(same[1] - same[0])
+    losses = paired_difference(same + 3, same + 2.8, higher_is_better=False)
     assert losses.estimate == pytest.approx(0.2)
-    apart = float(same.max() - same.min()) + 0.2
-    assert (losses.low, losses.high) == pytest.approx(
-        (0.2 - wilson.high * (apart + 0.2), 0.2 + wilson.high * (apart - 0.2))
-    )
-    half = mean_ci([0.5] * 50, higher_is_better=True)
-    assert (half.low, half.high) == pytest.approx((0.5 - wilson.high / 2, 0.5 + wilson.high / 2))
+    assert (losses.low, losses.high) == pytest.approx((0.2 - share * (apart + 0.4), 0.2 + share * apart))
 
 
 def test_paired_proportions_match_newcombes_published_examples() -> None:
