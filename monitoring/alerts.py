@@ -212,12 +212,10 @@ def _tell_over(conn: Connection, alert: Mapping[str, Any]) -> None:
 
 
 def _tell(conn: Connection, what: Literal["opened", "closed"], alert: Mapping[str, Any]) -> None:
-    model, version = alert["model"], alert["version"]
-    place = f"/drift?version={version}" if alert["rule"] == "drift" else f"/versions/{version}"
     names = ("model", "version", "rule", "severity", "message", "opened_at", "closed_at")
-    data = {name: alert.get(name) for name in names} | {"url": notifications.page(model, place)}
+    data = {name: alert.get(name) for name in names} | {"url": notifications.page(f"/alerts/{alert['id']}")}
     body = {"type": f"alert.{what}", "timestamp": alert["closed_at" if what == "closed" else "opened_at"], "data": data}
-    notifications.enqueue(conn, model, f"alert-{alert['id']}-{what}-{alert['severity']}", body)
+    notifications.enqueue(conn, alert["model"], f"alert-{alert['id']}-{what}-{alert['severity']}", body)
 
 
 def silence(conn: Connection, model: str, rule: str | None, span: timedelta, *, actor: str, reason: str) -> datetime:

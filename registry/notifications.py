@@ -107,16 +107,16 @@ def in_words(body: Mapping[str, Any]) -> str:
         forced = ", forced" if data["forced"] else ""
         what = f"{data['action']}{share}: {data['slot']} {data['from'] or 'none'} -> {data['to'] or 'none'}{forced}"
         text = f"{data['model']}: {what}, by {data['actor']}" + (f": {data['reason']}" if data["reason"] else "")
-        return _escaped(text) + _link(page(data["model"]), "the model")
+        return _escaped(text) + _link(page(f"/models/{data['model']}"), "the model")
     over = " is over" if body["type"] == "alert.closed" else ""
     severity, rule = data["severity"].upper(), data["rule"]
     return f"*{severity}*{over} ({_escaped(rule)}) {_escaped(data['message'])}" + _link(data["url"], "what happened")
 
 
-def page(model: str, rest: str = "") -> str | None:
-    """The address of a model's page in the console, as far as this process knows the gateway's."""
+def page(path: str) -> str | None:
+    """The address of a page of the console, as far as this process knows the gateway's."""
     url = get_settings().gateway_url
-    return f"{url.rstrip('/')}/models/{model}{rest}" if url else None
+    return f"{url.rstrip('/')}{path}" if url else None
 
 
 def _escaped(text: str) -> str:

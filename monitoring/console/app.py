@@ -12,7 +12,7 @@ from starlette.staticfiles import StaticFiles
 
 from deploy.auth import Auth, clear_session, identify, needs, set_session
 from infra.errors import TunesmithError
-from monitoring.console import changing, drift, model, overview, playground, requests, runs, studies, version
+from monitoring.console import alerting, changing, drift, model, overview, playground, requests, runs, studies, version
 from monitoring.console.render import Visit, draw, page, problem, read_form
 
 
@@ -25,7 +25,8 @@ def console_routes() -> list[BaseRoute]:
         Mount("/static", StaticFiles(directory=Path(__file__).with_name("static"))),
         Route("/favicon.ico", favicon),
         Route("/", page(overview.models)),
-        Route("/alerts", page(overview.alerts)),
+        Route("/alerts", page(alerting.listing)),
+        Route("/alerts/{id}", page(alerting.show)),
         Route("/models/{model}", page(model.show)),
         Route("/models/{model}/promote/{number}", page(changing.promote_form)),
         Route("/models/{model}/promote/{number}", page(changing.promote, "operator"), methods=["POST"]),

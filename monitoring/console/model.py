@@ -52,7 +52,7 @@ def show(visit: Visit) -> Response:
         behind=behind,
         rollout=rollout if rollout is not None and recent(rollout, RANGES[since]) else None,
         flow=flow,
-        charts=_charts(flow, entries, now),
+        charts=pictures(flow, entries),
         metrics=metrics,
         versions=[_row(v, now, verdicts, flow) for v in versions],
         intervals=_intervals(versions, metrics),
@@ -115,7 +115,8 @@ def _estimate(v: Mapping[str, Any], name: str) -> Estimate | None:
     return Estimate(estimate=float(value), low=-math.inf, high=math.inf, n=0, higher_is_better=True)
 
 
-def _charts(flow: traffic.Traffic, entries: Sequence[Entry], now: Deployment) -> dict[str, Markup]:
+def pictures(flow: traffic.Traffic, entries: Sequence[Entry]) -> dict[str, Markup]:
+    """What traffic is drawn as, by name, with the ledger's entries marked."""
     times = flow.times
     marks = [
         charts.Mark(

@@ -1,4 +1,4 @@
-"""The first page (all models at a glance) and the alerts."""
+"""The first page: all models at a glance."""
 
 from __future__ import annotations
 
@@ -34,12 +34,3 @@ def _card(conn: Connection, row: dict[str, Any]) -> dict[str, Any]:
             height=44,
         ),
     }
-
-
-def alerts(visit: Visit) -> Response:
-    """What is open, what was, and which retrains were asked for."""
-    with transaction() as conn:
-        opened = conn.execute(SQL["alerts_open"], {"model": None}).fetchall()
-        closed = conn.execute(SQL["alerts_closed"]).fetchall()
-        retrains = conn.execute(SQL["retrains"], {"model": None}).fetchall()
-    return draw(visit, "alerts.html", opened=opened, closed=closed, retrains=retrains, open_alerts=len(opened))

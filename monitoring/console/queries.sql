@@ -111,6 +111,9 @@ select * from alert where closed_at is null and (%(model)s::text is null or mode
 order by array_position(array['critical', 'warning', 'info'], severity), opened_at desc
 limit 200
 
+-- name: alert
+select * from alert where id = %(id)s
+
 -- name: alerts_closed
 select * from alert where closed_at is not null order by closed_at desc limit 50
 

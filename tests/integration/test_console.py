@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import uuid
 from collections.abc import Iterator
 from datetime import timedelta
 from html.parser import HTMLParser
@@ -99,6 +100,8 @@ def test_every_page_of_an_empty_database_says_what_to_do(app: TestClient) -> Non
         "/models/none/drift",
         "/models/none/versions/1",
         "/requests/x",
+        "/alerts/x",
+        f"/alerts/{uuid.uuid4()}",
         "/runs/x",
         "/studies/x",
     ):
@@ -123,6 +126,7 @@ def test_every_page_and_every_link_renders_with_hostile_text_harmless(app: TestC
                 seen.add(kind)
                 todo.append(target)
     wanted = {f"/models/{MODEL}", f"/models/{MODEL}/drift", f"/models/{MODEL}/versions/2", "/requests/*", "/runs/*"}
+    assert "/alerts/*" in seen
     assert wanted | {"/studies", f"/studies/{MODEL}-s1", f"/studies/{MODEL}-s3"} <= seen
     assert app.get(f"/studies/{MODEL}-s1").text.count("&lt;script&gt;alert") > 5  # errors, parameters, importances
     assert "&lt;script&gt;alert" in app.get("/requests?feedback=").text

@@ -228,9 +228,11 @@ def test_alerts_are_told_when_they_open_and_when_they_are_over(slack: Receiver) 
         "p95_latency_ms above", "critical", 2, None,
     )  # fmt: skip
     assert closed["closed_at"] is not None
-    assert opened["url"] == "http://127.0.0.1:8080/models/m/versions/2"
+    with transaction() as conn:
+        [alert] = alerts.listing(conn, "m", closed=True)
+    assert opened["url"] == closed["url"] == f"http://127.0.0.1:8080/alerts/{alert['id']}"
     assert len({each["id"] for each in slack.got}) == 2
-    link = "<http://127.0.0.1:8080/models/m/versions/2|what happened>"
+    link = f"<{opened['url']}|what happened>"
     assert slack.slack == [
         f"*CRITICAL* (p95_latency_ms above) m:2: it is &lt;slow&gt; &amp; late {link}",
         f"*CRITICAL* is over (p95_latency_ms above) m:2: it is &lt;slow&gt; &amp; late {link}",

@@ -1,0 +1,79 @@
+"""Alerts: what is open and what was, and one alert's story, with what it is about drawn beside the ledger."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import urlencode
+
+from starlette.responses import Response
+
+from infra.db import transaction
+from infra.errors import NotFound
+from monitoring import story
+from monitoring.console import traffic
+from monitoring.console.model import pictures
+from monitoring.console.render import RANGES, SQL, Visit, draw
+from registry import deployments
+
+# What a rule's figure is drawn by, and which requests are asked for
+_CHARTS = {"error_rate": "errors", "cost_usd": "cost"}
+
+
+def listing(visit: Visit) -> Response:
+    """What is open, what was, and which retrains were asked for."""
+    with transaction() as conn:
+        opened = conn.execute(SQL["alerts_open"], {"model": None}).fetchall()
+        closed = conn.execute(SQL["alerts_closed"]).fetchall()
+        retrains = conn.execute(SQL["retrains"], {"model": None}).fetchall()
+    return draw(visit, "alerts.html", opened=opened, closed=closed, retrains=retrains, open_alerts=len(opened))
+
+
+def show(visit: Visit) -> Response:
+    """Since when, what changed shortly before, which part grew, what to do, and where to look."""
+    now = datetime.now(UTC)
+    with transaction() as conn:
+        alert = conn.execute(SQL["alert"], {"id": _id(visit.path("id"))}).fetchone()
+        if alert is None:
+            raise NotFound("There is no such alert any more.", hint="See /alerts.")
+        model = alert["model"]
+        told = story.of(conn, alert, now)
+        # The smallest range that begins before it opened
+        shown = next((name for name, span in RANGES.items() if now - span < told.since), "30d")
+        flow = traffic.read(conn, model, RANGES[shown])
+        drawn = pictures(flow, deployments.history(conn, model))
+    return draw(
+        visit,
+        "alert.html",
+        alert=alert,
+        model=model,
+        story=told,
+        shown=shown,
+        chart=drawn[_chart(alert["rule"])] if flow.total.requests else None,
+        requests=_requests(alert, shown),
+        details=alert["details"],
+    )
+
+
+def _id(text: str) -> uuid.UUID:
+    try:
+        return uuid.UUID(text)
+    except ValueError as error:
+        raise NotFound("There is no such alert.", hint="See /alerts.") from error
+
+
+def _chart(rule: str) -> str:
+    metric = rule.split(" ")[0]
+    return _CHARTS.get(metric, "ttft" if "ttft" in metric else "latency" if "latency" in metric else "requests")
+
+
+def _requests(alert: Mapping[str, Any], shown: str) -> str:
+    """Where the requests that it is about are listed."""
+    asked = {"model": alert["model"], "since": shown}
+    if alert["version"]:
+        asked["version"] = alert["version"]
+    if alert["rule"].startswith("error_rate"):
+        asked["status"] = "error"
+    return "/requests?" + urlencode(asked)
