@@ -12,7 +12,19 @@ from starlette.staticfiles import StaticFiles
 
 from deploy.auth import Auth, clear_session, identify, needs, set_session
 from infra.errors import TunesmithError
-from monitoring.console import alerting, changing, drift, model, overview, playground, requests, runs, studies, version
+from monitoring.console import (
+    alerting,
+    changing,
+    drift,
+    model,
+    overview,
+    playground,
+    requests,
+    reviewing,
+    runs,
+    studies,
+    version,
+)
 from monitoring.console.render import Visit, draw, page, problem, read_form
 
 
@@ -41,6 +53,8 @@ def console_routes() -> list[BaseRoute]:
         Route("/models/{model}/versions/{number}/approve", page(version.approve, "operator"), methods=["POST"]),
         Route("/requests", page(requests.listing)),
         Route("/requests/{id}", page(requests.story)),
+        Route("/requests/{id}/feedback", page(reviewing.give, "operator"), methods=["POST"]),
+        Route("/review", page(reviewing.queue)),
         Route("/playground", page(playground.show)),
         Route("/runs", page(runs.listing)),
         Route("/runs/{id}", page(runs.show)),

@@ -184,6 +184,23 @@ left join feedback f on f.request_id = r.id
 left join api_key fk on fk.id = f.key_id
 where r.id = %(id)s and r.at between %(since)s and %(until)s
 
+-- name: disliked
+select e.id, e.at, e.version, e.messages, e.answer, f.score, f.label
+from feedback f join request_event e on e.at = f.request_at and e.id = f.request_id
+where f.model = %(model)s and f.at > %(since)s and f.score < 0 and f.correction is null and e.answer is not null
+order by f.at desc limit %(limit)s
+
+-- name: unsure
+-- Of the newest only: a queue is for what happens now, and need not read a month
+select e.id, e.at, e.version, e.messages, e.answer, null::float8 as score, null as label
+from (
+    select * from request_event
+    where model = %(model)s and at > %(since)s and status = 200 and answer is not null
+        and slot in ('champion', 'challenger')
+    order by at desc limit %(newest)s) e
+where not exists (select from feedback f where f.request_id = e.id)
+order by nullif(e.features[%(place)s], 'NaN') nulls last, e.at desc limit %(limit)s
+
 -- name: runs
 select id, model, kind, state, config_path, study, version, flow_run_id, mlflow_run_id, error, started_at,
        updated_at, finished_at,

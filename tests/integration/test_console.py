@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator
 from datetime import timedelta
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 from console_seed import HOSTILE, MODEL, seed
@@ -157,6 +158,46 @@ def test_pages_say_what_happened(app: TestClient) -> None:
     assert live.status_code == 200
     assert "<html" not in live.text
     assert "Requests, by version" in live.text
+
+
+def test_answers_are_reviewed_and_corrected(app: TestClient) -> None:
+    fill()
+    log_in(app, "operator")
+
+    def waiting() -> list[str]:
+        page, _ = check(app, f"/review?model={MODEL}&since=24h")
+        return re.findall(r'action="/requests/([0-9a-f-]{36})/feedback"', page)
+
+    def given(identifier: str) -> dict[str, Any] | None:
+        with transaction() as conn:
+            return conn.execute("select * from feedback where request_id = %s", [identifier]).fetchone()
+
+    def say(identifier: str, **form: str) -> str:
+        answer = app.post(f"/requests/{identifier}/feedback", data=form)
+        assert answer.status_code == 303, answer.text[:500]
+        return answer.headers["location"]
+
+    first, second, third, *_ = waiting()
+    assert len(waiting()) == 10
+    here = f"/review?model={MODEL}&since=24h"
+    assert say(first, correction="  Return the sum, mail ada@example.org. ", answer="old", next=here) == here
+    row = given(first)
+    assert row is not None
+    assert (row["score"], row["correction"]) == (-1, "Return the sum, mail [EMAIL].")
+    assert say(second, correction="as it was", answer="as it was", verdict="right") == f"/requests/{second}"
+    assert (given(second) or {})["score"] == 1
+    assert say(third, correction="", answer="x", verdict="wrong", next="//evil.example") == f"/requests/{third}"
+    assert (given(third) or {})["score"] == -1
+    left = waiting()
+    assert first not in left
+    assert second not in left
+    assert left[0] == third, "disliked, and not corrected yet"
+    unchanged = app.post(f"/requests/{third}/feedback", data={"correction": "x", "answer": "x"})
+    assert (unchanged.status_code, "Nothing was changed" in unchanged.text) == (400, True)
+    log_in(app, "viewer")
+    assert waiting() == []
+    refused = app.post(f"/requests/{third}/feedback", data={"verdict": "right"})
+    assert refused.status_code == 403
 
 
 def test_a_study_shows_each_trial_and_its_best(app: TestClient) -> None:
