@@ -113,6 +113,7 @@ class Settings(BaseSettings):
         default=256, ge=1, le=256, description="as vLLM's --max-lora-rank; no higher one is served"
     )
     machine_usd_per_hour: float = Field(default=0.10, ge=0, description="price of one machine for cost per second")
+    machine_watts: float = Field(default=100.0, ge=0, description="what one machine draws while its engine works")
     event_retention_days: int = Field(default=30, ge=1)
 
     @field_validator("database_url")

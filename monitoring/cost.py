@@ -1,4 +1,5 @@
-"""What a model costs: each version's tokens or machine time, by day, and for each request.
+"""What a model costs: each version's tokens or machine time, by day, by key, and for each request; what making it cost,
+how much energy that was, and what the month will come to.
 
 The gateway prices every request when it records it (registry/pricing.py), by the price of that day, so a price
 that changes later changes no past.
@@ -6,8 +7,10 @@ that changes later changes no past.
 
 from __future__ import annotations
 
+import math
+from calendar import monthrange
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,18 @@ from monitoring.windows import Window
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
 
+_WEEKS = timedelta(days=28)  # that a forecast is made from
+_FEWEST_DAYS = 3
+_Z = 1.96
+
 
 def report(conn: Connection, model: str, versions: Sequence[int], since: datetime, until: datetime) -> dict[str, Any]:
-    """Cost in US dollars between two times (to the minute; `days` are whole UTC days): of all versions together, of
-    each, and of each by day. `priced_by` says by what: "tokens" or "machine"."""
+    """Cost in US dollars between two times (to the minute; `days` and `keys` are of whole UTC days): of all versions
+    together, of each, of each by day, and by key. `priced_by` says by what: "tokens" or "machine". A version's `making`
+    is what its run took of the machine, and what that adds to each of the requests that it ever answered; `month` is
+    `forecast`'s, of the model."""
     spans = {version: windows.read(conn, model, version, since, until) for version in versions}
+    making = _making(conn, model, versions, until)
     days: dict[int, list[dict[str, Any]]] = {version: [] for version in versions}
     for point in windows.series(conn, model, versions, since, until, "day"):
         days[point.version].append({"day": point.start.date().isoformat(), **figures(point.window)})
@@ -33,8 +43,93 @@ def report(conn: Connection, model: str, versions: Sequence[int], since: datetim
         "currency": "USD",
         **price_of(conn, model),
         **figures(windows.total(spans.values())),
-        "versions": [{"version": v, **figures(window), "days": days[v]} for v, window in spans.items()],
+        "versions": [
+            {"version": v, **figures(window), "making": making[v], "days": days[v]} for v, window in spans.items()
+        ],
+        "keys": conn.execute(
+            SQL["keys"],
+            {"model": model, "versions": list(versions), "since": _day(since), "until": _day(until)},
+        ).fetchall(),
+        "month": forecast(conn, model, until),
     }
+
+
+def _making(conn: Connection, model: str, versions: Sequence[int], until: datetime) -> dict[int, dict[str, Any]]:
+    """By version: the machine's seconds of its run, dollars at the machine's price, and a thousand requests' share of
+    these, spread over all that it ever answered. Several machines of one run count as one."""
+    found: dict[int, dict[str, Any]] = {}
+    hour = price_of(conn, model)["price"].get("per_machine_hour_usd", get_settings().machine_usd_per_hour)
+    for row in conn.execute(SQL["making"], {"model": model, "versions": list(versions)}).fetchall():
+        usd = row["seconds"] / 3600 * hour
+        life = windows.read(conn, model, row["version"], row["created_at"], max(until, row["created_at"]))
+        found[row["version"]] = {
+            "seconds": row["seconds"],
+            "usd": usd,
+            "usd_per_1000_requests": 1000 * usd / life.requests if life.requests else None,
+        }
+    return found
+
+
+def forecast(conn: Connection, model: str, now: datetime) -> dict[str, Any]:
+    """What the UTC month of `now` has cost, and will have cost at its end, with a 95 % interval::
+
+        {"from": date, "days": in the month, "spent", "expected", "low", "high", "by": what it is made from}
+
+    The days to come are taken to be like those of the last four weeks: like those of their own weekday where there are
+    two weeks of them, whose spread is then that within weekdays. `expected` is null on fewer than three full days.
+    """
+    today = windows.floor(now, "day")
+    first, days = today.replace(day=1), monthrange(today.year, today.month)[1]
+    by_day: dict[datetime, float] = {}
+    begin = min(first, today - _WEEKS)
+    versions = _ever(conn, model)
+    for point in windows.series(conn, model, versions, begin, today + timedelta(days=1), "day"):
+        by_day[point.start] = by_day.get(point.start, 0.0) + point.window.cost_usd
+    spent = sum(usd for day, usd in by_day.items() if day >= first)
+    body = {"from": first.date().isoformat(), "days": days, "spent": spent, "expected": None, "low": None, "high": None}
+    began = min((day for day in by_day if day < today), default=today)
+    full = [began + timedelta(days=n) for n in range((today - began).days)]
+    full = [day for day in full if day >= today - _WEEKS]
+    if len(full) < _FEWEST_DAYS:
+        return body | {"by": f"{len(full)} full days so far, too few to say"}
+    weekly = len(full) >= 14
+    groups: dict[int, list[float]] = {}
+    for day in full:
+        groups.setdefault(day.weekday() if weekly else 0, []).append(by_day.get(day, 0.0))
+    means = {key: sum(values) / len(values) for key, values in groups.items()}
+    spread = sum((value - means[key]) ** 2 for key, values in groups.items() for value in values)
+    variance = spread / max(1, len(full) - len(groups))
+    left = [today + timedelta(days=n) for n in range(1, days - today.day + 1)]
+    rest_of_today = means[today.weekday() if weekly else 0] * (1 - (now - today) / timedelta(days=1))
+    expected = spent + rest_of_today + sum(means[day.weekday() if weekly else 0] for day in left)
+    # The days to come vary, and so do the means that they are taken to have
+    reach = _Z * math.sqrt(variance * (len(left) + len(left) ** 2 / len(full)))
+    return body | {
+        "expected": expected,
+        "low": max(spent, expected - reach),
+        "high": expected + reach,
+        "by": f"the last {len(full)} full days" + (", by weekday" if weekly else ""),
+    }
+
+
+def _day(at: datetime) -> date:
+    return at.astimezone(UTC).date()
+
+
+def _ever(conn: Connection, model: str) -> list[int]:
+    return [row["number"] for row in conn.execute(SQL["all_versions"], {"model": model})]
+
+
+def energy_kwh(engine_seconds: float) -> float:
+    """Of the machine while its engine worked, at what the settings say it draws then; idle time is nobody's."""
+    return engine_seconds / 3600 * get_settings().machine_watts / 1000
+
+
+def break_even(conn: Connection, model: str, version: int) -> Mapping[str, Any] | None:
+    """What the version's evaluation says of a hosted model's price, where it was measured beside one."""
+    row = conn.execute(SQL["evaluation"], {"model": model, "version": version}).fetchone()
+    found: Mapping[str, Any] | None = (row["cost"] or {}).get("break_even_per_day") if row else None
+    return found
 
 
 def figures(window: Window) -> dict[str, Any]:
@@ -45,6 +140,7 @@ def figures(window: Window) -> dict[str, Any]:
         "prompt_tokens": window.prompt_tokens,
         "completion_tokens": window.completion_tokens,
         "engine_seconds": window.engine_seconds,
+        "energy_kwh": energy_kwh(window.engine_seconds),
         "usd": usd,
         "usd_per_request": usd / window.requests if window.requests else None,
         "usd_per_1000_requests": 1000 * usd / window.requests if window.requests else None,

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -306,16 +306,33 @@ def close(conn: Connection, *, rows: int = 10_000) -> Closed:
     events = _events(conn, ids, sum(b["rows"] for b in batches), min(b["created_at"] for b in batches))
     extractors = _extractors(conn, {(e["model"], e["version"]) for e in events if e["messages"] is not None})
     sums: dict[tuple[str, int, datetime], _Sum] = {}
+    keys: dict[tuple[str, int, str, date], Counter[str]] = {}
     for event in events:
         if event["version"] is not None:  # refused before routing: no version's traffic
             key = (event["model"], event["version"], floor(event["at"], "minute"))
             sums.setdefault(key, _Sum()).add(of_event(event, extractors.get(key[:2])))
+            if event["key_id"] is not None:
+                used = keys.setdefault((*key[:2], event["key_id"], event["at"].astimezone(UTC).date()), Counter())
+                used.update(
+                    requests=1,
+                    prompt=event["prompt_tokens"],
+                    completion=event["completion_tokens"],
+                    cost=_scaled(event["cost_usd"], _NANO),
+                )
     changes: dict[tuple[str, int, Grain, datetime], _Sum] = {}
     for (model, version, start), minute in sums.items():
         window = minute.window()
         for grain in GRAINS:
             changes.setdefault((model, version, grain, floor(start, grain)), _Sum()).add(window)
     _merge_into_table(conn, {key: change.window() for key, change in changes.items()})
+    with conn.cursor() as cursor:
+        cursor.executemany(
+            SQL["add_key_usage"],
+            [
+                {"model": model, "version": version, "key_id": key, "day": day, **keys[model, version, key, day]}
+                for model, version, key, day in sorted(keys)
+            ],
+        )
     conn.execute(SQL["mark_windowed"], {"batches": ids})
     return Closed(events=len(events), versions=frozenset((model, version) for model, version, _ in sums))
 

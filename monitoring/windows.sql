@@ -11,7 +11,7 @@ where before < %(rows)s
 
 -- name: events
 -- The bound on `at` keeps this to the newest pages of the newest partition.
-select e.model, e.version, e.at, e.slot, e.status, e.prompt_tokens, e.completion_tokens, e.ttft_ms, e.latency_ms,
+select e.model, e.version, e.at, e.slot, e.key_id, e.status, e.prompt_tokens, e.completion_tokens, e.ttft_ms, e.latency_ms,
     e.engine_seconds, e.cost_usd, e.features, e.messages
 from request_event e
 where e.batch = any(%(batches)s) and e.at >= %(since)s
@@ -31,6 +31,15 @@ insert into traffic_window (model, version, grain, start, requests, errors, sket
 values (%(model)s, %(version)s, %(grain)s, %(start)s, %(requests)s, %(errors)s, %(sketches)s)
 on conflict (model, version, grain, start) do update
     set requests = excluded.requests, errors = excluded.errors, sketches = excluded.sketches
+
+-- name: add_key_usage
+insert into key_usage (model, version, key_id, day, requests, prompt_tokens, completion_tokens, cost_nano_usd)
+values (%(model)s, %(version)s, %(key_id)s, %(day)s, %(requests)s, %(prompt)s, %(completion)s, %(cost)s)
+on conflict (model, day, version, key_id) do update
+    set requests = key_usage.requests + excluded.requests,
+        prompt_tokens = key_usage.prompt_tokens + excluded.prompt_tokens,
+        completion_tokens = key_usage.completion_tokens + excluded.completion_tokens,
+        cost_nano_usd = key_usage.cost_nano_usd + excluded.cost_nano_usd
 
 -- name: read_windows
 -- Whole days, the whole hours at both sides of them, the minutes at both ends: at most some 150 rows of any span.

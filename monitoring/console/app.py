@@ -22,6 +22,7 @@ from monitoring.console import (
     requests,
     reviewing,
     runs,
+    spending,
     studies,
     version,
 )
@@ -48,6 +49,7 @@ def console_routes() -> list[BaseRoute]:
         Route("/models/{model}/rollout/{number}", page(changing.begin_rollout, "operator"), methods=["POST"]),
         Route("/models/{model}/challenger/stop", page(changing.stop_challenger, "operator"), methods=["POST"]),
         Route("/models/{model}/drift", page(drift.show)),
+        Route("/models/{model}/cost", page(spending.show)),
         Route("/models/{model}/versions/{number}", page(version.show)),
         Route("/models/{model}/versions/{number}/report", page(version.report)),
         Route("/models/{model}/versions/{number}/approve", page(version.approve, "operator"), methods=["POST"]),

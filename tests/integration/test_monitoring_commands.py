@@ -69,7 +69,13 @@ def test_cost(model: str) -> None:
     assert sum(day["usd"] for v in result["versions"] for day in v["days"]) == pytest.approx(result["usd"])
     one = json.loads(run(commands.cost, "m:2", "--json", "--since", "2h"))
     assert (one["requests"], [v["version"] for v in one["versions"]]) == (30, [2])
-    assert "priced by tokens" in run(commands.cost, "m")
+    text = run(commands.cost, "m")
+    assert "priced by tokens" in text
+    assert "too few to say" in text
+    assert result["keys"] == [{"key_id": "k", "name": None, "requests": 180, "tokens": result["prompt_tokens"]
+                               + result["completion_tokens"], "usd": pytest.approx(0.018)}]  # fmt: skip
+    assert result["energy_kwh"] == pytest.approx(result["engine_seconds"] / 3600 * 0.1)
+    assert result["versions"][0]["making"] == {"seconds": 0.0, "usd": 0.0, "usd_per_1000_requests": 0.0}
 
 
 def test_drift_and_alerts_as_text(model: str) -> None:
