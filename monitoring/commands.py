@@ -263,7 +263,7 @@ def cost(ref: str, since: str, until: str | None, as_json: bool) -> None:
     table = Table("version", "requests", "tokens", "engine s", "cost", "per 1,000 requests", "making it", box=None)
     for v in (*result["versions"], {"version": None, **result}):
         name = _name(asked.model, v["version"], asked.slots.get(v["version"])) if v["version"] else "all"
-        per = v["usd_per_1000_requests"]
+        per, made = v["usd_per_1000_requests"], v.get("making")
         table.add_row(
             name,
             str(v["requests"]),
@@ -271,9 +271,7 @@ def cost(ref: str, since: str, until: str | None, as_json: bool) -> None:
             f"{v['engine_seconds']:.1f}",
             usd(v["usd"]),
             usd(per),
-            f"{usd(v['making']['usd'])}, {usd(v['making']['usd_per_1000_requests'])} per 1,000"
-            if "making" in v
-            else "",
+            f"{usd(made['usd'])}, {usd(made['usd_per_1000_requests'])} per 1,000" if made else "",
         )
     out.print(table)
     if result["keys"]:
@@ -286,10 +284,7 @@ def cost(ref: str, since: str, until: str | None, as_json: bool) -> None:
     if month["expected"] is not None:
         line += f", {usd(month['expected'])} at its end ({usd(month['low'])} to {usd(month['high'])})"
     out.print(f"{line}, by {month['by']}")
-    out.print(
-        f"energy: {result['energy_kwh']:.3g} kWh while the engine worked, at {get_settings().machine_watts:g} W "
-        "(TUNESMITH_MACHINE_WATTS)"
-    )
+    out.print(f"energy: {result['energy_kwh']:.3g} kWh while the engine worked, at TUNESMITH_MACHINE_WATTS")
     price = ", ".join(f"{name} {value:g}" for name, value in result["price"].items())
     out.print(f"priced by {result['priced_by']}: {price}")
 
