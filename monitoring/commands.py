@@ -437,6 +437,31 @@ def erase(user: str, reason: str, as_json: bool) -> None:
         out.print("Train again without them, then `tunesmith delete` those versions.")
 
 
+@click.command()
+@click.argument("name")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--since", help="Only rows from then on: a duration, or a time (RFC 3339).")
+@click.option("--until", help="Only rows until then.")
+@json_option
+def table(name: str, file: Path, since: str | None, until: str | None, as_json: bool) -> None:
+    """Write the table NAME to FILE, whose ending says how: .csv or .parquet.
+
+    There are requests, windows, feedback, verdicts, alerts, ledger, versions, approvals, runs, studies, trials, and
+    keys (what each used, by day).
+    """
+    from infra.db import transaction
+    from monitoring import tables
+
+    end = _time("--until", until) if until else None
+    begin = _time("--since", since, before=end or datetime.now(UTC)) if since else None
+    with transaction() as conn:
+        count = tables.write(conn, name, file, since=begin, until=end)
+    if as_json:
+        print_json({"table": name, "file": str(file), "rows": count})
+    else:
+        out.print(safe(f"{count} rows of {name} in {file}"), markup=False)
+
+
 # ---------------------------------------------------------------- feedback
 
 

@@ -52,6 +52,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "erase": ("monitoring.commands:erase", "Erase one person's data."),
     "silence": ("monitoring.commands:silence", "Have nobody told of a model's alerts for a while."),
     "feedback": ("monitoring.commands:feedback", "Send corrections in bulk."),
+    "table": ("monitoring.commands:table", "Write a table to a CSV or Parquet file."),
     "limit": ("deploy.commands:limit", "What a key or a model may use."),
     "limits": ("deploy.commands:limits", "All limits, and what is taken of them."),
     "upstream": ("deploy.commands:upstream", "Addresses of hosted models."),
