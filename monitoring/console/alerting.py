@@ -18,7 +18,7 @@ from monitoring.console.model import pictures
 from monitoring.console.render import RANGES, SQL, Visit, draw
 from registry import deployments
 
-# What a rule's figure is drawn by, and which requests are asked for
+# Which chart shows a rule's figure
 _CHARTS = {"error_rate": "errors", "cost_usd": "cost"}
 
 
@@ -53,7 +53,6 @@ def show(visit: Visit) -> Response:
         shown=shown,
         chart=drawn[_chart(alert["rule"])] if flow.total.requests else None,
         requests=_requests(alert, shown),
-        details=alert["details"],
     )
 
 
