@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from infra.errors import NotFound, StoreFull, TunesmithError
 from infra.settings import get_settings
@@ -46,6 +46,17 @@ def root() -> Path:
     """The folder that holds all kinds."""
     settings = get_settings()
     return (settings.artifacts or settings.home / "artifacts").expanduser().absolute()
+
+
+def used() -> dict[str, int]:
+    """The bytes that each kind holds."""
+    found = {}
+    for kind in get_args(Kind):
+        folder = root() / kind
+        found[kind] = (
+            sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
+        )
+    return found
 
 
 def where(kind: Kind, digest: str) -> Path:

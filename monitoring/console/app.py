@@ -15,6 +15,7 @@ from infra.errors import TunesmithError
 from monitoring.console import (
     alerting,
     changing,
+    data,
     drift,
     model,
     overview,
@@ -22,6 +23,7 @@ from monitoring.console import (
     requests,
     reviewing,
     runs,
+    settings,
     spending,
     studies,
     version,
@@ -62,6 +64,10 @@ def console_routes() -> list[BaseRoute]:
         Route("/runs/{id}", page(runs.show)),
         Route("/studies", page(studies.listing)),
         Route("/studies/{name}", page(studies.show)),
+        Route("/data", page(data.listing)),
+        Route("/settings", page(settings.show)),
+        Route("/settings/keys", page(settings.make_key, "admin"), methods=["POST"]),
+        Route("/settings/keys/{id}/revoke", page(settings.end_key, "admin"), methods=["POST"]),
         Route("/links/mlflow/{run_id}", page(runs.to_mlflow)),
     ]
 

@@ -22,6 +22,17 @@ left join lateral (
     from run where model = m.name order by started_at desc limit 1) r on true
 order by m.name
 
+-- name: model_settings
+select name, settings from model order by name
+
+-- name: datasets
+select d.*, v.versions
+from dataset d
+cross join lateral (
+    select array_agg(number order by number) as versions
+    from version where model = d.model and dataset_digest = d.digest) v
+order by d.created_at desc limit 200
+
 -- name: model_names
 select name from model order by name
 

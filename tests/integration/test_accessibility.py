@@ -111,7 +111,7 @@ def test_pages_are_for_everybody(console: str) -> None:
         f"/models/{MODEL}/cost", f"/models/{MODEL}/versions/2", f"/models/{MODEL}/promote/1",
         f"/models/{MODEL}/rollback", f"/models/{MODEL}/rollout/1", "/requests", f"/requests/{request}",
         f"/review?model={MODEL}", "/playground", "/runs", f"/runs/{run}", "/studies", f"/studies/{MODEL}-s1",
-        "/models/none",
+        "/data", "/settings", "/models/none",
     ]  # fmt: skip
     wrong = []
     for page in pages:

@@ -94,6 +94,8 @@ def test_every_page_of_an_empty_database_says_what_to_do(app: TestClient) -> Non
         "/playground": "Nothing to ask",
         "/runs": "tunesmith run",
         "/studies": "No search yet",
+        "/data": "No data set yet",
+        "/settings": "Nothing is limited",
     }.items():
         assert words in check(app, path)[0]
     for path in (
@@ -158,6 +160,29 @@ def test_pages_say_what_happened(app: TestClient) -> None:
     assert live.status_code == 200
     assert "<html" not in live.text
     assert "Requests, by version" in live.text
+
+
+def test_keys_are_made_and_revoked_by_admins(app: TestClient) -> None:
+    fill()
+    log_in(app, "operator")
+    page, _ = check(app, "/settings")
+    assert "Make a key" not in page
+    assert app.post("/settings/keys", data={"name": "x", "role": "admin"}).status_code == 403
+    log_in(app, "admin")
+    made = app.post("/settings/keys", data={"name": HOSTILE[:60], "role": "service"})
+    assert made.status_code == 200
+    assert "<script>alert" not in made.text
+    key = re.search(r"<pre>(ts_(\w+)_\w+)</pre>", made.text)
+    assert key is not None
+    assert key[1] not in check(app, "/settings")[0], "its secret is shown once"
+    revoked = app.post(f"/settings/keys/{key[2]}/revoke")
+    assert (revoked.status_code, revoked.headers["location"]) == (303, "/settings")
+    with transaction() as conn:
+        row = conn.execute("select revoked_at from api_key where id = %s", [key[2]]).fetchone()
+    assert row is not None
+    assert row["revoked_at"] is not None
+    assert app.post("/settings/keys", data={"name": "", "role": "service"}).status_code == 400
+    assert app.post("/settings/keys/none/revoke").status_code == 404
 
 
 def test_answers_are_reviewed_and_corrected(app: TestClient) -> None:
