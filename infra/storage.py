@@ -50,13 +50,10 @@ def root() -> Path:
 
 def used() -> dict[str, int]:
     """The bytes that each kind holds."""
-    found = {}
-    for kind in get_args(Kind):
-        folder = root() / kind
-        found[kind] = (
-            sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
-        )
-    return found
+    return {
+        kind: sum(file.lstat().st_size for file in (root() / kind).rglob("*") if file.is_file())
+        for kind in get_args(Kind)
+    }
 
 
 def where(kind: Kind, digest: str) -> Path:
