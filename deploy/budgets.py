@@ -87,7 +87,9 @@ class _Purse:
     ends: float = 0.0
     empty: bool = False
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    asking: bool = False  # the database, which has not answered yet
+    grant: asyncio.Future[tuple[float, float, float]] | None = (
+        None  # that the database was asked for, and has not given
+    )
 
     def roll_over(self, now: float) -> None:
         if now >= self.ends:
@@ -116,8 +118,11 @@ class Budgets:
 
     async def close(self) -> None:
         """Give back what was taken and not used, and tell what was used beyond it."""
+        if asked := [purse.grant for purse in self._purses.values() if purse.grant is not None]:
+            await asyncio.wait(asked, timeout=_WAIT_SECONDS)
         now = time.monotonic()
-        rest = [(purse.limit, purse.owed - purse.left) for purse in self._purses.values() if now < purse.ends]
+        known = [purse for purse in self._purses.values() if purse.grant is None and now < purse.ends]
+        rest = [(purse.limit, purse.owed - purse.left) for purse in known]
         with contextlib.suppress(TunesmithError, psycopg.Error, OSError, TimeoutError):
             loop = asyncio.get_running_loop()
             for limit, back in rest:
@@ -204,7 +209,7 @@ class Budgets:
 
         def told(grant: asyncio.Future[tuple[float, float, float]]) -> None:
             """What was owed is told and what was granted is ours, also when it comes late; answers spend meanwhile."""
-            purse.asking = False
+            purse.grant = None
             if grant.cancelled() or grant.exception() is not None:
                 return
             granted, used, seconds = grant.result()
@@ -213,10 +218,11 @@ class Budgets:
             purse.empty = purse.left < need or purse.left <= 0
 
         try:
-            if purse.asking:  # what is owed is on its way, and must not be told twice
+            if purse.grant is not None:  # what is owed is on its way, and must not be told twice
                 raise TimeoutError("the database has not answered yet")
-            purse.asking = True
-            grant = asyncio.get_running_loop().run_in_executor(self._thread, _grant, limit, debt + owed, part)
+            grant = purse.grant = asyncio.get_running_loop().run_in_executor(
+                self._thread, _grant, limit, debt + owed, part
+            )
             grant.add_done_callback(told)
             await asyncio.wait_for(asyncio.shield(grant), _WAIT_SECONDS)
         except (TunesmithError, psycopg.Error, OSError, TimeoutError) as error:

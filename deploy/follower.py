@@ -43,6 +43,7 @@ POLL_SECONDS = 1.0
 REPORT_SECONDS = 5.0
 RETRY_SECONDS = 2.0  # after a version failed to become ready; doubles up to a minute
 STALE_SECONDS = 10.0
+_PASSING = (NotFound, Unreachable, Busy)  # what is not there now may be there any moment
 IDLE_VERSIONS = 16  # loaded versions beyond those in slots
 Ref = tuple[str, int]
 
@@ -89,7 +90,8 @@ class Follower:
         self.replica = replica
         self.table = Table()
         self.synced = False
-        self.waiting: set[str] = set()  # models of which nothing answers, and nothing failed yet
+        self.waiting: set[str] = set()  # models of which nothing answers yet, and nothing is known to be broken
+        self.begun = False  # whether all there is to serve was served once
         self.applied: dict[str, tuple[int, bool, str]] = {}  # model -> generation, ready, message
         self._versions: dict[Ref, Served] = {}  # verified; the least recently needed or used first
         self._loaded: dict[uuid.UUID, set[Ref]] = {}  # what each engine answered a first request of
@@ -269,7 +271,8 @@ class Follower:
         if champion is None and wish.champion is not None:
             if old.champion is not None:
                 return replace(old, message=message)
-            if (wish.model, wish.champion) not in self._failures:
+            failure = self._failures.get((wish.model, wish.champion))
+            if failure is None or isinstance(failure.error, _PASSING):
                 self.waiting.add(wish.model)
             else:  # this gateway began after it was promoted: what a rollback would bring back is the old one
                 champion = ready(wish.previous, None)
@@ -301,7 +304,8 @@ class Follower:
                 name for name in upstreams.keys() | self._upstreams if upstreams.get(name) != self._upstreams.get(name)
             }
             self.upstream.forget(changed)
-            self._failures.clear()
+            for failure in self._failures.values():
+                failure.again_at, failure.wait = 0.0, RETRY_SECONDS / 2
         self._upstreams = upstreams
 
     def _set_monitoring(self, wish: Wish) -> None:
@@ -409,7 +413,7 @@ class Follower:
     def _fail(self, ref: Ref, error: TunesmithError) -> None:
         before = self._failures.pop(ref, None)
         wait = min(60.0, before.wait * 2) if before else RETRY_SECONDS
-        if isinstance(error, NotFound | Unreachable | Busy):  # may be there any moment
+        if isinstance(error, _PASSING):
             wait = max(POLL_SECONDS, float(error.retry_after) if isinstance(error, Busy) else 0.0)
         self._failures[ref] = _Failure(error=error, again_at=time.monotonic() + wait, wait=wait)
         while len(self._failures) > 1000:

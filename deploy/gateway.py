@@ -142,14 +142,15 @@ async def healthz(request: Request) -> Response:
 
 
 async def readyz(request: Request) -> Response:
-    """503 until the deployments were read and each model has a version that answers, but for those that failed here
-    while others answer: these are no reason to take the others away. Whoever has a key also sees which generation of
-    each model is applied, and why a newer one is not."""
+    """503 until the deployments were read and each model has a version that answers, or one that is broken. Later it is
+    503 only when no model answers: one that does not is no reason to take the others away. Whoever has a key also sees
+    which generation of each model is applied, and why a newer one is not."""
     follower: Follower = request.app.state.follower
     routes = follower.table.routes.values()
     empty = [route.model for route in routes if route.champion is None and route.message]
     serving = any(route.champion is not None for route in routes)
-    ready = follower.synced and (not empty or (serving and not follower.waiting))
+    ready = follower.synced and (not empty or (serving and (follower.begun or not follower.waiting)))
+    follower.begun = follower.begun or ready
     stale = any(not done for _, done, _ in follower.applied.values())
     body: dict[str, object] = {"status": "starting" if not ready else "stale" if stale else "ready"}
     if identify(request):

@@ -273,14 +273,17 @@ class Inference:
                     chunk.pop("usage", None)
                     if not chunk.get("choices"):
                         continue
-                data = b"data: " + orjson.dumps(chunk) + b"\n\n"
-                try:
-                    async with asyncio.timeout(self.limits.send_seconds):
-                        await send({"type": "http.response.body", "body": data, "more_body": True})
-                except TimeoutError:
-                    raise _Stalled from None
+                await self._send_piece(send, orjson.dumps(chunk), more=True)
         call.status = 200
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+        await self._send_piece(send, b"[DONE]")
+
+    async def _send_piece(self, send: Send, data: bytes, *, more: bool = False) -> None:
+        """Of a stream. Raises _Stalled when the client takes nothing."""
+        try:
+            async with asyncio.timeout(self.limits.send_seconds):
+                await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": more})
+        except TimeoutError:
+            raise _Stalled from None
 
     async def _send_head(
         self, call: _Call, send: Send, status: int, content_type: bytes, more: tuple[tuple[bytes, bytes], ...]
@@ -313,7 +316,8 @@ class Inference:
         """Tell the client what went wrong: an answer of its own, or the last piece of the stream it is reading."""
         body = orjson.dumps(error_json(error))
         if call.sent:
-            await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n"})
+            with suppress(_Stalled):
+                await self._send_piece(send, body)
             return
         seconds = error.retry_after if isinstance(error, OverLimit | Busy | LeftAlone) else 1
         more = ((b"retry-after", b"%d" % seconds),) if error.http_status in (429, 503) else ()
@@ -330,7 +334,7 @@ class Inference:
         self.metrics.requests.labels(name, call.slot, str(call.status)).inc()
         features, cost = _NO_FEATURES, 0.0
         # Who hangs up before the usage comes has used what was sent all the same
-        completion = call.completion_tokens or len(call.text)
+        completion = call.completion_tokens or (len(call.text) if asked and asked.stream else 0)
         kept: Any = None
         answer: str | None = None
         if served is not None:

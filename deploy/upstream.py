@@ -283,6 +283,8 @@ class Upstream:
             return
         data = orjson.dumps({"lora_name": served.adapter, "lora_path": served.adapter_path})
         status, said = await self._tell(engine, "/v1/load_lora_adapter", data)
+        if status in (429, 503):
+            raise Unreachable(f"The engine takes nothing now: {said}")
         if status != 200 and not (status == 400 and "already been loaded" in said):  # vLLM's words
             raise NotTaken(f"The engine does not take {served.name}: {said}")
 
@@ -297,7 +299,8 @@ class Upstream:
         failure: TunesmithError = _nowhere(served)
         for place in places:
             try:
-                async with aclosing(self._attempt(place, served, "/chat/completions", body, stream=False)) as answer:
+                answer = self._attempt(place, served, "/chat/completions", body, stream=False)
+                async with asyncio.timeout(SILENCE_SECONDS), aclosing(answer):
                     await anext(answer)
             except _TryAgain as error:
                 known = error.__cause__
@@ -313,7 +316,8 @@ class Upstream:
 
     async def _tell(self, engine: str, path: str, data: bytes) -> tuple[int, str]:
         try:
-            async with self._session(self._engines).post(engine + path, data=data) as response:
+            timeout = aiohttp.ClientTimeout(total=ANSWER_SECONDS, connect=CONNECT_SECONDS, sock_read=SILENCE_SECONDS)
+            async with self._session(self._engines).post(engine + path, data=data, timeout=timeout) as response:
                 text = await response.text()
                 if response.status == 200:
                     return 200, text

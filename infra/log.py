@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from unicodedata import category
 
 
 class Escaped(logging.Formatter):
@@ -16,11 +15,7 @@ class Escaped(logging.Formatter):
         text = super().formatMessage(record)
         if text.isprintable():
             return text
-        return "".join(_shown(c) if category(c)[0] == "C" else c for c in text)
-
-
-def _shown(character: str) -> str:
-    return character.encode("unicode_escape", "surrogatepass").decode()
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def setup(level: int = logging.INFO) -> None:

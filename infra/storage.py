@@ -49,11 +49,15 @@ def root() -> Path:
 
 
 def used() -> dict[str, int]:
-    """The bytes that each kind holds."""
-    return {
-        kind: sum(file.lstat().st_size for file in (root() / kind).rglob("*") if file.is_file())
-        for kind in get_args(Kind)
-    }
+    """The bytes that each kind holds; what comes and goes meanwhile counts or not."""
+    found: dict[str, int] = {}
+    for kind in get_args(Kind):
+        found[kind] = 0
+        for folder, _, names in os.walk(root() / kind):
+            for name in names:
+                with contextlib.suppress(OSError):
+                    found[kind] += os.lstat(os.path.join(folder, name)).st_size  # noqa: PTH118
+    return found
 
 
 def where(kind: Kind, digest: str) -> Path:

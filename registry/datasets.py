@@ -192,14 +192,16 @@ def _numbered(path: Path) -> Iterator[tuple[int, bytes]]:
 def check(digest: str) -> str:
     """The digest, once all files of a data set are what they were kept as. Raises NotFound, Refused."""
     folder = storage.get("dataset", digest)
-    text = (folder / "dataset.json").read_text()
-    changed = [] if storage.text_digest(text) == digest else ["dataset.json"]
-    for name, wanted in orjson.loads(text)["files"].items() if not changed else ():
-        if not (folder / name).is_file() or storage.file_digest(folder / name) != wanted:
-            changed.append(name)
-    if changed:
+    files = {"dataset.json": digest}
+    if _is(folder / "dataset.json", digest):
+        files |= orjson.loads((folder / "dataset.json").read_bytes())["files"]
+    if changed := [name for name, wanted in files.items() if not _is(folder / name, wanted)]:
         raise Refused(f"Of the data set {digest} these files were changed where they are kept: {', '.join(changed)}.")
     return digest
+
+
+def _is(file: Path, digest: str) -> bool:
+    return file.is_file() and storage.file_digest(file) == digest
 
 
 def open_dataset(digest: str) -> Dataset:

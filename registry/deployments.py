@@ -246,11 +246,13 @@ def canary(
         return Change(changed=False, deployment=now)
     _beside_champion(now, number, "a share of its traffic")
     forced = _gate_allows(model, number, version["gate_body"], force=force, passed_only=share > TRIED, share=share)
-    agreed = approvals.of(conn, model, number)
-    if share > TRIED and agreed.missing:
-        if not force:
+    evidence = version["gate"]
+    if share > TRIED:
+        agreed = approvals.of(conn, model, number)
+        if agreed.missing and not force:
             raise Refused(f"{model}:{number} gets no more than {TRIED:.0%} of the traffic: {agreed.outstanding()}.")
-        forced = True
+        forced = forced or agreed.missing > 0
+        evidence = _with_approvals(conn, version, agreed)
     return _change(
         conn,
         now,
@@ -261,7 +263,7 @@ def canary(
         reason=reason,
         share=share,
         forced=forced,
-        evidence=version["gate"],
+        evidence=evidence,
     )
 
 

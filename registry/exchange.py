@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from infra import storage
+from infra.db import transaction
 from infra.errors import NotFound, Refused, TunesmithError, UsageError
 from registry import bundle, mlflow, servable, signatures, versions
 from registry.names import check_model_name
@@ -93,13 +94,20 @@ def import_version(
     is not a plain LoRA, another base, or, where keys are trusted, a bundle that none of them signed.
     """
     check_model_name(model)
-    if _holds(path) == "bundle":
-        digest = _keep_bundle(path, model, fetch=fetch)
-    else:
+    if _holds(path) == "adapter":
         digest = _keep_adapter(path, model, base, fetch=fetch)
+        return versions.register(digest, run_id=_import_id(model, digest), imported_by=by)
+    digest = _keep_bundle(path, model, fetch=fetch)
     vouched = vouched or signatures.demanded()
-    run_id = uuid.uuid5(_NAMESPACE, f"{model} {digest}" + ("" if vouched else " not vouched for"))
+    run_id = _import_id(model, digest)
+    with transaction() as conn:
+        if not vouched and versions.of_run(conn, model, run_id) is None:  # nobody has vouched for it before
+            run_id = _import_id(model, digest, "not vouched for")
     return versions.register(digest, run_id=run_id, imported_by=by, vouched=vouched)
+
+
+def _import_id(*what: str) -> uuid.UUID:
+    return uuid.uuid5(_NAMESPACE, " ".join(what))
 
 
 @contextmanager

@@ -423,8 +423,7 @@ def _answers(url: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def _our_login_kept_from(url: str) -> Iterator[None]:
-    ours = get_settings().mlflow_url
-    if ours is None or urlsplit(url).netloc == urlsplit(ours).netloc:
+    if urlsplit(url)[:2] == urlsplit(get_settings().mlflow_url or "")[:2]:
         yield
         return
     login = {name: os.environ.pop(name) for name in _LOGIN if name in os.environ}

@@ -123,6 +123,12 @@ def seal(draft: VersionDraft) -> str:
     return digest
 
 
+def of_run(conn: Connection, model: str, run_id: uuid.UUID) -> Version | None:
+    """What a run, or an import, registered."""
+    row = conn.execute(SQL["by_run"], {"model": model, "run_id": run_id}).fetchone()
+    return Version(**row) if row is not None else None
+
+
 def register(
     digest: str,
     *,
@@ -136,7 +142,7 @@ def register(
 
     Idempotent by `run_id`: the row of an earlier call is returned; after a crash between MLflow and our row, the
     version that MLflow already has is taken up. `mlflow_run_id` is the run that made it; one is made when it is None.
-    Unless it is `vouched` for, the gate decision in it, which anybody could have written, does not count. `guard` is
+    Unless it is `vouched` for, a gate's pass in it, which anybody could have written, does not count. `guard` is
     called in each transaction, to refuse a run that lost its lease.
 
     Raises NotFound for no such bundle, or upstream, Refused when it is not what was sealed or no engine could serve it,
@@ -148,9 +154,9 @@ def register(
     with transaction() as conn:
         if guard is not None:
             guard(conn)
-        found = conn.execute(SQL["by_run"], {"model": model, "run_id": run_id}).fetchone()
+        found = of_run(conn, model, run_id)
     if found is not None:
-        return Version(**found)
+        return found
     if manifest.has_adapter:
         servable.check(folder / "adapter", storage.get("base", manifest.base.digest))
     if manifest.hosted is not None:
@@ -158,7 +164,7 @@ def register(
             upstreams.check(conn, manifest.hosted)
     evaluation = _json(folder / "evaluation.json")
     gate = evaluation.pop("gate", None) if evaluation else None
-    if not vouched:
+    if not vouched and gate and gate["decision"] != "fail":
         gate = None
     metrics = headline(evaluation)
     run = mlflow_run_id or mlflow.start_run(
