@@ -179,6 +179,7 @@ def apply(conn: Connection, model: str, version: int, findings: Sequence[Finding
                     "id": uuid.uuid4(),
                     "severity": finding.severity,
                     "severities": list(_SEVERITIES),
+                    "silenced": silenced(conn, model, finding.rule),
                     "message": finding.message,
                     "details": Jsonb(dict(finding.details)),
                 },

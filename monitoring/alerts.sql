@@ -6,7 +6,7 @@ on conflict (model, coalesce(version, 0), rule) where closed_at is null do updat
         -- An open alert gets worse, never better, so that a figure at the upper of two limits does not flicker
         (severity, told_at) = (
             select case when worse then excluded.severity else alert.severity end,
-                   case when not worse then alert.told_at end
+                   case when not worse or %(silenced)s then alert.told_at end
             from (select array_position(%(severities)s::text[], excluded.severity)
                          > array_position(%(severities)s::text[], alert.severity) as worse) compared)
 returning id, opened_at, told_at, severity, (xmax = 0) as opened

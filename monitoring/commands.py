@@ -256,6 +256,7 @@ def cost(ref: str, since: str, until: str | None, as_json: bool) -> None:
     if as_json:
         print_json(result)
         return
+    from rich.markup import escape
     from rich.table import Table
 
     from monitoring.console.figures import usd
@@ -277,7 +278,8 @@ def cost(ref: str, since: str, until: str | None, as_json: bool) -> None:
     if result["keys"]:
         table = Table("key", "requests", "tokens", "cost", box=None)
         for key in result["keys"]:
-            table.add_row(safe(key["name"] or key["key_id"]), str(key["requests"]), str(key["tokens"]), usd(key["usd"]))
+            name = escape(safe(key["name"] or key["key_id"]))
+            table.add_row(name, str(key["requests"]), str(key["tokens"]), usd(key["usd"]))
         out.print(table)
     month = result["month"]
     line = f"this month: {usd(month['spent'])} so far"

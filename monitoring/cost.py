@@ -32,10 +32,10 @@ def report(conn: Connection, model: str, versions: Sequence[int], since: datetim
     is what its run took of the machine, and what that adds to each of the requests that it ever answered; `month` is
     `forecast`'s, of the model."""
     spans = {version: windows.read(conn, model, version, since, until) for version in versions}
-    making = _making(conn, model, versions, until)
+    making = _making(conn, model, versions)
     days: dict[int, list[dict[str, Any]]] = {version: [] for version in versions}
     for point in windows.series(conn, model, versions, since, until, "day"):
-        days[point.version].append({"day": point.start.date().isoformat(), **figures(point.window)})
+        days[point.version].append({"day": _day(point.start).isoformat(), **figures(point.window)})
     return {
         "model": model,
         "since": since,
@@ -44,7 +44,7 @@ def report(conn: Connection, model: str, versions: Sequence[int], since: datetim
         **price_of(conn, model),
         **figures(windows.total(spans.values())),
         "versions": [
-            {"version": v, **figures(window), "making": making[v], "days": days[v]} for v, window in spans.items()
+            {"version": v, **figures(window), "making": making.get(v), "days": days[v]} for v, window in spans.items()
         ],
         "keys": conn.execute(
             SQL["keys"],
@@ -54,19 +54,15 @@ def report(conn: Connection, model: str, versions: Sequence[int], since: datetim
     }
 
 
-def _making(conn: Connection, model: str, versions: Sequence[int], until: datetime) -> dict[int, dict[str, Any]]:
+def _making(conn: Connection, model: str, versions: Sequence[int]) -> dict[int, dict[str, Any]]:
     """By version: the machine's seconds of its run, dollars at the machine's price, and a thousand requests' share of
     these, spread over all that it ever answered. Several machines of one run count as one."""
-    found: dict[int, dict[str, Any]] = {}
     hour = price_of(conn, model)["price"].get("per_machine_hour_usd", get_settings().machine_usd_per_hour)
-    for row in conn.execute(SQL["making"], {"model": model, "versions": list(versions)}).fetchall():
+    found: dict[int, dict[str, Any]] = {}
+    for row in conn.execute(SQL["making"], {"model": model, "versions": list(versions)}):
         usd = row["seconds"] / 3600 * hour
-        life = windows.read(conn, model, row["version"], row["created_at"], max(until, row["created_at"]))
-        found[row["version"]] = {
-            "seconds": row["seconds"],
-            "usd": usd,
-            "usd_per_1000_requests": 1000 * usd / life.requests if life.requests else None,
-        }
+        share = 1000 * usd / row["requests"] if row["requests"] else None
+        found[row["version"]] = {"seconds": row["seconds"], "usd": usd, "usd_per_1000_requests": share}
     return found
 
 
@@ -78,18 +74,14 @@ def forecast(conn: Connection, model: str, now: datetime) -> dict[str, Any]:
     The days to come are taken to be like those of the last four weeks: like those of their own weekday where there are
     two weeks of them, whose spread is then that within weekdays. `expected` is null on fewer than three full days.
     """
-    today = windows.floor(now, "day")
+    today = _day(now)
     first, days = today.replace(day=1), monthrange(today.year, today.month)[1]
-    by_day: dict[datetime, float] = {}
-    begin = min(first, today - _WEEKS)
-    versions = _ever(conn, model)
-    for point in windows.series(conn, model, versions, begin, today + timedelta(days=1), "day"):
-        by_day[point.start] = by_day.get(point.start, 0.0) + point.window.cost_usd
+    asked = {"model": model, "since": min(first, today - _WEEKS), "until": today}
+    by_day = {row["day"]: float(row["usd"]) for row in conn.execute(SQL["by_day"], asked)}
     spent = sum(usd for day, usd in by_day.items() if day >= first)
-    body = {"from": first.date().isoformat(), "days": days, "spent": spent, "expected": None, "low": None, "high": None}
-    began = min((day for day in by_day if day < today), default=today)
+    body = {"from": first.isoformat(), "days": days, "spent": spent, "expected": None, "low": None, "high": None}
+    began = max(min(by_day, default=today), today - _WEEKS)
     full = [began + timedelta(days=n) for n in range((today - began).days)]
-    full = [day for day in full if day >= today - _WEEKS]
     if len(full) < _FEWEST_DAYS:
         return body | {"by": f"{len(full)} full days so far, too few to say"}
     weekly = len(full) >= 14
@@ -100,7 +92,8 @@ def forecast(conn: Connection, model: str, now: datetime) -> dict[str, Any]:
     spread = sum((value - means[key]) ** 2 for key, values in groups.items() for value in values)
     variance = spread / max(1, len(full) - len(groups))
     left = [today + timedelta(days=n) for n in range(1, days - today.day + 1)]
-    rest_of_today = means[today.weekday() if weekly else 0] * (1 - (now - today) / timedelta(days=1))
+    gone = (now - windows.floor(now, "day")) / timedelta(days=1)
+    rest_of_today = means[today.weekday() if weekly else 0] * (1 - gone)
     expected = spent + rest_of_today + sum(means[day.weekday() if weekly else 0] for day in left)
     # The days to come vary, and so do the means that they are taken to have
     reach = _Z * math.sqrt(variance * (len(left) + len(left) ** 2 / len(full)))
@@ -114,10 +107,6 @@ def forecast(conn: Connection, model: str, now: datetime) -> dict[str, Any]:
 
 def _day(at: datetime) -> date:
     return at.astimezone(UTC).date()
-
-
-def _ever(conn: Connection, model: str) -> list[int]:
-    return [row["number"] for row in conn.execute(SQL["all_versions"], {"model": model})]
 
 
 def energy_kwh(engine_seconds: float) -> float:

@@ -2,11 +2,14 @@
 select (select settings #> '{monitoring,price}' from model where name = %(model)s) as price
 
 -- name: making
--- What it took to make versions: the time of their runs' stages, a search's among them
-select v.number as version, v.created_at, v.study, coalesce(sum(s.seconds), 0)::float8 as seconds
-from version v left join stage s on s.run_id = v.run_id
+-- What it took to make versions: the time of their runs' stages, a search's among them; and all that they ever answered
+select v.number as version, coalesce(s.seconds, 0)::float8 as seconds, coalesce(w.requests, 0)::bigint as requests
+from version v
+left join lateral (select sum(seconds) as seconds from stage where run_id = v.run_id) s on true
+left join lateral (
+    select sum(requests) as requests from traffic_window
+    where model = v.model and version = v.number and grain = 'day') w on true
 where v.model = %(model)s and v.number = any(%(versions)s)
-group by v.number, v.created_at, v.study
 
 -- name: keys
 select u.key_id, k.name, sum(u.requests)::bigint as requests,
@@ -20,5 +23,9 @@ order by usd desc, requests desc limit 50
 select e.body -> 'about' -> 'cost' as cost from version v join evidence e on e.digest = v.evaluation
 where v.model = %(model)s and v.number = %(version)s
 
--- name: all_versions
-select number from version where model = %(model)s
+-- name: by_day
+-- The fourth number of a window is its cost, in billionths of a dollar (windows.to_json)
+select (start at time zone 'utc')::date as day, sum((sketches #>> '{numbers,3}')::bigint)::float8 / 1e9 as usd
+from traffic_window
+where model = %(model)s and grain = 'day' and (start at time zone 'utc')::date between %(since)s and %(until)s
+group by 1

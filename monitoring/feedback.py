@@ -126,11 +126,12 @@ def record(
     return ids
 
 
-def settle(conn: Connection, ids: Sequence[uuid.UUID] | None = None, *, limit: int = 1000) -> int:
+def settle(conn: Connection, ids: Sequence[uuid.UUID] | None = None, *, late: bool = False, limit: int = 1000) -> int:
     """Join feedback to its requests: model, version, and the similarity of a correction to the kept answer.
-    Without `ids`, what still waits for its request's event. Returns how many were joined."""
+    Without `ids`, what still waits for its request's event: of the last minutes, or `late`, all. Returns how many were
+    joined."""
     if ids is None:
-        ids = [row["request_id"] for row in conn.execute(SQL["unsettled"], {"limit": limit})]
+        ids = [row["request_id"] for row in conn.execute(SQL["unsettled"], {"limit": limit, "late": late})]
     if not ids:
         return 0
     conn.execute(SQL["forget_erased"], {"ids": list(ids)})

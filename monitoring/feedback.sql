@@ -38,7 +38,7 @@ where f.request_id = any(%(ids)s) and e.at = f.request_at and e.id = f.request_i
 -- Of those that wait, whose request is there by now: any number of made-up ids is no hindrance
 select f.request_id
 from feedback f join request_event e on e.at = f.request_at and e.id = f.request_id
-where f.model = '' limit %(limit)s
+where f.model = '' and (%(late)s or f.at > now() - interval '10 minutes') limit %(limit)s
 
 -- name: drop_unsettled
 delete from feedback where model = '' and at < now() - interval '2 days'

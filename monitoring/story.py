@@ -60,12 +60,14 @@ def of(conn: Connection, alert: Mapping[str, Any], now: datetime) -> Story:
         advice.append("What moved, and what to do, stands in the message; the drift page shows it feature by feature.")
     elif alert["rule"] == NOT_SERVING:
         advice.append("A gateway's `/readyz`, asked with a key, and its log say why it does not follow.")
+    elif until < now - timedelta(days=windows.MINUTE_DAYS):
+        sentences.append("What came by the minute is not kept from that long ago.")
     else:
         others = drift.versions_with_traffic(conn, model, since - BEFORE, since)
         told, todo = _of_traffic(
             model,
             alert["rule"],
-            _of_points(windows.series(conn, model, [version], since, until, "minute")),
+            _of_points(windows.series(conn, model, [version], since, min(until, since + BEFORE), "minute")),
             _of_points(windows.series(conn, model, others, since - BEFORE, windows.floor(since, "minute"), "minute")),
         )
         sentences += told
@@ -124,9 +126,9 @@ def _of_traffic(model: str, rule: str, during: _Traffic, before: _Traffic) -> tu
         now, then = _of(part, during), _of(part, before)
         told.append(f"{part.what.format(times=f'{now / then:.1f}')}: {now:.1f} {part.unit}, {then:.1f} before.")
         todo.append(part.advice)
-    if not grown and not rule.startswith("error_rate"):
+    if not grown and ("latency" in rule or "ttft" in rule):
         told.append(
-            "Requests are as many and as long as before, answers too, and the engine takes as long for a token."
+            "Requests are no more and no longer than before, nor are answers, and the engine takes as long for a token."
         )
         todo.append("So it is what stands between: a queue, the network, or a few slow requests. Look at the slowest.")
     if rule.startswith("cost"):

@@ -6,6 +6,7 @@ import json
 import tempfile
 import uuid
 from collections.abc import Mapping
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 # What people call them -> the table, and the column that times are asked of. Nothing here holds a secret.
-TABLES: Mapping[str, tuple[str, str | None]] = {
+TABLES: Mapping[str, tuple[str, str]] = {
     "requests": ("request_event", "at"),
     "windows": ("traffic_window", "start"),
     "feedback": ("feedback", "at"),
@@ -37,7 +38,9 @@ Format = Literal["csv", "parquet"]
 _ROWS = 10_000  # in memory at once
 
 
-def write(conn: Connection, name: str, target: Path, *, since: Any = None, until: Any = None) -> int:
+def write(
+    conn: Connection, name: str, target: Path, *, since: datetime | None = None, until: datetime | None = None
+) -> int:
     """Write a table, or its rows of a time, to a new file, whose ending says the format; how many rows. The file
     appears whole or not at all. Raises UsageError for another table or ending, or a file that is there."""
     if name not in TABLES:
@@ -48,13 +51,15 @@ def write(conn: Connection, name: str, target: Path, *, since: Any = None, until
     if target.exists():
         raise UsageError(f"{target} exists already.", hint="Name a file that does not.")
     table, at = TABLES[name]
-    query = sql.SQL("select * from {}").format(sql.Identifier(table))
-    if at is not None:
-        query += sql.SQL(" where {at} >= {since} and {at} <= {until} order by {at}").format(
-            at=sql.Identifier(at),
-            since=sql.Literal(since or "-infinity"),
-            until=sql.Literal(until or "infinity"),
-        )
+    ends: list[date | None] = [None if end is None else end.astimezone(UTC) for end in (since, until)]
+    if at == "day":
+        ends = [end.date() if isinstance(end, datetime) else None for end in ends]
+    query = sql.SQL("select * from {table} where {at} >= {since} and {at} <= {until} order by {at}").format(
+        table=sql.Identifier(table),
+        at=sql.Identifier(at),
+        since=sql.Literal(ends[0] or "-infinity"),
+        until=sql.Literal(ends[1] or "infinity"),
+    )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".table-", dir=target.parent) as folder:
@@ -83,7 +88,6 @@ def _parquet(conn: Connection, query: sql.Composed, file: Path) -> int:
 
     count = 0
     with conn.cursor(f"table-{uuid.uuid4()}", row_factory=tuple_row) as cursor:
-        cursor.itersize = _ROWS
         cursor.execute(query)
         rows = cursor.fetchmany(_ROWS)
         columns = [(column.name, _type(column.type_code)) for column in cursor.description or ()]

@@ -239,6 +239,7 @@ class Watcher:
                 log.info("dropped %s, older than %d days", row["name"], days)
             conn.execute(SQL["drop_default_events"], {"days": days})
             windows.drop_old(conn)
+            feedback.settle(conn, late=True, limit=10_000)
             feedback.drop_old(conn, days)
             alerts.drop_old(conn, max(days, 90))
             drift.drop_old(conn, max(days, 90))

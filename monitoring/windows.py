@@ -41,7 +41,7 @@ _NANO = 1_000_000_000
 _MICRO = 1_000_000
 # A batch's events lie near its own time; where they do not (late, foreign clocks), wider bounds follow.
 _LOOK_BACK = (timedelta(minutes=2), timedelta(days=1))
-_MINUTE_DAYS, _HOUR_DAYS = 8, 400  # how long minutes and hours are kept; days stay
+MINUTE_DAYS, _HOUR_DAYS = 8, 400  # how long minutes and hours are kept; days stay
 _BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
 
 Counts = Mapping[int, int]
@@ -431,14 +431,14 @@ def series(
 
 def drop_old(conn: Connection) -> None:
     """Forget old minutes and hours, and the marks of batches merged long ago."""
-    conn.execute(SQL["drop_windows"], {"minute_days": _MINUTE_DAYS, "hour_days": _HOUR_DAYS})
+    conn.execute(SQL["drop_windows"], {"minute_days": MINUTE_DAYS, "hour_days": _HOUR_DAYS})
     conn.execute(SQL["drop_batches"])
 
 
 def _kept(at: datetime) -> Grain:
     """The finest grain whose windows of that time are surely still there."""
     age = datetime.now(UTC) - at + GRAINS["hour"]
-    if age < timedelta(days=_MINUTE_DAYS):
+    if age < timedelta(days=MINUTE_DAYS):
         return "minute"
     return "hour" if age < timedelta(days=_HOUR_DAYS) else "day"
 

@@ -1,4 +1,5 @@
--- What each key used of each version on each day (UTC), counted in the same transaction as the windows.
+-- What each key used of each version on each day (UTC), counted in the same transaction as the windows; and who learned
+-- from a data set.
 create table key_usage (
     model text not null,
     version int not null,
@@ -10,3 +11,5 @@ create table key_usage (
     cost_nano_usd bigint not null,
     primary key (model, day, version, key_id)
 );
+
+create index version_by_dataset on version (dataset_digest);

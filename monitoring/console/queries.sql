@@ -29,8 +29,8 @@ select name, settings from model order by name
 select d.*, v.versions
 from dataset d
 cross join lateral (
-    select array_agg(number order by number) as versions
-    from version where model = d.model and dataset_digest = d.digest) v
+    select jsonb_agg(jsonb_build_object('model', model, 'number', number) order by model, number) as versions
+    from version where dataset_digest = d.digest) v
 order by d.created_at desc limit 200
 
 -- name: model_names
@@ -205,11 +205,9 @@ order by f.at desc limit %(limit)s
 -- Of the newest only: a queue is for what happens now, and need not read a month
 select e.id, e.at, e.version, e.messages, e.answer, null::float8 as score, null as label
 from (
-    select * from request_event
-    where model = %(model)s and at > %(since)s and status = 200 and answer is not null
-        and slot in ('champion', 'challenger')
-    order by at desc limit %(newest)s) e
-where not exists (select from feedback f where f.request_id = e.id)
+    select * from request_event where model = %(model)s and at > %(since)s order by at desc limit %(newest)s) e
+where e.status = 200 and e.answer is not null and e.slot in ('champion', 'challenger')
+    and not exists (select from feedback f where f.request_id = e.id)
 order by nullif(e.features[%(place)s], 'NaN') nulls last, e.at desc limit %(limit)s
 
 -- name: runs

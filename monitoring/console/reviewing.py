@@ -44,10 +44,12 @@ def queue(visit: Visit) -> Response:
 def give(visit: Visit) -> Response:
     """Feedback on one request, by the person of the session."""
     item: dict[str, Any] = {"request_id": visit.path("id")}
-    correction, answer = visit.form.get("correction", "").strip(), visit.form.get("answer", "").strip()
+    correction, answer = (  # browsers end a form's lines with both
+        visit.form.get(name, "").replace("\r\n", "\n").strip() for name in ("correction", "answer")
+    )
     verdict = visit.form.get("verdict", "")
     if verdict == "right":
-        item["score"] = 1
+        item |= {"score": 1, "correction": None}  # nor is one wanted that was given before
     elif correction and correction != answer:
         item |= {"score": -1, "correction": correction}
     elif verdict == "wrong":

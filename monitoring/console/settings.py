@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from functools import lru_cache
 
 from starlette.responses import RedirectResponse, Response
 
 from deploy import budgets
 from deploy.auth import NewKey, Role, create_key, list_keys, revoke_key
 from infra import storage
-from infra.db import Connection, one, transaction
+from infra.db import one, transaction
 from infra.errors import NotFound
 from infra.settings import get_settings
 from monitoring import alerts
@@ -48,7 +49,7 @@ def _page(visit: Visit, made: NewKey | None) -> Response:
         limits = budgets.listing(conn)
         addresses = upstreams.listing(conn)
         rules = [(row["name"], alerts.rules_of(row["settings"])) for row in conn.execute(SQL["model_settings"])]
-        disk = _disk(conn)
+        database = one(conn, "select pg_database_size(current_database()) as bytes")["bytes"]
     return draw(
         visit,
         "settings.html",
@@ -59,12 +60,12 @@ def _page(visit: Visit, made: NewKey | None) -> Response:
         limits=limits,
         upstreams=addresses,
         rules=rules,
-        disk=disk,
+        disk=[*sorted(_stored(int(time.monotonic() // 60)).items()), ("database", database)],
         retention=get_settings().event_retention_days,
     )
 
 
-def _disk(conn: Connection) -> list[tuple[str, Any]]:
-    """What takes room, in bytes: each kind of artifact, and the database."""
-    database = one(conn, "select pg_database_size(current_database()) as bytes")["bytes"]
-    return [*sorted(storage.used().items()), ("database", database)]
+@lru_cache(maxsize=1)
+def _stored(minute: int) -> dict[str, int]:
+    """Walked through once a minute: the store may be large, and on another machine."""
+    return storage.used()

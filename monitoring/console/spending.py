@@ -8,20 +8,21 @@ from starlette.responses import Response
 
 from infra.db import transaction
 from infra.settings import get_settings
-from monitoring import cost
+from monitoring import cost, drift
 from monitoring.console import charts, figures, traffic
 from monitoring.console.model import look
-from monitoring.console.render import RANGES, SQL, Visit, draw
+from monitoring.console.render import RANGES, Visit, draw
 from registry import deployments
 from registry.names import check_model_name
 
 
 def show(visit: Visit) -> Response:
-    """All versions that the model ever had, those that cost anything first."""
+    """Versions that serve or did, those that cost most first."""
     name, since, until = check_model_name(visit.path("model")), visit.since("30d"), datetime.now(UTC)
     with transaction() as conn:
         now = deployments.read(conn, name)
-        numbers = [row["number"] for row in conn.execute(SQL["numbers"], {"model": name})]
+        serving = {number for number in (now.champion, now.challenger, now.shadow) if number is not None}
+        numbers = sorted(serving | set(drift.versions_with_traffic(conn, name, until - RANGES[since], until)))
         report = cost.report(conn, name, numbers, until - RANGES[since], until)
         flow = traffic.read(conn, name, RANGES[since])
         even = cost.break_even(conn, name, now.champion) if now.champion else None

@@ -10,7 +10,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from infra.db import transaction
 from infra.errors import NotFound, Refused, TunesmithError
 from infra.settings import get_settings
-from infra.storage import text_digest
+from infra.storage import file_digest
 from monitoring.console.figures import words
 from monitoring.console.model import HEADLINES, differences, look
 from monitoring.console.render import SQL, Visit, draw, whole
@@ -72,11 +72,15 @@ def report(visit: Visit) -> Response:
         found = versions.get(conn, name, number)
     if REPORT not in found.parsed.files:
         raise NotFound(f"{found.name} has no report.", hint="Only what a pipeline run judged has one.")
-    content = (found.folder() / REPORT).read_bytes()
-    if (digest := text_digest(content.decode())) != found.parsed.files[REPORT]:
+    file = found.folder() / REPORT
+    if not file.is_file():
+        raise NotFound(
+            f"The report of {found.name} is not in the store any more.", hint="`tunesmith verify` says more."
+        )
+    if (digest := file_digest(file)) != found.parsed.files[REPORT]:
         raise Refused(f"The report of {found.name} has digest {digest}, not the one that it was sealed with.")
     policy = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
-    return HTMLResponse(content, headers={"content-security-policy": policy})
+    return HTMLResponse(file.read_bytes(), headers={"content-security-policy": policy})
 
 
 def approve(visit: Visit) -> Response:

@@ -25,6 +25,7 @@ AXE = "axe-core@4"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(3600),
     pytest.mark.skipif(shutil.which("npm") is None or CHROMIUM is None, reason="npm or chromium is not installed"),
 ]
 RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]

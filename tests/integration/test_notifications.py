@@ -149,10 +149,10 @@ def test_what_can_never_be_told_is_given_up(receiver: Receiver, caplog: pytest.L
 def test_a_slow_receiver_does_not_hold_up_the_watcher(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
     promote(1)
     promote(2)
-    monkeypatch.setattr(notifications, "_SECONDS", 0.5)
-    receiver.seconds = 0.4
+    monkeypatch.setattr(notifications, "_SECONDS", 2.0)
+    receiver.seconds = 1.2
     promote(3)
-    assert deliver() == 2, "the third is not begun: half a second is over"
+    assert deliver() == 2, "the third is not begun: two seconds are over"
     assert deliver() == 1
     assert [each["data"]["generation"] for each in receiver.got] == [1, 2, 3]
 

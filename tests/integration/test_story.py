@@ -97,7 +97,7 @@ def test_where_nothing_grew_that_is_said(model: str) -> None:
     came(1, 14, 1, latency_ms=900.0)
     found = told("p95_latency_ms above", 1)
     assert len(found.sentences) == 1
-    assert found.sentences[0].startswith("Requests are as many and as long as before")
+    assert found.sentences[0].startswith("Requests are no more and no longer than before")
     assert "a queue, the network" in found.advice[0]
 
 

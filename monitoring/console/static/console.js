@@ -75,6 +75,6 @@ document.addEventListener("submit", (event) => {
   if (button) setTimeout(() => { button.disabled = true; }, 0);
 });
 addEventListener("pageshow", () => document.querySelectorAll("button[type=submit]").forEach((b) => { b.disabled = false; }));
-document.querySelectorAll("form.filters select").forEach((select) => {
+document.querySelectorAll("form.filters:not([method=post]) select").forEach((select) => {
   select.addEventListener("change", () => select.form.requestSubmit());
 });
