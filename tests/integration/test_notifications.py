@@ -291,6 +291,17 @@ def test_nobody_is_told_of_what_is_silenced_or_mere_information(slack: Receiver)
     assert isinstance(CliRunner().invoke(commands.silence, ["none", "--off"]).exception, NotFound)
 
 
+def test_who_was_told_hears_the_end_though_it_got_worse_in_silence(slack: Receiver) -> None:
+    judge("drift", "over", severity="warning")
+    CliRunner().invoke(commands.silence, ["m", "--for", "2h", "--reason", "known"])
+    judge("drift", "over", severity="critical")
+    judge("drift", "calm")
+    deliver()
+    assert [(each["type"], each["data"]["severity"]) for each in slack.got] == [
+        ("alert.opened", "warning"), ("alert.closed", "critical"),
+    ]  # fmt: skip
+
+
 def test_a_secret_may_be_base64() -> None:
     key = base64.b64encode(b"k" * 24).decode()
     assert notifications.signature(f"whsec_{key}", "n", "1", b"{}") == notifications.signature(
