@@ -113,8 +113,8 @@ def look(
             rule=f"{rule.metric} {side}",
             state=rule.state(value),
             severity=rule.severity,
-            message=f"{model}:{version}: {rule.metric} is {_figure(rule.metric, value)}, {side} "
-            f"{_figure(rule.metric, limit)}, over {window.requests} requests of the last {_minutes(over)}.",
+            message=f"{model}:{version}: {rule.metric} is {in_words(rule.metric, value)}, {side} "
+            f"{in_words(rule.metric, limit)}, over {window.requests} requests of the last {_minutes(over)}.",
             details={"value": value, "limit": limit, "requests": window.requests},
         )
         findings[finding.rule] = min(findings.get(finding.rule, finding), finding, key=_order)
@@ -267,7 +267,8 @@ def drop_old(conn: Connection, days: int) -> None:
     conn.execute(SQL["drop_old"], {"days": days})
 
 
-def _figure(metric: str, value: float | None) -> str:
+def in_words(metric: str, value: float | None) -> str:
+    """A rule's figure with its unit."""
     if value is None:
         return "not known"
     if metric == "cost_usd":

@@ -48,7 +48,10 @@ def _page(visit: Visit, made: NewKey | None) -> Response:
         keys = list_keys(conn) if admin else []
         limits = budgets.listing(conn)
         addresses = upstreams.listing(conn)
-        rules = [(row["name"], alerts.rules_of(row["settings"])) for row in conn.execute(SQL["model_settings"])]
+        rules = [
+            (row["name"], [(rule, _limit(rule)) for rule in alerts.rules_of(row["settings"])])
+            for row in conn.execute(SQL["model_settings"])
+        ]
         database = one(conn, "select pg_database_size(current_database()) as bytes")["bytes"]
     return draw(
         visit,
@@ -63,6 +66,12 @@ def _page(visit: Visit, made: NewKey | None) -> Response:
         disk=[*sorted(_stored(int(time.monotonic() // 60)).items()), ("database", database)],
         retention=get_settings().event_retention_days,
     )
+
+
+def _limit(rule: alerts.Rule) -> str:
+    if rule.above is not None:
+        return f"above {alerts.in_words(rule.metric, rule.above)}"
+    return f"below {alerts.in_words(rule.metric, rule.below)}"
 
 
 @lru_cache(maxsize=1)
