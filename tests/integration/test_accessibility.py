@@ -121,5 +121,5 @@ def test_pages_are_for_everybody(console: str) -> None:
                 told = looked_at(f"{console}{page}{'&' if '?' in page else '?'}theme={theme}", width)
                 assert told["passes"] > 5, page
                 if told["violations"] or told["wide"] > 0:
-                    wrong.append((page, width, theme, told["wide"], told["violations"]))
-    assert wrong == []
+                    wrong.append(f"{page} {width} px, {theme}, {told['wide']} too wide: {told['violations']}")
+    assert not wrong, "\n".join(wrong)
