@@ -87,9 +87,8 @@ class _Purse:
     ends: float = 0.0
     empty: bool = False
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    grant: asyncio.Future[tuple[float, float, float]] | None = (
-        None  # that the database was asked for, and has not given
-    )
+    # What the database was asked for, and has not given yet
+    grant: asyncio.Future[tuple[float, float, float]] | None = None
 
     def roll_over(self, now: float) -> None:
         if now >= self.ends:

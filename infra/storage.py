@@ -56,7 +56,7 @@ def used() -> dict[str, int]:
         for folder, _, names in os.walk(root() / kind):
             for name in names:
                 with contextlib.suppress(OSError):
-                    found[kind] += os.lstat(os.path.join(folder, name)).st_size  # noqa: PTH118
+                    found[kind] += Path(folder, name).lstat().st_size
     return found
 
 

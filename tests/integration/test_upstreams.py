@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -149,27 +150,30 @@ def test_an_upstream_that_dies_is_not_noticed_by_clients_and_is_asked_again_when
 
 
 def test_each_place_is_asked_once_before_any_is_asked_again() -> None:
-    """The first is left alone; the second fails slowly; the third would answer."""
+    """The first is left alone; the second does not answer in time; the third does."""
 
-    async def asked() -> list[str]:
-        upstream, names = Upstream(None), ["first", "second", "third"]
-        places = [Place(name=name, url="http://127.0.0.1:9", model="m", hosted=True) for name in names]
-        served: Any = SimpleNamespace(hosted=HOSTED, name="demo:1")
+    async def asked(urls: dict[str, str]) -> Any:
+        upstream = Upstream(None)
+        await upstream.open()
+        places = [Place(name=name, url=url, model="m", hosted=True, seconds=0.3) for name, url in urls.items()]
         for _ in range(FAILURES):
             upstream._breaker(places[0]).failed()
-        seen: list[str] = []
+        served: Any = SimpleNamespace(hosted=HOSTED, name="demo:1")
+        try:
+            body = {"messages": [{"role": "user", "content": "hello"}]}
+            return await upstream.complete(places, served, "/chat/completions", body)
+        finally:
+            await upstream.close()
 
-        async def attempt(place: Place, *_: Any, **__: Any) -> Any:
-            seen.append(place.name)
-            if place.name == "second":
-                raise TimeoutError
-            yield {"choices": [{}]}
+    def late(body: dict[str, Any]) -> Answer:
+        time.sleep(1.0)
+        return "late"
 
-        upstream._attempt = attempt  # type: ignore[method-assign, assignment]
-        await upstream.complete(places, served, "/chat/completions", {})
-        return seen
-
-    assert asyncio.run(asked()) == ["second", "third"]
+    with serving(lambda _: "first") as first, serving(late) as second, serving(lambda _: "third") as third:
+        peers = {"first": first, "second": second, "third": third}
+        answer = asyncio.run(asked({name: peer.url for name, peer in peers.items()}))
+        assert answer["choices"][0]["message"]["content"] == "third"
+        assert [len(peer.bodies) for peer in peers.values()] == [0, 1, 1]
 
 
 def test_garbage_refusals_and_breaks_end_in_clear_errors(database: Settings, both: Upstreams) -> None:

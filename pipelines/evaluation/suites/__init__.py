@@ -137,7 +137,7 @@ def asking(row: Row, text: str) -> Row:
     return make_row([*row.prompt[:-1], {"role": row.prompt[-1]["role"], "content": text}, row.messages[-1]])
 
 
-def of_own_questions(measured: Mapping[str, Mapping[str, Sequence[float]]], about: Mapping[str, Any]) -> Finding:
+def of_own_questions(measured: Mapping[str, Mapping[str, Sequence[float | None]]], about: Mapping[str, Any]) -> Finding:
     """What was found by questions of a suite's own, of which none may fit a base's short context."""
     none = [name for name, values in measured.items() if not values["candidate"]]
     return Finding(
