@@ -86,7 +86,7 @@ def import_version(
     read from a folder nor fetched.
 
     An exported bundle (it has version.json) keeps its evaluation, gate decision and profile; its base must resolve to
-    the very digests it was made on. Its decision counts where one who might force it brings it (`vouched`), or a
+    the very digests it was made on. Its pass counts where one who might force it brings it (`vouched`), or a
     trusted key signed it; else the version counts as never judged. A PEFT adapter (adapter_config.json and
     adapter_model.safetensors) has neither; its base is the one its config names, or `base`.
 
