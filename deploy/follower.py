@@ -31,7 +31,7 @@ from infra.storage import get as stored
 from registry import signatures
 from registry.bundle import ADAPTER_WEIGHTS, Hosted, verify
 from registry.deployments import standing
-from registry.pricing import MachinePrice, Price, parse_price
+from registry.pricing import Price, in_force
 from registry.profile import Extractor, Profile
 from registry.upstreams import Upstream as Address
 from registry.upstreams import every as addresses
@@ -318,11 +318,9 @@ class Follower:
 
     def _monitoring(self, monitoring: Mapping[str, Any], hosted: Hosted | None) -> tuple[Price, bool]:
         """What a version's requests cost, and whether their text is kept; a hosted model has a price of its own."""
-        price: Price = MachinePrice(per_machine_hour_usd=self.settings.machine_usd_per_hour)
+        price: Price = in_force(monitoring, self.settings.machine_usd_per_hour)
         if hosted is not None and hosted.price is not None:
             price = hosted.price
-        elif own := monitoring.get("price"):
-            price = parse_price(own)
         return price, bool(monitoring.get("keep_text", False))
 
     # ------------------------------------------------------------ warming

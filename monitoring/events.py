@@ -18,8 +18,9 @@ from infra.db import Connection, load_queries
 from infra.errors import UsageError
 from infra.settings import get_settings
 from infra.storage import text_digest
+from registry import pricing
 from registry.names import MODEL_NAME
-from registry.pricing import MachinePrice, Price, parse_price
+from registry.pricing import Price
 from registry.privacy import redact
 from registry.profile import FEATURES, Answer, Extractor, Profile
 
@@ -122,9 +123,7 @@ def store(conn: Connection, replica: uuid.UUID, found: Sequence[Foreign]) -> int
     for event in found:
         ref = (event.model, event.version)
         monitoring = known[ref]["settings"].get("monitoring") or {}
-        price: Price = MachinePrice(per_machine_hour_usd=get_settings().machine_usd_per_hour)
-        if own := monitoring.get("price"):
-            price = parse_price(own)
+        price = pricing.in_force(monitoring, get_settings().machine_usd_per_hour)
         rows.append(_event(event, extractors[ref], price, keep_text=bool(monitoring.get("keep_text", False))))
     return recorder.store(conn, replica, rows) if rows else 0
 

@@ -64,6 +64,12 @@ def parse_price(price: Mapping[str, Any]) -> Price:
         ) from error
 
 
+def in_force(monitoring: Mapping[str, Any], machine_usd_per_hour: float) -> Price:
+    """The price that a model's monitoring settings name, or else the machine's."""
+    own = monitoring.get("price")
+    return parse_price(own) if own else MachinePrice(per_machine_hour_usd=machine_usd_per_hour)
+
+
 def cost_usd(
     prompt_tokens: int, completion_tokens: int, engine_seconds: float, price: Price | Mapping[str, Any]
 ) -> float:

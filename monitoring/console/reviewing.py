@@ -27,8 +27,10 @@ def queue(visit: Visit) -> Response:
     """The disliked first, then those that the model was least sure of, none of which anybody has judged."""
     since = visit.since("7d")
     with transaction() as conn:
-        names = [row["name"] for row in conn.execute(SQL["model_names"])]
-        model = check_model_name(visit.query("model")) if visit.query("model") else (names or [""])[0]
+        if not (model := visit.query("model")):  # the first there is
+            model = next((str(row["name"]) for row in conn.execute(SQL["model_names"])), "")
+        else:
+            check_model_name(model)
         asked = {"model": model, "since": datetime.now(UTC) - RANGES[since], "limit": _MOST}
         rows = conn.execute(SQL["disliked"], asked).fetchall()
         if len(rows) < _MOST:
@@ -36,9 +38,7 @@ def queue(visit: Visit) -> Response:
             rows += conn.execute(SQL["unsure"], asked | unsure).fetchall()
         usable = feedback.usable_corrections(conn, model, None)
     here = "/review?" + urlencode({"model": model, "since": since})
-    return draw(
-        visit, "review.html", model=model, names=names, since=since, rows=rows, usable=usable, here=here, look=look
-    )
+    return draw(visit, "review.html", model=model, since=since, rows=rows, usable=usable, here=here, look=look)
 
 
 def give(visit: Visit) -> Response:
