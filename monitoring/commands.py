@@ -246,8 +246,9 @@ def _show_drift(result: Mapping[str, Any], asked: _Asked) -> None:
 @_span_options
 @json_option
 def cost(ref: str, since: str, until: str | None, as_json: bool) -> None:
-    """What a model costs: all versions and each, by day; with :N that one."""
+    """What a model costs: all versions and each, by day and by key; with :N that one."""
     from infra.db import transaction
+    from infra.settings import get_settings
     from monitoring import cost as costs
 
     with transaction() as conn:
@@ -282,11 +283,12 @@ def cost(ref: str, since: str, until: str | None, as_json: bool) -> None:
             table.add_row(name, str(key["requests"]), str(key["tokens"]), usd(key["usd"]))
         out.print(table)
     month = result["month"]
-    line = f"this month: {usd(month['spent'])} so far"
+    end = month["by"]
     if month["expected"] is not None:
-        line += f", {usd(month['expected'])} at its end ({usd(month['low'])} to {usd(month['high'])})"
-    out.print(f"{line}, by {month['by']}")
-    out.print(f"energy: {result['energy_kwh']:.3g} kWh while the engine worked, at TUNESMITH_MACHINE_WATTS")
+        end = f"{usd(month['expected'])} ({usd(month['low'])} to {usd(month['high'])}), by {end}"
+    out.print(f"this month: {usd(month['spent'])} so far; at its end: {end}")
+    watts = f"{get_settings().machine_watts:g} W (TUNESMITH_MACHINE_WATTS)"
+    out.print(f"energy: {result['energy_kwh']:.3g} kWh while the engine worked, at {watts}")
     price = ", ".join(f"{name} {value:g}" for name, value in result["price"].items())
     out.print(f"priced by {result['priced_by']}: {price}")
 
