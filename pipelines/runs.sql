@@ -25,8 +25,8 @@ where id = %(id)s
 select name, output from stage where run_id = %(id)s
 
 -- name: config
-select config -> 'evaluation' as evaluation, config -> 'gates' as gates,
-       config -> 'monitoring' -> 'price' as price
+select config -> 'evaluation' as evaluation, config -> 'gates' as gates, config -> 'approvals' as approvals,
+       config ->> 'on_underpowered' as on_underpowered, config -> 'monitoring' -> 'price' as price
 from run where id = %(id)s
 
 -- name: keep_stage
@@ -44,9 +44,21 @@ update run set state = %(state)s, error = %(error)s, result = %(result)s, versio
 where id = %(id)s and token = %(token)s
 
 -- name: best_params
-select best -> 'params' as params from study
-where model = %(model)s and best is not null and name <> %(study)s
-order by created_at desc limit %(most)s
+-- Of each of the model's last studies, those on this base first: what won, then what came furthest with the lowest
+-- loss; the winners before the seconds
+select top.params
+from (
+    select name, created_at, best -> 'params' as won, spec ->> 'base' = %(base)s as same from study
+    where model = %(model)s and best is not null and name <> %(study)s
+    order by created_at desc limit %(studies)s) s
+cross join lateral (
+    select params, row_number() over (order by params = s.won desc, rung desc, value) as place
+    from (
+        select distinct on (trial) params, rung, value from rung_job
+        where study = s.name and value is not null order by trial, rung desc) trials
+    order by place limit %(each)s) top
+order by s.same desc, top.place, s.created_at desc
+limit %(most)s
 
 -- name: corrections
 select distinct on (f.request_id) f.request_id, f.correction, e.messages

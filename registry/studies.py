@@ -103,12 +103,24 @@ def stop(conn: Connection, name: str) -> None:
 
 
 def resume(conn: Connection, name: str) -> None:
-    """Let a stopped or failed study go on, and forget how it ended; the run that owns it does the rest. Trials of a
-    failed one, in which none succeeded, are tried anew.
+    """Let a stopped or failed study go on, and forget how it ended, and what its run made of it; the run that owns it
+    does the rest. Trials of a failed one, in which none succeeded, are tried anew.
 
-    Raises NotFound, Conflict when it is neither, or when its run has completed without it.
+    Raises NotFound, Conflict when it is neither, when its run is at work on what was found, or has registered it.
     """
     row = get(conn, name)
+    conn.execute(SQL["hold_lease"], {"name": name})
+    run = conn.execute(SQL["its_run"], {"name": name}).fetchone()
+    if run is not None and run["searched"] and row["state"] == "stopped":
+        if run["version"] is not None or run["at_work"]:
+            has = (
+                f"has made version {run['version']} of it" if run["version"] is not None else "is at work on a version"
+            )
+            raise Conflict(
+                f"The study {name} is {row['state']}, and its run {has}, or was a minute ago.",
+                hint="Run the pipeline again for another search, which begins with what this one found best.",
+            )
+        conn.execute(SQL["search_again"], {"run": run["id"]})
     values = {"name": name, "state": "running", "from": ["stopped", "failed"]}
     if conn.execute(SQL["set_state"], values).fetchone() is None:
         raise Conflict(f"The study {name} is {row['state']}, and no run is left to go on with it.")
@@ -138,8 +150,8 @@ def add_job(
 
 
 def claim(conn: Connection, study: str, worker: str, *, seconds: float = LEASE_SECONDS) -> list[Job]:
-    """Take the waiting jobs of a pack, higher rungs first, by trial. Empty when there is none, or the study does not
-    run."""
+    """Take the waiting jobs of a pack, variants first, then higher rungs, by trial. Empty when there is none, or the
+    study does not run."""
     values = {"study": study, "worker": worker, "seconds": seconds}
     return sorted((_job(row) for row in conn.execute(SQL["claim"], values)), key=lambda job: job.trial)
 
@@ -150,6 +162,11 @@ def unpack(conn: Connection, job: Job) -> None:
     Raises Conflict when the job went to another worker.
     """
     _held(conn.execute(SQL["unpack"], _key(job)).fetchone(), job)
+
+
+def went_on(conn: Connection, name: str, seconds: float) -> None:
+    """Count time that a study was at work."""
+    conn.execute(SQL["went_on"], {"name": name, "seconds": seconds})
 
 
 def measured(conn: Connection, name: str, adapters_per_pass: int) -> None:
@@ -178,9 +195,11 @@ def finish(
     _held(conn.execute(SQL["finish"], _key(job) | values).fetchone(), job)
 
 
-def fail(conn: Connection, job: Job, error: str) -> None:
-    """A rung that cannot succeed, with its cause. Raises Conflict when the job went to another worker."""
-    _held(conn.execute(SQL["fail"], _key(job) | {"error": error}).fetchone(), job)
+def fail(conn: Connection, job: Job, error: str, *, tokens: int = 0, seconds: float = 0.0) -> None:
+    """A rung that cannot succeed, with its cause, and what it cost. Raises Conflict when the job went to another
+    worker."""
+    values = {"error": error, "tokens": tokens, "seconds": seconds}
+    _held(conn.execute(SQL["fail"], _key(job) | values).fetchone(), job)
 
 
 def prune(conn: Connection, job: Job) -> None:

@@ -20,6 +20,19 @@ where name = %(name)s and state = any(%(from)s)
   and not exists (select from run where run.study = study.name and run.state = 'completed')
 returning name
 
+-- name: its_run
+-- The run whose search this is: how far it came, and whether it is at work
+select r.id, r.version, exists (select from stage s where s.run_id = r.id and s.name = 'search') as searched,
+       exists (select from lease l where l.name = 'run:' || r.model and l.token = r.token and l.expires_at > now()) as at_work
+from run r where r.study = %(name)s
+
+-- name: hold_lease
+-- A run that is about to begin waits until this is over
+select from lease l join study s on l.name = 'run:' || s.model where s.name = %(name)s for update of l
+
+-- name: search_again
+delete from stage where run_id = %(run)s and name in ('search', 'evaluate')
+
 -- name: lock
 select * from study where name = %(name)s for no key update
 
@@ -40,7 +53,7 @@ with first as (
     where j.study = %(study)s and s.state = 'running' and j.state = 'waiting'
       and not exists (select from rung_job o where o.study = j.study and o.rung = j.rung and o.pack = j.pack
                       and o.state = 'waiting' and o.trial < j.trial)
-    order by j.rung desc, j.pack limit 1 for update of j skip locked)
+    order by j.clone_of is null, j.rung desc, j.pack limit 1 for update of j skip locked)
 update rung_job j set state = 'running', token = token + 1, attempts = attempts + 1, worker = %(worker)s,
     lease_until = now() + make_interval(secs => %(seconds)s), updated_at = now()
 from first where (j.study, j.rung, j.pack) = (first.study, first.rung, first.pack) and j.state = 'waiting'
@@ -50,6 +63,9 @@ returning j.*
 update rung_job set state = 'waiting', attempts = attempts - 1, pack = trial, lease_until = null, updated_at = now()
 where study = %(study)s and trial = %(trial)s and rung = %(rung)s and token = %(token)s and state = 'running'
 returning token
+
+-- name: went_on
+update study set seconds = seconds + %(seconds)s where name = %(name)s
 
 -- name: measured
 update study set adapters_per_pass = %(number)s where name = %(name)s and adapters_per_pass is null
@@ -79,7 +95,8 @@ where study = %(study)s and checkpoint is not null
     and not exists (select from rung_job other where other.checkpoint = mine.checkpoint and other.study <> mine.study)
 
 -- name: fail
-update rung_job set state = 'failed', error = %(error)s, lease_until = null, updated_at = now()
+update rung_job set state = 'failed', error = %(error)s, tokens = %(tokens)s, seconds = %(seconds)s,
+    lease_until = null, updated_at = now()
 where study = %(study)s and trial = %(trial)s and rung = %(rung)s and token = %(token)s and state = 'running'
 returning token
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from infra.db import transaction
 from infra.errors import Conflict, NotFound, UsageError
+from infra.settings import get_settings
 from pipelines import config_file
-from pipelines.config_space import KINDS, Space, did_you_mean
+from pipelines.config_space import KINDS, Space, did_you_mean, largest_rank
 from pipelines.tuning import halving
 from pipelines.tuning.methods import fixed_by
 from pipelines.tuning.spec import StudySpec
@@ -52,6 +53,12 @@ def clone_trial(study: str, trial: int, settings: Sequence[str]) -> dict[str, An
         if adapter and (fixed := sorted(set(wanted) & set(fixed_by(adapter)))):
             raise UsageError(f"{fixed[0]} is that of the adapter which all trials of {study} start from.")
         params = _checked({**source, **wanted}, wanted)
+        most = get_settings().max_lora_rank
+        if (rank := largest_rank({"init_lora_weights": True} | params)) > most:
+            raise UsageError(
+                f"An adapter of rank {rank} (PiSSA's is doubled) is not served: engines here take {most} at most.",
+                hint="Ask for a lower r, or raise TUNESMITH_MAX_LORA_RANK and the engines' own limit.",
+            )
         twin = next((job.trial for job in jobs if job.params == params), None)
         if twin is not None:
             raise Conflict(f"Trial {twin} of {study} has this configuration already.")

@@ -30,11 +30,14 @@ def share(workers: int, device: str) -> int:
 
 
 def _here() -> int:
-    """Search workers on this machine now, this one among them."""
+    """Search workers on this machine now, this one among them; not those whose coordinator was killed, which end
+    after their rung."""
 
     def is_worker(command: list[str]) -> bool:
+        if "pipelines.tuning.worker" in command:
+            return not (parent := command[-1]).isdigit() or psutil.pid_exists(int(parent))
         ours = "pipelines.cli" in command or any(part.endswith("/tunesmith") for part in command[:2])
-        return "pipelines.tuning.worker" in command or (ours and "worker" in command)
+        return ours and "worker" in command
 
     return sum(is_worker(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
 
@@ -65,6 +68,12 @@ def confine(most: int, device: str) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limit = taken + max(0, most - used(device))
     resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether an error says that there was no memory left, in Python's words, PyTorch's or the C library's."""
+    words = ("out of memory", "not enough memory", "allocate memory", "DefaultCPUAllocator", "bad_alloc")
+    return isinstance(error, MemoryError) or any(w in str(error) for w in words)
 
 
 def _on_gpu() -> int:

@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from infra.errors import UsageError
 from pipelines.tuning import space as spaces
 
 _NAME = "default"
+_FROM_BASE = "Begin with the base: `tuning: {start_from: base}`, or `retrain: {start_from: base}`."
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "c_attn", "out_proj", "dense")
 _MLP = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "c_fc", "dense_h_to_4h", "dense_4h_to_h")
 
@@ -97,8 +99,6 @@ class Alone:
         self.model, self.params, self.seed = model, params, seed
         torch.manual_seed(seed)  # A is drawn at random
         self._changes_base = str(params.get("init_lora_weights", True)).startswith("pissa")
-        if self._changes_base:
-            Targets(model).check_pissa(params)
         kept = {name: value.clone() for name, value in model.state_dict().items()} if self._changes_base else {}
         self.peft = get_peft_model(model, lora_config(model, params), adapter_name=_NAME)
         self._kept = kept
@@ -233,12 +233,18 @@ def _linears(model: Any) -> list[str]:
 
 
 def fixed_by(folder: Path) -> dict[str, Any]:
-    """The dimensions that an adapter to start from fixes. Raises ValueError when it is not a plain LoRA."""
+    """The dimensions that an adapter to start from fixes. Raises UsageError when no trial could go on from it."""
     config = json.loads((folder / "adapter_config.json").read_text())
-    if config.get("peft_type") != "LORA" or config.get("use_dora"):
-        raise ValueError(f"the adapter in {folder} is not a plain LoRA")
-    modules = config["target_modules"]
-    layers = config.get("layers_to_transform")
+    beyond = [name for name in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(name)]
+    if config.get("peft_type") != "LORA" or beyond:
+        what = f"it has {', '.join(beyond)}" if beyond else f"it is {config.get('peft_type')}"
+        raise UsageError(f"Training cannot go on from the adapter in {folder}: {what}.", hint=_FROM_BASE)
+    modules, layers = config["target_modules"], config.get("layers_to_transform")
+    if isinstance(modules, str) and modules != "all-linear":
+        why = "its target_modules are a pattern"
+        raise UsageError(f"Training cannot go on from the adapter in {folder}: {why}.", hint=_FROM_BASE)
+    if isinstance(layers, int):
+        layers = [layers]
     return {
         "r": config["r"],
         "lora_alpha": config["lora_alpha"],

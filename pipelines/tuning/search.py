@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from infra import storage
-from infra.db import transaction
+from infra.db import Connection, transaction
 from infra.errors import Conflict, TunesmithError, Unreachable
 from infra.settings import get_settings
 from pipelines.tuning import devices, halving
@@ -36,17 +36,22 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 _POLL = 0.4
 _PATIENCE = 300.0  # seconds without the database or MLflow, until the search gives up; its state stays
-_REDRAWS = 20  # draws of a configuration that was drawn before, until the space counts as exhausted
+_REDRAWS = 40  # draws of a configuration that was drawn before, until the space counts as exhausted
 
+_COUNT = 2.0  # seconds of a search, that are added to its time at once
+_THROUGH = ("trials", "space")  # how a search ends that was not cut short
+
+T = TypeVar("T")
 Progress = Callable[[str, float | None, float | None], None]
+Guard = Callable[[Connection], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Best:
     """The winner: the lowest validation loss that any trial had at the end of any rung, or what the rule picks from
     the Pareto set where there are several objectives; `pareto` is then that set, as trial, steps and measures.
-    `adapter` is a folder with a plain PEFT adapter; `stopped_by` is trials, max_minutes, max_tokens, max_usd or
-    user."""
+    `adapter` is a folder with a plain PEFT adapter; `stopped_by` is trials, space (which has no
+    more of them), max_minutes, max_tokens, max_usd or user."""
 
     study: str
     trial: int
@@ -106,11 +111,14 @@ def make_spec(
     return spec if adapter is None else replace(spec, space=space | fixed_by(adapter))
 
 
-def search(spec: StudySpec, *, progress: Progress, mlflow_parent: str | None = None) -> Best:
+def search(
+    spec: StudySpec, *, progress: Progress, mlflow_parent: str | None = None, guard: Guard = lambda _: None
+) -> Best:
     """Run a study to its end, or go on with the one of this name, whose own spec then holds.
 
-    Raises TunesmithError when no trial succeeded, with the causes. On an interrupt the workers end and all stays
-    as it is, to be gone on with.
+    `guard` is called in each transaction that decides what becomes of the study, and raises Conflict when that is no
+    longer for this process to say. Raises TunesmithError when no trial succeeded, with the causes. On an interrupt the
+    workers end and all stays as it is, to be gone on with.
     """
     # The number of workers is part of the plan, and so is kept
     spec = replace(spec, workers=spec.workers or get_settings().search_workers or devices.workers())
@@ -125,20 +133,45 @@ def search(spec: StudySpec, *, progress: Progress, mlflow_parent: str | None = N
     with contextlib.ExitStack() as over:
         over.callback(crew.dismiss)
         crew.muster()  # they load the base while Optuna's tables are opened
-        store = open_store()
+        store = _when_there(open_store)
         over.callback(store.engine.dispose)
-        study = open_study(spec, store)
-        return _Coordinator(spec, crew, study, Mirror(spec, study, mlflow_parent), progress).run()
+        study = _when_there(lambda: open_study(spec, store))
+        return _Coordinator(spec, crew, study, Mirror(spec, study, mlflow_parent), progress, guard).run()
+
+
+def _when_there(action: Callable[[], T]) -> T:
+    """The action's result, tried again while the database restarts."""
+    end = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return action()
+        except Exception as error:
+            if not _passes(error) or time.monotonic() > end:
+                raise
+            log.warning("waiting for the search's database: %s", str(error).splitlines()[0])
+        time.sleep(1)
+
+
+def _passes(error: Exception) -> bool:
+    """Whether an error is of a database or MLflow that is away, perhaps for a moment."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import DBAPIError
+
+    return isinstance(error, Unreachable | StorageInternalError | DBAPIError)
 
 
 class _Coordinator:
-    def __init__(self, spec: StudySpec, crew: Crew, study: optuna.Study, mirror: Mirror, progress: Progress) -> None:
+    def __init__(
+        self, spec: StudySpec, crew: Crew, study: optuna.Study, mirror: Mirror, progress: Progress, guard: Guard
+    ) -> None:
         self.spec, self.crew, self.optuna, self.mirror, self.progress = spec, crew, study, mirror, progress
+        self.guard = guard
         self.exhausted = bool(study.user_attrs.get("exhausted"))  # the space has no other configuration; for good
         self.per_pass: int | None = spec.adapters_per_pass or None  # None until a worker measured it
         self.seen: Any = None  # what the last turn acted on
         self.over = 0
         self.away_since: float | None = None
+        self.counted = time.monotonic()
         self.reap_from = 0.0
 
     def run(self) -> Best:
@@ -155,12 +188,9 @@ class _Coordinator:
     def _outlast(self, error: Exception) -> None:
         """A database or MLflow that restarts costs some turns and nothing else. Raises any other error, and
         Unreachable when it stays away."""
-        from optuna.exceptions import StorageInternalError
-        from sqlalchemy.exc import DBAPIError
-
-        if not isinstance(error, Unreachable | StorageInternalError | DBAPIError):
+        if not _passes(error):
             raise error
-        now = time.monotonic()
+        now = self.counted = time.monotonic()
         self.seen = None
         self.reap_from = now + studies.LEASE_SECONDS  # meanwhile no worker could renew its lease
         if self.away_since is None:
@@ -174,7 +204,7 @@ class _Coordinator:
     def _turn(self) -> Best | None:
         """Look at what changed, and act on it; the result when the search is over."""
         self.crew.bury()
-        with transaction() as conn:
+        with self._deciding() as conn:
             if time.monotonic() >= self.reap_from:
                 studies.reap(conn, self.spec.study)
             row, jobs = studies.get(conn, self.spec.study), studies.jobs(conn, self.spec.study)
@@ -185,9 +215,10 @@ class _Coordinator:
             self.over = over
             self.crew.progressed()
         if state == "running":
-            if self._budget(jobs) is not None:
+            self._count()
+            if self._budget(row, jobs) is not None:
                 # Unless a person was quicker
-                with contextlib.suppress(Conflict), transaction() as conn:
+                with self._deciding() as conn, contextlib.suppress(Conflict):
                     studies.stop(conn, self.spec.study)
                 return None
             self.crew.muster()
@@ -196,25 +227,43 @@ class _Coordinator:
             return None
         if state == "running":
             if self._plan(jobs, asked):
-                return self._end(jobs, "trials")
+                return self._end(jobs, "space" if self.exhausted else "trials")
         elif not any(j.state == "running" for j in jobs):
-            return self._end(jobs, self._budget(jobs) or "user")
+            return self._end(jobs, self._budget(row, jobs) or "user")
         self.mirror.tell(jobs)
         self.mirror.log(jobs)
         self._report(jobs)
         self.seen = seen
         return None
 
-    def _budget(self, jobs: Sequence[studies.Job]) -> str | None:
-        """The budget that is used up, of work that is done; a function of the database alone."""
+    @contextlib.contextmanager
+    def _deciding(self) -> Iterator[Connection]:
+        """A transaction of who still has the study in hand."""
+        with transaction() as conn:
+            self.guard(conn)
+            yield conn
+
+    def _count(self) -> None:
+        """Add the time since the last turn to the study's, once in some seconds; none while nobody coordinates it, or
+        the database is away."""
+        now = time.monotonic()
+        if now - self.counted >= _COUNT:
+            with self._deciding() as conn:
+                studies.went_on(conn, self.spec.study, now - self.counted)
+            self.counted = now
+
+    def _budget(self, row: Mapping[str, Any], jobs: Sequence[studies.Job]) -> str | None:
+        """The budget that is used up: minutes that the search has gone on for, tokens trained on (also by trials that
+        failed), and what machines cost that were at work for all of that time, more of them where guests help."""
         seconds = sum(j.seconds or 0.0 for j in jobs)
         spec, workers = self.spec, max(1, self.crew.wanted)
-        if spec.max_minutes is not None and seconds / workers >= spec.max_minutes * 60:
+        if spec.max_minutes is not None and row["seconds"] >= spec.max_minutes * 60:
             return "max_minutes"
         if spec.max_training_tokens is not None and sum(j.tokens or 0 for j in jobs) >= spec.max_training_tokens:
             return "max_tokens"
         price = {"per_machine_hour_usd": get_settings().machine_usd_per_hour}
-        if spec.max_usd is not None and pricing.cost_usd(0, 0, seconds / workers, price) >= spec.max_usd:
+        machine_seconds = max(row["seconds"], seconds / workers)
+        if spec.max_usd is not None and pricing.cost_usd(0, 0, machine_seconds, price) >= spec.max_usd:
             return "max_usd"
         return None
 
@@ -278,14 +327,14 @@ class _Coordinator:
         any. They train alone."""
         for variant in asked:
             trial, trial_id = self._known_to_optuna(variant)
-            with transaction() as conn:
+            with self._deciding() as conn:
                 studies.add_job(
                     conn, self.spec.study, trial=trial, rung=0, trial_id=trial_id, params=variant.params,
                     steps=self.spec.rungs[0], checkpoint=None, clone_of=variant.clone_of,
                 )  # fmt: skip
                 studies.variant_begun(conn, self.spec.study, variant, trial)
         onward = [j for j in going if j.state == "done" and halving.goes_on(self.spec, jobs, j)]
-        with transaction() as conn:
+        with self._deciding() as conn:
             for j in onward:
                 studies.add_job(
                     conn, self.spec.study, trial=j.trial, rung=j.rung + 1, trial_id=j.trial_id, params=j.params,
@@ -320,7 +369,7 @@ class _Coordinator:
         """Jobs for trials (number, Optuna's id, params, checkpoint), in packs, all or none."""
         assert self.per_pass is not None  # noqa: S101  nothing is planned before
         leaders = packs([(t[0], t[2]) for t in trials], most=self.per_pass, workers=self.crew.wanted)
-        with transaction() as conn:
+        with self._deciding() as conn:
             for number, trial_id, params, checkpoint in trials:
                 studies.add_job(
                     conn, self.spec.study, trial=number, rung=rung, trial_id=trial_id, params=params,
@@ -340,7 +389,11 @@ class _Coordinator:
         spec = self.spec
         known = [j.params for j in jobs if j.rung == 0]
         begun = [j.params for j in jobs if j.rung == 0 and j.trial in members]
-        beyond = [j.params for j in seen if j.state == "failed" and str(j.error).startswith((OUT_OF_MEMORY, DIED))]
+        beyond = [j.params for j in seen if j.state == "failed" and str(j.error).startswith(OUT_OF_MEMORY)]
+        # Workers die of other things too: not of memory where what needs as much was done
+        done = [j.params for j in seen if j.state == "done"]
+        killed = [j.params for j in seen if j.state == "failed" and str(j.error).startswith(DIED)]
+        beyond += [params for params in killed if not any(as_large(other, params) for other in done)]
         found: list[tuple[int, int, dict[str, Any], str | None]] = []
         again = 0
         waiting = [t for t in self.optuna.get_trials(deepcopy=False) if t.state == optuna.trial.TrialState.RUNNING]
@@ -348,9 +401,11 @@ class _Coordinator:
         orphans = [t for t in waiting if t.number not in {j.trial for j in jobs} and "variant" not in t.user_attrs]
         while len(found) < number and again < _REDRAWS:
             orphan = orphans.pop(0) if orphans else None
-            place = orphan.number if orphan else len(self.optuna.get_trials(deepcopy=False))
-            self.optuna.sampler = Seen(spec.sampler, spec.seed, place, spec.space, seen, begun)
             trial = optuna.trial.Trial(self.optuna, orphan._trial_id) if orphan else self.optuna.ask()
+            earlier = self.optuna.get_trials(deepcopy=False)[: trial.number]
+            place = sum("variant" not in t.user_attrs for t in earlier)  # whatever a person had tried in between
+            kind = spec.sampler if again < _REDRAWS // 2 else "random"  # a model may be too sure to find what is left
+            self.optuna.sampler = Seen(kind, spec.seed, place, spec.space, seen, begun)
             params = spaces.draw(spec.space, trial._suggest)
             if params in known or any(as_large(params, other) for other in beyond):
                 self.optuna.tell(trial.number, state=optuna.trial.TrialState.FAIL)
@@ -404,7 +459,8 @@ class _Coordinator:
         try:
             winner = rows[pick([m for _, m in rows], self.spec.objectives, rule, self.spec.constraints)][0]
         except TunesmithError:  # no trial keeps the constraints
-            self._close_study("failed", stopped_by, None)
+            if not self._close_study("failed", stopped_by, None):
+                return None
             raise
         last = halving.last(jobs)
         assert winner.checkpoint is not None  # noqa: S101  a done job has one
@@ -424,16 +480,16 @@ class _Coordinator:
             stopped_by=stopped_by,
             pareto=front(rows, self.spec.objectives),
         )
-        state = "completed" if stopped_by == "trials" else "stopped"
+        state = "completed" if stopped_by in _THROUGH else "stopped"
         if not self._close_study(state, stopped_by, best):
             return None
         self.progress(f"best loss {best.value:.3f} of {best.trials} trials", 1, 1)
         return best
 
     def _close_study(self, state: str, stopped_by: str, best: Best | None) -> bool:
-        with transaction() as conn:
+        with self._deciding() as conn:
             studies.lock(conn, self.spec.study)
-            if stopped_by == "trials" and any(v.trial is None for v in studies.variants(conn, self.spec.study)):
+            if stopped_by in _THROUGH and any(v.trial is None for v in studies.variants(conn, self.spec.study)):
                 return False
             row = best.to_json() if best else None
             studies.end(conn, self.spec.study, state=state, stopped_by=stopped_by, best=row)

@@ -38,7 +38,12 @@ _WORTH = 1.05  # a larger pack must bring this much more, since it delays what i
 
 
 class TrialFailed(Exception):
-    """The trial's own fault: its loss left the numbers, or it does not fit into memory."""
+    """The trial's own fault: its loss left the numbers, or it does not fit into memory. It cost `tokens` and `seconds`
+    all the same."""
+
+    def __init__(self, why: str, *, tokens: int = 0, seconds: float = 0.0) -> None:
+        super().__init__(why)
+        self.tokens, self.seconds = tokens, seconds
 
 
 class PackTooLarge(Exception):
@@ -83,6 +88,7 @@ class Trainer:
         self.forward = Forward(model, train, validation, pad=pad)
         self._cell: dict[bool, int] = {}  # bytes that autograd keeps for a token, by whether trials are packable
         self._begun_with = memory.used(model.device.type)
+        self.broken = False  # the base is not as it was loaded: nothing more may be trained on it
         self.stopwatch: Any = None  # measures adapters as they are served, where a study weighs that
 
     def run(
@@ -97,16 +103,16 @@ class Trainer:
         each, None for a lost one. Raises PackTooLarge when memory runs out for several.
         """
         begun = time.monotonic()
-        if self.room is not None and (needed := self.needs([m.params for m in members])) > self.room:
-            if len(members) > 1:
-                raise PackTooLarge(f"{len(members)} trials together would need {memory.gigabytes(needed)}")
-            return [
-                TrialFailed(
-                    f"{memory.OUT_OF_MEMORY}: it would need about {memory.gigabytes(needed)}, and a worker may use "
-                    f"{memory.gigabytes(self.room)} (TUNESMITH_WORKER_MEMORY_GB)"
-                )
-            ]
         try:
+            if self.room is not None and (needed := self.needs([m.params for m in members])) > self.room:
+                if len(members) > 1:
+                    raise PackTooLarge(f"{len(members)} trials together would need {memory.gigabytes(needed)}")
+                return [
+                    TrialFailed(
+                        f"{memory.OUT_OF_MEMORY}: it would need about {memory.gigabytes(needed)}, and a worker may use "
+                        f"{memory.gigabytes(self.room)} (TUNESMITH_WORKER_MEMORY_GB)"
+                    )
+                ]
             adapters = self._adapters([m.params for m in members], [m.seed for m in members])
             with adapters.attached():
                 run = _Run(self, adapters, members)
@@ -117,11 +123,13 @@ class Trainer:
                 seconds = (time.monotonic() - begun) / len(members)
                 for k, value in enumerate(values):
                     if k in run.failed:
+                        run.failed[k].seconds = seconds
                         outcomes.append(run.failed[k])
                     elif k in run.gone:
                         outcomes.append(None)
                     elif not math.isfinite(value):
-                        outcomes.append(TrialFailed(f"the validation loss is {value}"))
+                        why = f"the validation loss is {value}"
+                        outcomes.append(TrialFailed(why, tokens=run.tokens, seconds=seconds))
                     else:
                         outcomes.append(
                             Outcome(
@@ -130,12 +138,13 @@ class Trainer:
                             )
                         )  # fmt: skip
                 return outcomes
-        except (MemoryError, RuntimeError) as error:
-            if not (isinstance(error, MemoryError) or "memory" in str(error)):
+        except (MemoryError, RuntimeError, OSError) as error:
+            if not memory.ran_out(error):
                 raise
             if len(members) > 1:
                 raise PackTooLarge(f"{len(members)} trials do not fit into memory together") from error
-            return [TrialFailed(f"{memory.OUT_OF_MEMORY} with {dict(members[0].params)}")]
+            why = f"{memory.OUT_OF_MEMORY} with {dict(members[0].params)}"
+            return [TrialFailed(why, seconds=time.monotonic() - begun)]
 
     def best_pack(self, params: Mapping[str, Any], *, most: int, steps: int) -> int:
         """How many adapters in one pass, up to `most`, give the most steps a second, measured with a step or two of
@@ -251,7 +260,12 @@ class Trainer:
             return Pack(self.model, members, seeds, self.targets)
         if len(members) > 1:
             raise ValueError("DoRA and PiSSA train alone")
-        return Alone(self.model, members[0], seeds[0])
+        if str(members[0].get("init_lora_weights", True)).startswith("pissa"):
+            self.targets.check_pissa(members[0])
+        self.broken = True  # unless all of it succeeds: PEFT changes the base layer by layer
+        alone = Alone(self.model, members[0], seeds[0])
+        self.broken = False
+        return alone
 
 
 class _Run:
@@ -323,7 +337,7 @@ class _Run:
         self.curves[k].append((step + 1, loss))
 
     def _fail(self, k: int, why: str) -> None:
-        self.failed[k] = TrialFailed(why)
+        self.failed[k] = TrialFailed(why, tokens=self.tokens)
         self.adapters.drop(k)
 
     def _drop(self, places: Collection[int]) -> None:

@@ -13,7 +13,8 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,8 @@ def name_of(pid: int) -> str:
 def work(study: str, *, max_idle: float | None = None, parent: int | None = None) -> None:
     """Work off a study's jobs until it ends, nothing came up for `max_idle` seconds, or the process `parent` is gone.
 
-    Raises NotFound for no such study, Unreachable when the database stays away, StoreFull when the artifacts' disk
-    takes no more; what it was at then waits again.
+    Raises NotFound for no such study, Unreachable when the database stays away, TunesmithError when the artifacts
+    cannot be read or take no more; what it was at then waits again.
     """
     with transaction() as conn:
         spec = StudySpec.from_json(studies.get(conn, study)["spec"])
@@ -68,6 +69,9 @@ def work(study: str, *, max_idle: float | None = None, parent: int | None = None
             time.sleep(_IDLE)
             continue
         _carry_out(trainer, spec, jobs)
+        if trainer.broken:  # and this process may have all the memory that it is allowed
+            log.warning("the worker begins anew, since an adapter was half-made on its base")
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
         idle_since = time.monotonic()
 
 
@@ -133,34 +137,39 @@ def _carry_out(trainer: Any, spec: StudySpec, jobs: Sequence[studies.Job]) -> No
         with _Hold(jobs) as hold, contextlib.ExitStack() as folders:
             members = [_member(spec, job, folders.enter_context(storage.scratch("checkpoint"))) for job in jobs]
             outcomes = trainer.run(members, total_steps=spec.rungs[-1], until=jobs[0].steps, lost=hold.lost)
+            results: list[_Write] = []
             for job, member, outcome in zip(jobs, members, outcomes, strict=True):
                 if isinstance(outcome, TrialFailed):
-                    _fail(job, str(outcome))
+                    results.append(_failed(job, str(outcome), tokens=outcome.tokens, seconds=outcome.seconds))
                 elif outcome is not None:
-                    _finish(job, outcome, member.save_to, _latency(trainer, member.save_to / "adapter"))
+                    results.append(_done(job, outcome, member.save_to, _latency(trainer, member.save_to / "adapter")))
+            _write(results)  # all or none: a part of a pack that is trained again has other company
     except PackTooLarge as error:
         log.warning("%s; each is tried alone", error)
-        for job in jobs:
-            _write(job, studies.unpack)
+        _write([_Write(job, studies.unpack) for job in jobs])
     except Conflict as lost:
         log.warning("%s", lost)
     except Unreachable:
         raise
-    except StoreFull:  # no trial's fault, and what is in the way of all
+    except (StoreFull, OSError) as error:  # of the artifacts: no trial's fault, and what is in the way of all
         with transaction() as conn:
             studies.give_back(conn, spec.study, name_of(os.getpid()))
-        raise
+        if isinstance(error, TunesmithError):
+            raise
+        raise TunesmithError(f"The artifacts cannot be read or written: {error}.") from error
     except TunesmithError as error:
-        for job in jobs:
-            _fail(job, error.message)
+        if isinstance(error, NotFound) and not storage.root().is_dir():  # they are not mounted here
+            with transaction() as conn:
+                studies.give_back(conn, spec.study, name_of(os.getpid()))
+            raise
+        _write([_failed(job, error.message) for job in jobs])
     except Exception as error:  # whatever it is, the study should say so, and the other trials go on
         log.exception("trial %d", jobs[0].trial)
         if len(jobs) > 1:  # whose fault it is shows when each is tried alone
-            for job in jobs:
-                _write(job, studies.unpack)
+            _write([_Write(job, studies.unpack) for job in jobs])
             return
-        for job in jobs:
-            _fail(job, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}")
+        why = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+        _write([_failed(job, why) for job in jobs])
 
 
 def _member(spec: StudySpec, job: studies.Job, folder: Path) -> Any:
@@ -186,31 +195,41 @@ def _latency(trainer: Any, adapter: Path) -> float | None:
         return None
 
 
-def _finish(job: studies.Job, outcome: Any, folder: Path, latency_ms: float | None) -> None:
+@dataclass(frozen=True)
+class _Write:
+    """What became of a job, to be written by `how`."""
+
+    job: studies.Job
+    how: Callable[..., None]
+    values: Mapping[str, object] = field(default_factory=dict)
+
+
+def _done(job: studies.Job, outcome: Any, folder: Path, latency_ms: float | None) -> _Write:
     digest = storage.folder_digest(folder)
     storage.keep("checkpoint", digest, folder)
-    _write(
-        job, studies.finish, value=outcome.value, curve=outcome.curve, checkpoint=digest, tokens=outcome.tokens,
-        seconds=outcome.seconds, adapter_parameters=outcome.adapter_parameters, latency_ms=latency_ms,
-    )  # fmt: skip
+    values = {"value": outcome.value, "curve": outcome.curve, "checkpoint": digest, "tokens": outcome.tokens}
+    values |= {"seconds": outcome.seconds, "adapter_parameters": outcome.adapter_parameters, "latency_ms": latency_ms}
+    return _Write(job, studies.finish, values)
 
 
-def _fail(job: studies.Job, cause: str) -> None:
+def _failed(job: studies.Job, cause: str, *, tokens: int = 0, seconds: float = 0.0) -> _Write:
     log.warning("trial %d failed: %s", job.trial, cause)
-    _write(job, studies.fail, cause)
+    return _Write(job, studies.fail, {"error": cause, "tokens": tokens, "seconds": seconds})
 
 
-def _write(job: studies.Job, write: Callable[..., None], *values: object, **named: object) -> None:
-    """Write of a job, unless it went to another worker."""
+def _write(results: Sequence[_Write]) -> None:
+    """Write what became of jobs in one transaction, but for those that went to another worker."""
 
     def tell() -> None:
         with transaction() as conn:
-            write(conn, job, *values, **named)
+            for result in results:
+                try:
+                    with conn.transaction():
+                        result.how(conn, result.job, **result.values)
+                except Conflict as lost:
+                    log.warning("%s", lost)
 
-    try:
-        _patiently(tell)
-    except Conflict as lost:
-        log.warning("%s", lost)
+    _patiently(tell)
 
 
 def _patiently(action: Any) -> Any:
@@ -272,7 +291,7 @@ if __name__ == "__main__":
     logs.setup()
     try:
         work(sys.argv[1], parent=int(sys.argv[2]) if len(sys.argv) > 2 else None)
-    except (NotFound, StoreFull, Unreachable) as problem:
+    except TunesmithError as problem:
         sys.exit(problem.message)
     except KeyboardInterrupt:
         sys.exit(130)

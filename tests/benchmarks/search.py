@@ -1,12 +1,13 @@
 """The search against the loop that people write: Optuna, transformers' Trainer and PEFT, and MLflow's own logging.
 
-    .venv/bin/python tests/benchmarks/search.py [--short] [--seeds N] [--part a|b|c|d]
+    .venv/bin/python tests/benchmarks/search.py [--short] [--seeds N] [--part a|b|c|d] [--keep FILE]
 
 Parts: (a) time and CPU seconds until our search has a validation loss at or below the peer's final best one, against
 the plain loop in fp32; (b) against the same loop with Hyperband and bf16 (fp32 where that is faster); (c)
 adapter-tokens a second with eight adapters; (d) what logging costs a study. Both sides run by turns, on the same
 rows, space, sampler and cores; what they did is checked first. No time is asserted: a figure is printed, with the
-target it has. Run it alone.
+target it has. Run it alone. A seed of (a) and (b) takes up to half an hour; with `--keep` its
+figures are kept, and the same command goes on with the next one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import argparse
 import bisect
 import contextlib
 import json
-import math
 import os
 import random
 import shutil
@@ -27,7 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from pipelines.tuning.spec import StudySpec, rungs
 from pipelines.tuning.worker import ALLOCATOR
 from registry import bases, datasets, studies
 from registry.bases import Base
-from registry.statistics import paired_difference
+from registry.statistics import sign_test
 
 PEER = Path(__file__).with_name("search_peer.py")
 ROOT = Path(__file__).parents[2]
@@ -211,13 +211,16 @@ class Bench:
 # --- (a) and (b): the search ---
 
 
-def compare_searches(bench: Bench, parts: Sequence[str]) -> None:
-    size, table = bench.size, {"a": [], "b": []}
+def compare_searches(bench: Bench, parts: Sequence[str], keep: Path | None) -> None:
+    size, kept = bench.size, Kept(keep, bench.size)
     ways: dict[str, Sequence[str]] = {"a": ["fp32"], "b": PRECISIONS}
     probe = make_world(bench, 1000).rows
     peers = {part: fastest(bench, probe, ONE, ways[part]) for part in ways if part in parts}
     check_that_both_learn_alike(bench, peers)
     for seed in range(size.seeds):
+        if all((part, seed) in kept.rows for part in peers):
+            say(f"  seed {seed}: kept")
+            continue
         world = make_world(bench, seed)
         sides = [*peers, "ours"]
         if seed % 2:
@@ -233,14 +236,36 @@ def compare_searches(bench: Bench, parts: Sequence[str]) -> None:
                 sys.exit(f"The loss that {side} claims is not its adapter's: off by {off:.3f}.")
         ours = found["ours"]
         for part in peers:
-            table[part].append(row_of(bench, found[part], ours, judged[part]["test"], judged["ours"]["test"]))
+            row = row_of(bench, found[part], ours, judged[part]["test"], judged["ours"]["test"])
+            kept.add(part, seed, row)
             same = sum(a == b for a, b in zip(found[part].drawn, ours.drawn, strict=False))
             say(
                 f"  seed {seed} ({part}): {same} of {len(ours.drawn)} configurations are the same on both sides; "
-                + ", ".join(f"{name} {value:.1f}" for name, value in table[part][-1].items() if value and "_" in name)
+                + ", ".join(f"{name} {value:.1f}" for name, value in row.items() if value and "_" in name)
             )
     for part, (precision, threads) in peers.items():
-        print_searches(size, part, precision, threads, table[part])
+        print_searches(size, part, precision, threads, [kept.rows[part, seed] for seed in range(size.seeds)])
+
+
+class Kept:
+    """Figures of seeds, by part and seed, in a file that outlives an interrupt; of one size of the benchmark only."""
+
+    def __init__(self, file: Path | None, size: Size) -> None:
+        self.file, self.size = (
+            file,
+            {n: v for n, v in json.loads(json.dumps(asdict(size))).items() if n not in ("seeds", "rounds")},
+        )
+        self.rows: dict[tuple[str, int], Mapping[str, Any]] = {}
+        for line in file.read_text().splitlines() if file is not None and file.exists() else ():
+            found = json.loads(line)
+            if found["size"] == self.size:
+                self.rows[found["part"], found["seed"]] = found["row"]
+
+    def add(self, part: str, seed: int, row: Mapping[str, Any]) -> None:
+        self.rows[part, seed] = row
+        if self.file is not None:
+            with self.file.open("a") as file:
+                file.write(json.dumps({"part": part, "seed": seed, "size": self.size, "row": row}) + "\n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -443,13 +468,11 @@ def print_searches(size: Size, part: str, precision: str, threads: int, rows: Se
         # A target that was not reached counts as never
         ratios = [row[peer] / row[ours] if row[ours] else 0.0 for row in rows]
         print_ratio(name, ratios, target if ours.startswith("ours_to") else None)
-    worse = paired_difference(
-        [row["our_test"] for row in rows], [row["peer_test"] for row in rows], higher_is_better=False
-    )
-    low, high = (math.nan if end is None else end for end in (worse.low, worse.high))
+    more = [row["our_test"] - row["peer_test"] for row in rows]
+    chance = sign_test([row["our_test"] for row in rows], [row["peer_test"] for row in rows])
     print(f"    test loss of the winners, medians: peer {median(rows, 'peer_test'):.4f}, ours "
-          f"{median(rows, 'our_test'):.4f}; ours less the peer's, mean {worse.estimate:+.4f}, 95 % interval {low:+.4f} "
-          f"to {high:+.4f}: {'worse' if low > 0 else 'not shown to be worse'}")  # fmt: skip
+          f"{median(rows, 'our_test'):.4f}; ours less the peer's: mean {statistics.mean(more):+.4f}, from "
+          f"{min(more):+.4f} to {max(more):+.4f}, p {chance:.2f} (sign test)")  # fmt: skip
 
 
 def median(rows: Sequence[Mapping[str, Any]], name: str) -> float:
@@ -727,6 +750,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="minutes instead of hours: less of everything")
     parser.add_argument("--seeds", type=int, help="how many independent repetitions (5; short: 1)")
     parser.add_argument("--base", default="builtin:smollm2-135m", help="another base, to try parts c and d quickly")
+    parser.add_argument("--keep", type=Path, help="keep the figures of (a) and (b) here, and go on where they end")
     parser.add_argument("--part", choices=["a", "b", "c", "d"], action="append", help="only this one; may be repeated")
     asked = parser.parse_args()
     size = SHORT if asked.short else LONG
@@ -735,7 +759,7 @@ def main() -> None:
     parts = asked.part or ["a", "b", "c", "d"]
     with prepared(size, asked.base) as bench:
         if {"a", "b"} & set(parts):
-            compare_searches(bench, parts)
+            compare_searches(bench, parts, asked.keep)
         if "c" in parts:
             compare_rates(bench)
         if "d" in parts:

@@ -171,6 +171,13 @@ def test_a_setting_that_makes_no_sense_is_one_sentence(study: str, setting: str,
         assert studies.variants(conn, "s") == []
 
 
+def test_a_variant_that_no_engine_could_serve_is_not_trained(study: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_MAX_LORA_RANK", "64")
+    get_settings.cache_clear()
+    with pytest.raises(UsageError, match=r"rank 128 .* is not served: engines here take 64 at most"):
+        control.clone_trial("s", 0, ["r=128"])
+
+
 # ------------------------------------------------------------------ with real workers
 @pytest.fixture
 def spec(tiny_base: Base) -> StudySpec:
@@ -267,6 +274,21 @@ def test_a_running_trial_is_left_at_once_and_a_variant_comes_next(spec: StudySpe
     assert [(t["trial"], t["state"], t["clone_of"]) for t in json.loads(shown.output)["trials"]] == [
         (0, "pruned", None), (1, "done", 0), (2, "done", None)
     ]  # fmt: skip
+
+
+def test_a_variant_comes_before_what_was_drawn_and_waits(spec: StudySpec) -> None:
+    process = search_process(replace(spec, rungs=(300, 900), adapters_per_pass=1))
+    try:
+        until(lambda: running(0))
+        CliRunner().invoke(commands.study, ["clone-trial", "s", "0", "--set", "learning_rate=2e-3"])
+        until(lambda: running(3))
+        assert [(j.trial, j.state) for j in jobs()] == [(0, "done"), (1, "waiting"), (2, "waiting"), (3, "running")]
+    finally:
+        workers = psutil.Process(process.pid).children()
+        process.kill()
+        process.wait()
+        for worker in workers:
+            worker.kill()
 
 
 def test_a_variant_takes_part_in_halving_and_changes_nothing_for_the_others(spec: StudySpec) -> None:

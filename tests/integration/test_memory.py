@@ -8,15 +8,18 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from infra.db import transaction
 from infra.settings import get_settings
+from pipelines.tuning import memory
 from pipelines.tuning.search import search
-from pipelines.tuning.spec import StudySpec
+from pipelines.tuning.spec import StudySpec, brackets
 from registry import datasets, studies
 from registry.bases import Base
 from registry.datasets import Row, make_row
@@ -54,6 +57,7 @@ for batch, count in ((8, 1), (64, 1), (64, 4)):
     found.append((needed - trainer._begun_with, peak() - trainer._begun_with))
 print(json.dumps(found))
 """
+_RANKS = "print(json.dumps([trainer.needs([params(2) | {'r': r}]) for r in (8, 2048)]))"
 _NEEDS = "print(json.dumps([trainer.needs([params(batch)]) for batch in (3, 256)]))"
 # Without the estimate the limit of the process holds
 _LIMIT = """
@@ -135,3 +139,46 @@ def test_a_search_goes_on_around_trials_that_do_not_fit(
     assert refused.params["per_device_train_batch_size"] == 256
     assert re.match(r"out of memory: it would need about \d\.\d GB, and a worker may use \d\.\d GB", str(refused.error))
     assert refused.attempts == 1
+
+
+def test_a_pack_that_does_not_fit_is_tried_unpacked_and_what_was_too_large_avoided(
+    spec: StudySpec, monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    small, large = python(spec, _RANKS)
+    monkeypatch.setenv("TUNESMITH_WORKER_MEMORY_GB", f"{(small + large) / 2e9:.4f}")
+    get_settings.cache_clear()
+    space = SPACE | {"per_device_train_batch_size": 2, "r": [4, 8, 2048, 4096]}
+    spec = replace(spec, space=space, trials=6, rungs=(2, 4), reduction=2, adapters_per_pass=2)
+    best = search(spec, progress=lambda *_: None)
+    with transaction() as conn:
+        found = studies.jobs(conn, "m-1")
+    begun = {j.trial: j for j in found if j.rung == 0}
+    failed = [j for j in begun.values() if j.state == "failed"]
+    assert failed
+    assert {j.params["r"] for j in found if j.state == "done"} == {4, 8}, "the others of a pack are not to blame"
+    assert best.failed == len(failed)
+    for j in failed:
+        assert j.params["r"] >= 2048
+        assert str(j.error).startswith("out of memory: it would need about ")
+    assert {j.attempts for j in begun.values()} == {1}
+    assert re.search(r"2 trials together would need .*; each is tried alone", (home / "logs/worker-1.log").read_text())
+    in_turn = [begun[trial].params["r"] for trial in sorted(begun)]
+    groups = [in_turn[group.start : group.stop] for group in brackets(spec)]
+    for earlier, later in pairwise(groups):
+        too_large = [r for r in earlier if r >= 2048]
+        assert not any(r >= least for r in later for least in too_large), groups
+
+
+def test_workers_whose_coordinator_is_gone_share_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They end after their rung, and those that take their place use what they had."""
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    worker = ["python", "-m", "pipelines.tuning.worker", "s"]
+
+    def share(*parents: str) -> int:
+        found = [SimpleNamespace(info={"cmdline": [*worker, parent]}) for parent in parents]
+        monkeypatch.setattr(memory.psutil, "process_iter", lambda names: found)
+        return memory.share(1, "cpu")
+
+    here = str(os.getpid())
+    assert share(here, here) == pytest.approx(share(here) / 2, abs=1)
+    assert share(here, gone.stdout.decode().strip()) == share(here)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -9,7 +10,8 @@ import pytest
 from infra.db import transaction
 from infra.errors import Conflict, NotFound
 from infra.settings import Settings
-from registry import studies
+from pipelines import runs
+from registry import leases, studies
 from registry.studies import Job
 
 
@@ -235,3 +237,61 @@ def test_a_stopped_study_gives_no_work_and_a_resumed_one_forgets_its_end(study: 
         listed = studies.list_studies(conn)
     assert again["spec"] == {"trials": 3}
     assert [(s["name"], s["trials"], s["rungs_open"]) for s in listed] == [("s", 3, 3)]
+
+
+def test_variants_are_tried_before_what_was_drawn(study: str) -> None:
+    with transaction() as conn:
+        put_up(conn, 0, rung=1)
+        studies.add_job(conn, "s", trial=9, rung=0, trial_id=19, params={"r": 9}, steps=5, checkpoint=None, clone_of=0)
+    assert [(j.trial, j.rung) for j in (taken("w") for _ in range(3))] == [(9, 0), (0, 1), (0, 0)]
+
+
+def test_a_stopped_study_whose_run_went_on_is_searched_again_or_refused(study: str) -> None:
+    run = uuid.uuid4()
+
+    def kept() -> list[str]:
+        return [row["name"] for row in conn.execute("select name from stage order by name")]
+
+    with transaction() as conn:
+        conn.execute(
+            "insert into run (id, model, kind, state, fingerprint, config, config_path, token, study)"
+            " values (%s, 'm', 'train', 'running', 'f', '{}', 'm.yaml', 1, 's')",
+            (run,),
+        )
+        for name in ("prepare", "search", "evaluate"):
+            conn.execute("insert into stage (run_id, name, output, seconds) values (%s, %s, '{}', 1)", (run, name))
+        lease = leases.acquire(conn, "run:m", "someone", 60)
+        conn.execute("update run set token = %s", (lease.token,))
+        studies.stop(conn, "s")
+        with pytest.raises(Conflict, match="its run is at work on a version"):
+            studies.resume(conn, "s")
+        leases.release(conn, lease)
+    with transaction() as conn:
+        studies.resume(conn, "s")
+        assert kept() == ["prepare"]
+        assert studies.get(conn, "s")["state"] == "running"
+
+
+def test_a_search_begins_with_what_came_furthest_in_the_last_ones(study: str) -> None:
+    with transaction() as conn:
+        for name, base in (("old", "b"), ("new", "b"), ("other", "c")):
+            studies.create(conn, name, "m", {"base": base})
+            for trial, (rung, value) in enumerate(((0, 0.1), (1, 0.5), (1, 0.4), (0, 0.9))):
+                studies.add_job(
+                    conn, name, trial=trial, rung=rung, trial_id=trial, params={"of": name, "n": trial}, steps=5,
+                    checkpoint=None,
+                )  # fmt: skip
+                conn.execute(
+                    "update rung_job set state = 'done', value = %s where study = %s and trial = %s",
+                    (value, name, trial),
+                )
+            studies.end(conn, name, state="completed", stopped_by="trials", best={"params": {"of": name, "n": 2}})
+            conn.execute(
+                "update study set created_at = now() - %s * interval '1 day' where name = %s",
+                ({"old": 3, "new": 2, "other": 1}[name], name),
+            )
+        asked = {"model": "m", "study": "s", "base": "b", "studies": 3, "each": 2, "most": 5}
+        found = [row["params"] for row in conn.execute(runs.SQL["best_params"], asked)]
+    assert [(params["of"], params["n"]) for params in found] == [
+        ("new", 2), ("old", 2), ("new", 1), ("old", 1), ("other", 2)
+    ]  # fmt: skip

@@ -104,6 +104,7 @@ def test_a_disturbed_search_ends_as_an_undisturbed_one(spec: StudySpec, server: 
     assert (calm.trial, calm.value, calm.steps, calm.stopped_by) == (last.trial, last.value, 72, "trials")
     assert (calm.trials, calm.pruned, calm.failed) == (4, 3, 0)
     assert told[-1].startswith("best loss")
+    assert any(re.search(r"about \d+ min left", words) for words in told)
     assert last.value is not None
     assert last.curve is not None
     assert last.value < last.curve[0][1]  # it learned
@@ -353,6 +354,8 @@ def test_broken_and_repeated_trials_do_not_stop_the_others(spec: StudySpec) -> N
     assert all("the loss became" in str(j.error) or "the gradient became" in str(j.error) for j in broken)
     assert all(j.attempts == 1 for j in found)
     assert (best.failed, best.pruned, best.params["learning_rate"]) == (2, 0, 1e-3)
+    assert best.stopped_by == "space"
+    assert all(j.seconds and j.tokens for j in broken), "a budget counts what failed too"
 
 
 def test_an_error_of_one_of_a_pack_is_its_own(spec: StudySpec) -> None:
@@ -407,6 +410,52 @@ def test_a_budget_ends_a_search_with_what_it_has(spec: StudySpec, name: str, bud
     trials = optuna.load_study(study_name="m-1", storage=store).trials
     store.engine.dispose()
     assert {t.state.name for t in trials} == {"PRUNED"}  # none is left running
+
+
+def test_who_lost_the_study_decides_nothing_more_of_it(spec: StudySpec) -> None:
+    """Fault 3, of a coordinator that was taken for dead: another one has the study when it wakes up."""
+    lost = threading.Event()
+
+    def guard(_: object) -> None:
+        if lost.is_set():
+            raise Conflict("run:m is held by another.")
+
+    def told(*_: object) -> None:
+        if any(j.state == "done" for j in jobs()):
+            lost.set()
+
+    with pytest.raises(Conflict, match="held by another"):
+        search(replace(spec, adapters_per_pass=1, rungs=(150, 300)), progress=told, guard=guard)
+    left = jobs()
+    assert [j.rung for j in left] == [0] * 3, "neither judged nor drawn from then on"
+    with transaction() as conn:
+        row = studies.get(conn, "m-1")
+    assert (row["state"], row["best"]) == ("running", None)
+    best = search(replace(spec, adapters_per_pass=1, rungs=(150, 300)), progress=quiet)
+    assert best.trials == 4
+
+
+@pytest.mark.slow
+def test_workers_that_are_killed_in_a_pack_show_whose_fault_it_was(spec: StudySpec) -> None:
+    """As the kernel does where memory runs out: whoever trains rank 8 is killed."""
+    two = replace(spec, trials=2, rungs=(60, 180), reduction=2, space=SPACE | {"learning_rate": 1e-3})
+    coordinator = coordinate(two)
+    try:
+        while coordinator.poll() is None:
+            for j in jobs():
+                if j.state == "running" and j.params["r"] == 8:
+                    with suppress(ProcessLookupError):
+                        os.kill(int(str(j.worker).rpartition(":")[2]), signal.SIGKILL)
+            time.sleep(0.05)
+    finally:
+        coordinator.kill()
+        coordinator.wait()
+    good, bad = sorted((j for j in jobs() if j.rung == 0), key=lambda j: j.params["r"])
+    assert (good.params["r"], good.state) == (4, "done")
+    assert (bad.params["r"], bad.state, bad.attempts) == (8, "failed", 3)
+    assert str(bad.error).startswith("its worker died 3 times, as it does where memory runs out")
+    with transaction() as conn:
+        assert studies.get(conn, "m-1")["state"] == "completed"
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from infra.errors import Conflict
+from infra.errors import Conflict, UsageError
 from pipelines.data.tokenise import tokenised
 from pipelines.tuning.forward import Forward
 from pipelines.tuning.methods import fixed_by
@@ -227,7 +228,14 @@ def test_an_epoch_has_each_row_once_and_little_padding() -> None:
 OTHERS: list[dict[str, Any]] = [
     {"lora_dropout": 0.0},
     {"lora_dropout": 0.0, "r": 8, "lora_alpha": 8, "learning_rate": 1e-2, "target_modules": "all-linear"},
-    {"lora_dropout": 0.0, "r": 2, "use_rslora": True, "lr_scheduler_type": "constant", "layers_to_transform": [1]},
+    {
+        "lora_dropout": 0.0,
+        "r": 2,
+        "lora_alpha": 32,
+        "use_rslora": True,
+        "lr_scheduler_type": "constant",
+        "layers_to_transform": [1],
+    },
 ]
 
 
@@ -399,6 +407,45 @@ def test_methods_that_train_alone_resume_and_load_as_plain_adapters(
     assert float(loss) == pytest.approx(whole.value, abs=1e-4)
     with pytest.raises(ValueError, match="train alone"):
         trainer.run([member(tmp_path / "x", **about), member(tmp_path / "y", **about)], total_steps=2, until=2)
+
+
+def test_a_base_that_pissa_changed_in_part_is_told_of(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT changes layer after layer; where memory runs out in between, only loading it again helps."""
+    from peft.tuners.lora import Linear
+
+    changed = Linear.pissa_init
+    left = iter([True] * 3)
+
+    def until_memory_runs_out(self: Any, *rest: Any) -> None:
+        if not next(left, False):
+            raise MemoryError
+        changed(self, *rest)
+
+    monkeypatch.setattr(Linear, "pissa_init", until_memory_runs_out)
+    assert not trainer.broken
+    with pytest.raises(TrialFailed, match="out of memory with"):
+        run(trainer, tmp_path / "x", 1, init_lora_weights="pissa", lora_dropout=0.0)
+    assert trainer.broken
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"peft_type": "IA3"}, "it is IA3"),
+        ({"use_dora": True}, "it has use_dora"),
+        ({"rank_pattern": {"q_proj": 8}}, "it has rank_pattern"),
+        ({"target_modules": ".*_proj"}, "its target_modules are a pattern"),
+    ],
+)
+def test_an_adapter_that_no_trial_could_go_on_from_is_refused(
+    tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]} | change
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=f"Training cannot go on from the adapter in .*: {words}"):
+        fixed_by(tmp_path)
 
 
 def test_pissa_of_too_large_a_rank_is_refused_and_leaves_the_base_as_it_was(trainer: Trainer, tmp_path: Path) -> None:

@@ -96,6 +96,7 @@ def test_a_share_of_memory_counts_the_workers_of_other_studies(monkeypatch: pyte
     ]
     found = [SimpleNamespace(info={"cmdline": command}) for command in [*commands, None]]
     monkeypatch.delenv("TUNESMITH_WORKER_MEMORY_GB", raising=False)
+    monkeypatch.setattr(memory.psutil, "process_iter", lambda names: [])
     whole = memory.share(1, "cpu")
     monkeypatch.setattr(memory.psutil, "process_iter", lambda names: found)
     assert memory.share(2, "cpu") == pytest.approx(whole / 4, abs=2)
