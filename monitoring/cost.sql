@@ -20,7 +20,7 @@ group by u.key_id, k.name
 order by usd desc, requests desc limit 50
 
 -- name: evaluation
-select e.body -> 'about' -> 'cost' as cost from version v join evidence e on e.digest = v.evaluation
+select e.body -> 'about' -> 'cost' as cost from judged v join evidence e on e.digest = v.evaluation
 where v.model = %(model)s and v.number = %(version)s
 
 -- name: by_day

@@ -99,7 +99,7 @@ def _tell(result: dict[str, Any], as_json: bool) -> None:
     else:
         _evaluation_table(name, result["evaluation"])
         if (best := result["best"])["trials"]:
-            by = {"trials": "since all are through", "user": "by `study stop`"}
+            by = {"trials": "since all are through", "space": "since the space has no more", "user": "by `study stop`"}
             ended = by.get(best["stopped_by"], f"by tuning.budget.{best['stopped_by']}")
             out.print(f"search: trials begun: {best['trials']}; it ended {ended}", markup=False)
         out.print(f"gate: {result['gate']['decision']}")
@@ -413,21 +413,29 @@ def study_clone_trial(name: str, trial: int, settings: tuple[str, ...], as_json:
     "--config",
     "path",
     type=click.Path(path_type=Path),
-    help="Take schema, classifier, judge and hosted model from this file.",
+    help="Take schema, classifier, judge, hosted model and gates from this file, and the test rows of a version that "
+    "was not trained here.",
 )
+@click.option("--attach", metavar="REASON", help="Have the version's gates speak by this judgement from now on.")
 @json_option
-def evaluate(version: str, suites: tuple[str, ...], path: Path | None, as_json: bool) -> None:
+def evaluate(version: str, suites: tuple[str, ...], path: Path | None, attach: str | None, as_json: bool) -> None:
     """Judge a registered version again, on the test rows of its data set, against its base and the champion. Exit 3:
-    rows that it learned from also stand in rows that judge."""
-    from pipelines import stages
+    rows that it learned from also stand in rows that judge, or with --attach, its gates do not pass."""
+    from pipelines import judging
     from pipelines.progress import shown
+    from registry.desk import only_here
 
+    only_here("evaluate")
     with shown():
-        found = stages.evaluate_again(version, suites, path)
+        found = judging.judge_again(version, suites, path, attach=attach)
     if as_json:
         print_json({"version": version, **found})
     else:
         _evaluation_table(version, found["evaluation"])
-        out.print(safe(found["gate"]["reason"]), markup=False)
-    if found["gate"]["decision"] != "pass":
+        for reason in found["decision"]["reasons"] if attach is not None else []:
+            out.print(safe(f"gate: {reason}"), markup=False)
+        if attach is None and found["gate"] is not None:
+            out.print(safe(found["gate"]["reason"]), markup=False)
+    decision = found.get("decision") or found["gate"]
+    if decision is not None and decision["decision"] != "pass":
         raise click.exceptions.Exit(Refused.exit_code)

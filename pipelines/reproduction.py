@@ -31,6 +31,9 @@ def reproduce(version: str, rows: int, as_json: bool) -> None:
     from functools import partial
 
     from pipelines.progress import report, shown
+    from registry.desk import only_here
+
+    only_here("reproduce")
 
     with shown():
         found = again(version, rows=rows, progress=partial(report, "reproduce"))

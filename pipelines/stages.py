@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,10 +22,9 @@ from infra.db import transaction
 from infra.errors import Conflict, NotFound, Refused, TunesmithError, UsageError
 from infra.settings import get_settings
 from pipelines import config as configs
-from pipelines import config_evaluation, runs, schedules
-from pipelines.config_address import Address
+from pipelines import judging, runs, schedules
 from pipelines.config_space import largest_rank
-from pipelines.evaluation.catalogue import DEFAULT, SUITES
+from pipelines.evaluation.catalogue import SUITES
 from pipelines.progress import report
 from registry import (
     approvals,
@@ -35,24 +33,23 @@ from registry import (
     deployments,
     gates,
     leases,
+    lineage,
     mlflow,
     profile,
     rollouts,
     studies,
-    upstreams,
     versions,
 )
-from registry.bundle import Generation, Hosted, canonical_json
+from registry.bundle import Generation, canonical_json
 from registry.datasets import Row
-from registry.pricing import MachinePrice, parse_price
 
 if TYPE_CHECKING:
-    from pipelines.evaluation.judgement import Evaluation, Serving
+    from pipelines.evaluation.judgement import Evaluation
 
 log = logging.getLogger(__name__)
 Outcome = Literal["promoted", "canary"] | None  # of a version that is registered
 BECAME: dict[Outcome, str] = {"promoted": "serves", "canary": "is tried on traffic", None: "is registered"}
-_WARM_STARTS = 3  # how many earlier studies' best configurations a search begins with
+_WARM_STARTS = 3, 2  # how many earlier studies a search begins with, and how many configurations of each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +77,7 @@ def plan_train(path: Path, overrides: list[str]) -> Plan:
         kind="train",
         config=config,
         config_path=path.absolute(),
-        champion=_champion(config.model),
+        champion=judging.champion_of(config.model),
         overrides=tuple(overrides),
     )
 
@@ -101,7 +98,7 @@ def plan_retrain(model: str) -> Plan:
     config = configs.load(path, overrides)
     if not config.trains:
         raise UsageError(f"{path} trains nothing, so there is nothing to train again.", hint="`tunesmith run -c FILE`.")
-    champion = _champion(model)
+    champion = judging.champion_of(model)
     if champion is None or champion.dataset_digest is None:
         raise NotFound(f"No version of {model} serves that was trained here.", hint="`tunesmith promote` one first.")
     corrections = tuple(
@@ -126,15 +123,6 @@ def plan_retrain(model: str) -> Plan:
         overrides=tuple(overrides),
         corrections=corrections,
     )
-
-
-def _champion(model: str) -> versions.Version | None:
-    with transaction() as conn:
-        try:
-            number = deployments.read(conn, model).champion
-        except NotFound:
-            return None
-        return versions.get(conn, model, number) if number is not None else None
 
 
 @contextmanager
@@ -191,8 +179,8 @@ def prepare(plan: Plan, run: runs.Run) -> dict[str, Any]:
         from pipelines.data.prepare import prepare as prepare_rows
 
         say = _progress(run, "prepare")
-        if (hosted := _hosted(plan.config)) is not None:
-            _address(hosted)  # better now than after the data
+        if (hosted := judging.hosted_of(plan.config)) is not None:
+            judging.address_of(hosted)  # better now than after the data
         say(f"base {plan.config.base.path}")
         old = None
         if plan.kind == "retrain" and plan.champion is not None and plan.champion.dataset_digest is not None:
@@ -202,13 +190,24 @@ def prepare(plan: Plan, run: runs.Run) -> dict[str, Any]:
             base = bases.load(plan.champion.base_digest)
         else:
             base = bases.resolve(plan.config.base.path, plan.config.base.revision)
-        dataset = prepare_rows(plan.config, extra=plan.corrections, old=old, progress=say)
+        taught = _taught(plan, base, old) if old is not None else []
+        dataset = prepare_rows(plan.config, extra=plan.corrections, old=old, taught=taught, progress=say)
         too_long = _too_long(plan.config, dataset, base) if plan.config.trains else 0
         counts = dict(dataset.counts) | {"too_long": too_long}
         say(", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count), 1, 1)
         return {"dataset": dataset.digest, "base": base.digest, "counts": counts}
 
     return run.stage("prepare", work)
+
+
+def _taught(plan: Plan, base: bases.Base, old: datasets.Dataset) -> list[Row]:
+    """Rows that the adapter which a retraining begins with has learned, beside those of its own data set: they may not
+    judge what comes of it."""
+    if (began := _init_bundle(plan, {"base": base.digest})) is None:
+        return []
+    with transaction() as conn:
+        parents = lineage.learned(conn, began)
+    return [row for parent in parents if parent.digest != old.digest for row in parent.rows("train")]
 
 
 def _too_long(config: configs.PipelineConfig, dataset: datasets.Dataset, base: bases.Base) -> int:
@@ -239,18 +238,22 @@ def search(plan: Plan, run: runs.Run, data: dict[str, Any]) -> dict[str, Any]:
         from pipelines.tuning.search import search as run_search
 
         run.note(study=run.study)
+        trials = plan.config.tuning.trials
+        if plan.kind == "retrain" and plan.config.retrain:
+            trials = plan.config.retrain.trials or trials
         spec = make_spec(
             plan.config,
             study=run.study,
             base_digest=data["base"],
             dataset_digest=data["dataset"],
             rows=data["counts"]["train"],
-            trials=plan.config.retrain.trials if plan.kind == "retrain" and plan.config.retrain else None,
+            trials=trials,
             init_bundle=_init_bundle(plan, data),
-            warm_start=_warm_start(plan, run),
+            warm_start=_warm_start(plan, run, data["base"], most=max(1, trials // 2)),
         )
         _check_ranks(spec.space)
-        best = run_search(spec, progress=_progress(run, "search"), mlflow_parent=run.mlflow_run_id)
+        best = run_search(spec, progress=_progress(run, "search"), mlflow_parent=run.mlflow_run_id,
+                          guard=lambda conn: leases.check(conn, run.keeper.lease))  # fmt: skip
         return best.to_json() | {"importances": _draw(run)}
 
     return run.stage("search", work)
@@ -296,12 +299,15 @@ def _init_bundle(plan: Plan, data: dict[str, Any]) -> str | None:
     return champion.bundle_digest
 
 
-def _warm_start(plan: Plan, run: runs.Run) -> list[dict[str, Any]]:
+def _warm_start(plan: Plan, run: runs.Run, base: str, *, most: int) -> list[dict[str, Any]]:
+    """What was best in the model's last studies; at `most` as many, so that there is something left to draw."""
     if not plan.config.tuning.warm_start:
         return []
     with transaction() as conn:
         rows = conn.execute(
-            runs.SQL["best_params"], {"model": plan.config.model, "study": run.study, "most": _WARM_STARTS}
+            runs.SQL["best_params"],
+            {"model": plan.config.model, "study": run.study, "base": base, "most": most}
+            | dict(zip(("studies", "each"), _WARM_STARTS, strict=True)),
         ).fetchall()
     return [row["params"] for row in rows]
 
@@ -326,15 +332,19 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
         if adapter is not None:
             rows = dataset.rows("validation")
             served["servability"] = servability.check(base, adapter, best["params"], rows, config.prompt.system)
-        champion = plan.champion if plan.champion and _comparable(plan.champion, base.digest) else None
-        hosted = _hosted(config)
+        with transaction() as conn:
+            began = studies.get(conn, best["study"])["spec"].get("init_bundle") if best["study"] else None
+            parents = lineage.learned(conn, began)
+        champion = plan.champion if plan.champion and judging.comparable(plan.champion, base.digest) else None
+        hosted = judging.hosted_of(config)
         judged = judge(
             base=base,
-            candidate=_address(hosted, config.hosted.parallel) if hosted and config.hosted else adapter,
+            candidate=judging.address_of(hosted, config.hosted.parallel) if hosted and config.hosted else adapter,
             price=hosted.price if hosted else None,
-            champion=_beside(champion) if champion else None,
+            champion=judging.beside(champion) if champion else None,
+            other_base=plan.champion is not None and champion is None,
             rows=dataset.rows("test"),
-            training=dataset.rows("train") if adapter is not None else (),
+            training=judging.taught(dataset, parents) if adapter is not None else (),
             system=config.prompt.system,
             generation=config.generation,
             names=config.evaluation.suites,
@@ -344,11 +354,11 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
             toxicity=config.evaluation.toxicity,
             judge=config.evaluation.judge,
             hosted=config.evaluation.hosted,
-            machine=_machine(config.monitoring.price),
+            machine=judging.machine_of(config.monitoring.price),
             wanted=[gate.slice for gate in config.gates],
             progress=_progress(run, "evaluate"),
         )
-        evaluation = judged.evaluation | {"contamination": contamination.of_dataset(dataset)} | served
+        evaluation = judged.evaluation | {"contamination": contamination.of_dataset(dataset, parents)} | served
         decision = gates.decide(
             [gates.Gate(**gate.model_dump()) for gate in config.gates],
             evaluation,
@@ -362,6 +372,7 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
             author=deployments.actor_here(),
             evaluation=storage.text_digest(canonical_json(evaluation)),
             champion=champion.number if champion else None,
+            champion_bundle=champion.bundle_digest if champion else None,
         )
         digest = versions.seal(
             versions.VersionDraft(
@@ -390,61 +401,12 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
     return run.stage("evaluate", work)
 
 
-def _comparable(version: versions.Version, base_digest: str) -> bool:
-    """Whether a version can answer beside others of a base: it is one of it, or asked over an address."""
-    return version.parsed.hosted is not None or version.base_digest == base_digest
-
-
-def _beside(champion: versions.Version) -> Serving:
-    from pipelines.evaluation.judgement import Serving
-
-    hosted = champion.parsed.hosted
-    return Serving(
-        adapter=_address(hosted) if hosted is not None else champion.adapter(),
-        system=champion.parsed.prompt.system,
-        price=hosted.price if hosted is not None else None,
-    )
-
-
-def _hosted(config: configs.PipelineConfig) -> Hosted | None:
-    """What the file's version is answered by, as it will stand in the bundle."""
-    if config.hosted is None:
-        return None
-    return Hosted(
-        models=config.hosted.models,
-        price=config.hosted.price.tokens if config.hosted.price is not None else None,
-    )
-
-
-def _address(hosted: Hosted, parallel: int = 4) -> Address:
-    """Where the first of a version's models is asked, once all have an address. Raises NotFound."""
-    first = hosted.models[0]
-    with transaction() as conn:
-        upstreams.check(conn, hosted)
-        there = upstreams.get(conn, first.upstream)
-    return Address(
-        url=there.url,
-        model=first.model,
-        key_env=there.key_env,
-        timeout_seconds=there.timeout_seconds,
-        options=first.options,
-        parallel=parallel,
-    )
-
-
-def _machine(price: Mapping[str, float] | None) -> MachinePrice:
-    """The machine's price of the file, or where it prices tokens, or nothing, of the settings."""
-    own = parse_price(price) if price else None
-    return (
-        own if isinstance(own, MachinePrice) else MachinePrice(per_machine_hour_usd=get_settings().machine_usd_per_hour)
-    )
-
-
 def _profile(
     config: configs.PipelineConfig, base: bases.Base, dataset: datasets.Dataset, judged: Evaluation
 ) -> profile.Profile:
     """The reference that live traffic is compared with: what was trained on, and what was answered to test rows."""
     from monitoring.feedback import similarity
+    from pipelines.data import canaries
     from registry import prompts
 
     if config.hosted is not None:  # it counts tokens itself, and did so for the test rows only
@@ -452,6 +414,7 @@ def _profile(
     else:
         tokenizer = bases.load_tokenizer(base.folder)
         rows = [*dataset.rows("train"), *dataset.rows("validation")]
+        rows = [row for row in rows if row.source != canaries.SOURCE]
         inputs = [(row.prompt, len(prompts.encode(tokenizer, row.prompt, system=config.prompt.system))) for row in rows]
     judged_rows = list(zip(judged.rows, judged.answers, judged.prompt_tokens, strict=True))
     answers = [(row.prompt, answer, tokens) for row, answer, tokens in judged_rows]
@@ -543,7 +506,7 @@ def _promote(plan: Plan, version: versions.Version, judged: dict[str, Any]) -> t
     with transaction() as conn:
         now = deployments.read(conn, version.model)
         if now.champion not in (None, judged["champion"], version.number):
-            return None, f"version {now.champion} became the champion meanwhile, and was not compared with"
+            return None, f"version {now.champion} serves, and was not compared with"
         if plan.config.promote == "canary" and now.champion not in (None, version.number):
             if now.challenger is not None and rollouts.running(conn, version.model) is None:
                 return None, f"version {now.challenger} is the challenger, by hand"
@@ -568,59 +531,3 @@ def _promote(plan: Plan, version: versions.Version, judged: dict[str, Any]) -> t
         except Refused as error:  # it is not signed
             return None, error.message
     return "promoted", None
-
-
-def evaluate_again(name: str, suites: Sequence[str] = (), config: Path | None = None) -> dict[str, Any]:
-    """The evaluation of a registered version on the test rows it was judged on, beside its base and, if it is another
-    version of the same base, the champion, and what the gate says that is always there. Nothing is changed. Schema,
-    classifier, judge and hosted model are those of the run that made it, or of a pipeline file::
-
-        {"evaluation": ..., "gate": the contamination's entry of a gate decision}
-
-    Raises NotFound for no such version, UsageError when its data set is not here or a suite is not known, ConfigError
-    for a file with problems.
-    """
-    from pipelines.data import contamination
-    from pipelines.evaluation.judgement import evaluate as judge
-
-    wanted = tuple(suites) or DEFAULT
-    if unknown := [s for s in wanted if s not in SUITES]:
-        raise UsageError(f"There is no suite {unknown[0]}.", hint=f"There are {', '.join(SUITES)}.")
-    model, number = versions.parse_version(name)
-    with transaction() as conn:
-        version = versions.get(conn, model, number)
-        made = conn.execute(runs.SQL["config"], {"id": version.run_id}).fetchone()
-    if version.dataset_digest is None:
-        raise UsageError(f"{version.name} was not trained here: there are no test rows.", hint="Import its data set.")
-    dataset = datasets.open_dataset(version.dataset_digest)
-    given = configs.load(config) if config is not None else None
-    own = config_evaluation.Evaluation.model_validate(made["evaluation"]) if made else config_evaluation.Evaluation()
-    scorers = given.evaluation if given is not None else own
-    price = given.monitoring.price if given is not None else made["price"] if made else None
-    policy = (made or {}).get("gates") or ()
-    champion = _champion(model)
-    beside = champion is not None and champion.number != number and _comparable(champion, version.base_digest)
-    adapter, hosted = version.adapter(), version.parsed.hosted
-    evaluation = judge(
-        base=bases.load(version.base_digest),
-        candidate=_address(hosted) if hosted is not None else adapter,
-        price=hosted.price if hosted is not None else None,
-        champion=_beside(champion) if champion is not None and beside else None,
-        rows=dataset.rows("test"),
-        training=dataset.rows("train") if adapter is not None else (),
-        system=version.parsed.prompt.system,
-        generation=version.parsed.generation,
-        names=wanted,
-        limit=own.limit,
-        seed=own.seed,
-        schema=scorers.answer_schema,
-        toxicity=scorers.toxicity,
-        judge=scorers.judge,
-        hosted=scorers.hosted,
-        machine=_machine(price),
-        wanted=[gate.get("slice") for gate in policy],
-        progress=partial(report, "evaluate"),
-    ).evaluation | {"contamination": contamination.of_dataset(dataset)}
-    clean = [gates.Gate(**gate) for gate in policy if gate["metric"] == gates.CONTAMINATION]
-    decision = gates.decide(clean, evaluation, on_underpowered="refuse", first=champion is None)
-    return {"evaluation": evaluation, "gate": decision.gates[0]}

@@ -1,7 +1,10 @@
 -- name: version
 select v.bundle_digest, g.body as gate
-from version v left join evidence g on g.digest = v.gate
+from version v join judged j using (model, number) left join evidence g on g.digest = j.gate
 where v.model = %(model)s and v.number = %(number)s
+
+-- name: whose_key
+select person from api_key where id = %(id)s
 
 -- name: given
 select person, actor, role, reason, bundle_digest, at from approval

@@ -82,7 +82,9 @@ def show(version: str, as_json: bool) -> None:
         flat["gate"] += f", beside version {gate['champion']}"
     for name in ("generation", "params"):
         flat[name] = ", ".join(f"{key} {value}" for key, value in facts[name].items())
-    for name in ("metrics", "evaluation", "approvals"):
+    if again := facts["judged_again"]:
+        flat["gate"] += f", judged again at {_time(again['at'])} by {again['actor']}: {again['reason']}"
+    for name in ("metrics", "evaluation", "approvals", "judged_again"):
         del flat[name]
     title = f"{facts['model']}:{facts['version']}"
     _table(("", title), [[key, value] for key, value in flat.items() if value is not None])
@@ -166,10 +168,20 @@ def import_(path: Path, model: str, base: str | None, mlflow: str | None, as_jso
 @click.command()
 @click.argument("version")
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option("--hub", is_flag=True, help="Adapter and card alone, as a Hugging Face repository has them.")
 @json_option
-def export(version: str, path: Path, as_json: bool) -> None:
+def export(version: str, path: Path, hub: bool, as_json: bool) -> None:
     """Write a version's files to a new folder; its adapter/ loads in PEFT and vLLM as it is (DoRA in PEFT alone)."""
-    done = desk().export(parse_ref(version), path)
+    if hub:
+        import tempfile
+
+        from registry.exchange import for_hub
+
+        with tempfile.TemporaryDirectory(prefix="tunesmith-export-") as scratch:
+            done = desk().export(parse_ref(version), Path(scratch, "bundle"))
+            for_hub(Path(scratch, "bundle"), path)
+    else:
+        done = desk().export(parse_ref(version), path)
     if as_json:
         print_json({**done, "path": str(path.absolute())})
     else:

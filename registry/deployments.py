@@ -133,12 +133,14 @@ def promote(
     reason: str,
     expect_generation: int | None = None,
     force: bool = False,
+    compared: bool = False,
 ) -> Change:
     """Make a version the champion; it leaves the challenger or shadow slot if it held one.
 
     Raises NotFound for no such version; Conflict, naming the current generation, when that is not
     `expect_generation` (None: the one read before waiting for the row) any more; Refused when the version's gate
-    decision is not a pass or approvals are missing, unless `force`, which the ledger shows for ever; Refused, whatever
+    decision is not a pass, or was made beside another champion than serves now (unless traffic has `compared` the
+    two), or approvals are missing, unless `force`, which the ledger shows for ever; Refused, whatever
     is forced, when signatures are demanded and no trusted key signed it. Promoting what serves changes nothing.
     """
     check_reason(reason, required=True)
@@ -148,6 +150,7 @@ def promote(
     if now.champion == number:
         return Change(changed=False, deployment=now)
     forced = _gate_allows(model, number, version["gate_body"], force=force, passed_only=True)
+    forced |= not compared and _stale(conn, now, number, version["gate_body"], force=force)
     agreed = approvals.of(conn, model, number)
     if agreed.missing and not force:
         raise Refused(
@@ -229,6 +232,7 @@ def canary(
     reason: str = "",
     expect_generation: int | None = None,
     force: bool = False,
+    compared: bool = False,
 ) -> Change:
     """Give a version that share (0 < share <= 1) of the model's traffic, as its challenger.
 
@@ -246,6 +250,7 @@ def canary(
         return Change(changed=False, deployment=now)
     _beside_champion(now, number, "a share of its traffic")
     forced = _gate_allows(model, number, version["gate_body"], force=force, passed_only=share > TRIED, share=share)
+    forced |= share > TRIED and not compared and _stale(conn, now, number, version["gate_body"], force=force)
     evidence = version["gate"]
     if share > TRIED:
         agreed = approvals.of(conn, model, number)
@@ -479,6 +484,26 @@ def _gate_allows(
         f"{model}:{number} {what}: {said}.",
         hint="; ".join([*reasons, "a person may override it with --force and a reason, on the record"]) + ".",
         details={"decision": decision, "reasons": reasons},
+    )
+
+
+def _stale(conn: Connection, now: Deployment, number: int, gate: Any, *, force: bool) -> bool:
+    """Whether it had to be overridden that the gates compared with another champion than serves now, by its files: a
+    version that was judged in another registry was judged beside another number. Raises Refused when nobody forces
+    it."""
+    against = [entry for entry in (gate or {}).get("gates", ()) if entry.get("against") == "champion"]
+    if not against or "champion_bundle" not in gate or now.champion is None:
+        return False
+    if gate["champion_bundle"] == _version(conn, now.model, now.champion)["bundle_digest"]:
+        return False
+    if force:
+        return True
+    beside = "another version" if gate["champion_bundle"] else "no other version"
+    raise Refused(
+        f"{now.model}:{number} was judged beside {beside}, and version {now.champion} serves now.",
+        hint=f"Judge it beside that one: `tunesmith evaluate {now.model}:{number} --attach REASON`; or a person may "
+        "override it with --force and a reason, on the record.",
+        details={"beside": gate["champion"], "champion": now.champion},
     )
 
 

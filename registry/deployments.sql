@@ -12,8 +12,8 @@ select model, generation, champion, challenger, challenger_share, shadow
 from deployment where model = %(model)s for update
 
 -- name: version
-select v.bundle_digest, v.evaluation, v.gate, g.body as gate_body
-from version v left join evidence g on g.digest = v.gate
+select v.bundle_digest, j.evaluation, j.gate, g.body as gate_body
+from version v join judged j using (model, number) left join evidence g on g.digest = j.gate
 where v.model = %(model)s and v.number = %(number)s
 
 -- name: next_entry

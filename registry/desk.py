@@ -81,6 +81,16 @@ def desk() -> Desk:
     return There(settings.url, settings.api_key.get_secret_value())
 
 
+def only_here(command: str) -> None:
+    """For a command that works on the database and the artifacts themselves. Raises UsageError where the settings name
+    another desk, whose versions it would not be about."""
+    if get_settings().url is not None:
+        raise UsageError(
+            f"`{command}` does not go over the control API, and TUNESMITH_URL names one.",
+            hint="Run it where the stack runs, without TUNESMITH_URL.",
+        )
+
+
 class Here:
     """The database that the settings name, with an administrator's rights."""
 

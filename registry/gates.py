@@ -36,7 +36,8 @@ class Gate:
 class Decision:
     """`gates` holds each gate with its own decision, reason and the estimate it was judged by. `approvals`: how many
     people other than the `author` must approve of the version before it serves; see registry/approvals.py.
-    `evaluation` is the digest of the evidence it was made from, `champion` the version it was judged beside."""
+    `evaluation` is the digest of the evidence it was made from, `champion` the version it was judged beside, and
+    `champion_bundle` the digest of that one's files, which is the same in every registry."""
 
     decision: Outcome
     reasons: list[str]
@@ -45,6 +46,7 @@ class Decision:
     author: str | None = None
     evaluation: str | None = None
     champion: int | None = None
+    champion_bundle: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

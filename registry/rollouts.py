@@ -123,8 +123,9 @@ def begin(
             hint=f"Stop it first with `tunesmith canary {model} --stop`.",
         )
     change = deployments.canary(
-        conn, model, number, share=plan.steps[0], actor=actor, reason=reason, expect_generation=expect_generation
-    )
+        conn, model, number, share=plan.steps[0], actor=actor, reason=reason, expect_generation=expect_generation,
+        compared=True,
+    )  # fmt: skip
     conn.execute(
         SQL["begin"],
         {
@@ -174,13 +175,15 @@ def note(conn: Connection, rollout: Rollout, said: str, findings: Sequence[Mappi
 def advance(conn: Connection, rollout: Rollout, reason: str) -> None:
     """To the next step. Raises as `deployments.canary` does."""
     share = rollout.parsed.steps[rollout.step + 1]
-    deployments.canary(conn, rollout.model, rollout.version, share=share, actor=_actor(rollout), reason=reason)
+    deployments.canary(
+        conn, rollout.model, rollout.version, share=share, actor=_actor(rollout), reason=reason, compared=True
+    )
     conn.execute(SQL["advance"], {"id": rollout.id})
 
 
 def promote(conn: Connection, rollout: Rollout, reason: str) -> None:
     """The version serves. Raises Refused where approvals are missing, and as `deployments.promote` does."""
-    deployments.promote(conn, rollout.model, rollout.version, actor=_actor(rollout), reason=reason)
+    deployments.promote(conn, rollout.model, rollout.version, actor=_actor(rollout), reason=reason, compared=True)
     end(conn, rollout, "promoted")
 
 

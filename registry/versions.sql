@@ -10,9 +10,9 @@ values (%(model)s, %(number)s, %(bundle_digest)s, %(base_digest)s, %(dataset_dig
 on conflict (model, number) do nothing
 
 -- name: get
-select model, number, created_at, bundle_digest, base_digest, dataset_digest, method, study, run_id, mlflow_run_id,
-       mlflow_model_id, manifest, metrics, evaluation, gate, profile
-from version where model = %(model)s and number = %(number)s
+select v.model, v.number, v.created_at, v.bundle_digest, v.base_digest, v.dataset_digest, v.method, v.study, v.run_id,
+       v.mlflow_run_id, v.mlflow_model_id, v.manifest, j.metrics, j.evaluation, j.gate, v.profile
+from version v join judged j using (model, number) where v.model = %(model)s and v.number = %(number)s
 
 -- name: by_run
 select model, number, created_at, bundle_digest, base_digest, dataset_digest, method, study, run_id, mlflow_run_id,
@@ -20,8 +20,9 @@ select model, number, created_at, bundle_digest, base_digest, dataset_digest, me
 from version where model = %(model)s and run_id = %(run_id)s
 
 -- name: list
-select number as version, created_at, base_id as base, method, metrics, decision as gate, dataset_digest as dataset, study
-from version where model = %(model)s order by number
+select v.number as version, v.created_at, v.base_id as base, v.method, j.metrics, j.decision as gate,
+       v.dataset_digest as dataset, v.study
+from version v join judged j using (model, number) where v.model = %(model)s order by v.number
 
 -- name: models
 select m.name as model, m.created_at, coalesce(d.generation, 0) as generation, d.champion, d.challenger,

@@ -7,10 +7,10 @@ from typing import Any
 
 from infra.db import Connection
 from infra.errors import NotFound, Unreachable
-from registry import approvals, bundle, deployments, mlflow, signatures, versions
+from registry import approvals, bundle, deployments, judgements, mlflow, signatures, versions
 from registry.names import Ref
 
-_TIMED = ("p95_latency_ms", "tokens_per_second")
+_TIMED = ("p95_latency_ms", "p95_latency_at_load_ms", "tokens_per_second")
 _COMPARED = ("base", "prompt", "hosted", "generation", "dataset", "method", "study", "params", "code_version")
 
 
@@ -58,7 +58,10 @@ def describe(conn: Connection, ref: Ref) -> dict[str, Any]:
         "mlflow_run_id": found.mlflow_run_id,
         "mlflow_url": page,
         "metrics": found.metrics,
-        "gate": gate and {"decision": gate["decision"], "reasons": gate["reasons"], "evidence": found.gate},
+        "gate": gate
+        and {name: gate[name] for name in ("decision", "reasons", "gates", "champion") if name in gate}
+        | {"evidence": found.gate},
+        "judged_again": judgements.newest(conn, found.model, found.number),
         "approvals": approvals.of(conn, found.model, found.number).to_json(),
         "evaluation": evaluation and {k: evaluation[k] for k in ("metrics", "slices", "rows") if k in evaluation},
     }

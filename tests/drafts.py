@@ -39,7 +39,7 @@ def _evaluation(gain: float) -> dict[str, Any]:
 def make_draft(model: str, base: bases.Base, adapter: Path, *, gain: float = 0.5, seed: int = 1) -> VersionDraft:
     """A judged version that passed its gate; another `seed` makes another bundle."""
     evaluation = _evaluation(gain)
-    gate = Gate(metric="loss", must="better", against="champion")
+    gate = Gate(metric="loss", must="better", against="base")
     return VersionDraft(
         model=model,
         method="lora",

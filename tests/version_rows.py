@@ -33,6 +33,7 @@ def add_version(
     *,
     approvals: int = 0,
     author: str | None = None,
+    bundle: str = DIGEST,
 ) -> None:
     conn.execute(
         "insert into base (digest, id, revision, tokenizer_digest, template_digest, parameters, dtype)"
@@ -52,7 +53,7 @@ def add_version(
             **nothing,
             "model": model,
             "number": number,
-            "bundle_digest": DIGEST,
+            "bundle_digest": bundle,
             "base_digest": DIGEST,
             "method": "lora",
             "manifest": Jsonb(MANIFEST),

@@ -24,11 +24,12 @@ from psycopg.rows import DictRow, dict_row
 from version_rows import add_version, add_versions
 
 from infra import db, migrate, ports, postgres
-from infra.db import transaction
+from infra.db import one, transaction
 from infra.errors import Conflict, NotFound, Refused, UsageError
 from infra.settings import Settings, get_settings
-from registry import deployments
+from registry import deployments, judgements, versions
 from registry.deployments import Change
+from registry.gates import Decision
 
 UNSYNCED = {"fsync": "off"}  # the machine does not fail in these tests
 WHO = {"actor": "os:test@here", "reason": "because"}
@@ -96,6 +97,50 @@ def test_a_gate_that_did_not_pass_needs_force_and_shows_for_ever(database: Setti
     assert plain.entry is not None
     assert plain.entry.forced is False  # there was nothing to override
     assert plain.entry.evidence is not None
+
+
+def test_evidence_beside_another_champion_is_told_from_evidence_beside_this_one(database: Settings) -> None:
+    """Versions 2 and 3 are both judged beside 1: once 2 serves, nobody knows whether 3 is any better."""
+    gates = [{"metric": "exact_match", "must": "not_worse", "against": "champion"}]
+    with transaction() as conn:
+        for number in (1, 2, 3):
+            add_version(conn, "m", number, bundle=f"sha256:{number}")
+
+    def judged(number: int, champion: int | None) -> None:
+        bundle = f"sha256:{champion}" if champion else None
+        decision = Decision(
+            decision="pass", reasons=["it holds"], gates=gates, champion=champion, champion_bundle=bundle
+        )
+        with transaction() as conn:
+            judgements.keep(conn, "m", number, {"metrics": {}}, decision, **WHO)
+
+    _do(deployments.promote, 1)
+    judged(2, 1)
+    judged(3, 1)
+    _do(deployments.promote, 2)
+    for action, more in ((deployments.promote, {}), (deployments.canary, {"share": 0.9})):
+        with pytest.raises(Refused, match="m:3 was judged beside another version, and version 2 serves now") as refused:
+            _do(action, 3, **more)
+        assert "tunesmith evaluate m:3 --attach REASON" in refused.value.hint
+    assert _do(deployments.canary, 3, share=0.1).changed, "traffic may compare the two"
+    forced = _do(deployments.promote, 3, force=True).entry
+    assert forced is not None
+    assert forced.forced
+    _do(deployments.rollback)
+    judged(3, 2)
+    again = _do(deployments.promote, 3).entry
+    assert again is not None
+    assert not again.forced
+    with transaction() as conn:
+        evidence = one(conn, "select body from evidence where digest = %s", (again.evidence,))["body"]
+        assert evidence["champion"] == 2
+        assert [v["gate"] for v in versions.list_versions(conn, "m")] == ["pass"] * 3
+        with pytest.raises(psycopg.errors.RaiseException, match="kept as they were made"), conn.transaction():
+            conn.execute("update judgement set decision = 'pass'")
+    judged(2, None)  # an import, or the first of its model
+    _do(deployments.rollback, to=1)
+    with pytest.raises(Refused, match="was judged beside no other version, and version 1 serves now"):
+        _do(deployments.promote, 2)
 
 
 def test_what_could_not_be_promoted_gets_no_more_than_half(database: Settings) -> None:

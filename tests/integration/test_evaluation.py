@@ -17,17 +17,18 @@ from infra import storage
 from infra.db import transaction
 from infra.errors import UsageError
 from infra.settings import get_settings
-from pipelines import runs, stages
+from pipelines import judging, runs
 from pipelines.data.tokenise import tokenised
 from pipelines.evaluation import report
 from pipelines.evaluation.answers import Bench
-from pipelines.evaluation.judgement import EXAMPLES, choose, evaluate
+from pipelines.evaluation.judgement import EXAMPLES, apart_from_each_other, choose, evaluate
 from pipelines.tuning.trainer import Member, Outcome, Trainer
-from registry import datasets, prompts, versions
+from registry import datasets, prompts, versions, views
 from registry.bases import Base, load_model, load_tokenizer
 from registry.bundle import Generation
 from registry.datasets import Row, make_row
 from registry.gates import Gate, decide
+from registry.names import parse_ref
 
 LABELS = ["refund", "order status", "opening hours"]
 ASKED = [
@@ -133,7 +134,7 @@ def test_a_trained_adapter_is_told_from_base_and_champion(world: World) -> None:
     found = judged.evaluation
     assert set(found["metrics"]) == {
         "loss", "perplexity", "exact_match", "token_f1", "rouge_l", "chrf", "label_accuracy", "macro_f1",
-        "p95_latency_ms", "tokens_per_second",
+        "p95_latency_ms", "p95_latency_at_load_ms", "tokens_per_second",
     }  # fmt: skip
     assert found["metrics"]["loss"]["vs_base"]["high"] < 0
     assert found["metrics"]["loss"]["vs_champion"]["high"] < 0
@@ -210,6 +211,27 @@ def test_a_sample_is_stable_and_keeps_small_slices() -> None:
     assert {r.id for r in choose(rows, 100, 1)} != {r.id for r in chosen}
 
 
+def test_of_rows_that_ask_nearly_the_same_one_is_judged_by() -> None:
+    def asks(text: str, group: str, source: str = "train") -> Row:
+        turns = [{"role": "user", "content": text}, {"role": "assistant", "content": "x"}]
+        return make_row(turns, source=source, group=group)
+
+    places = ["kitchen", "harbour", "museum", "garden", "theatre"]
+    alike = [
+        asks(f"please tell me the way to the {place} of the old town{end}", place)
+        for place in places
+        for end in ("", "?", " !")
+    ]
+    linked = [asks("when does the library open", "g"), asks("who wrote the book about whales", "g")]  # by other rows
+    alone = [row(n) for n in range(100, 105)]
+    corrected = asks("please tell me the way to the harbour of the old town", "harbour", "feedback")
+    found = apart_from_each_other([*alike, *linked, *alone, corrected], 0)
+    assert len(found) == 5 + 2 + 5 + 1
+    assert {r.group for r in found} >= set(places)
+    assert corrected in found
+    assert {r.id for r in apart_from_each_other([corrected, *alone, *linked, *alike[::-1]], 0)} == {r.id for r in found}
+
+
 def test_rows_that_do_not_fit_are_left_out(world: World) -> None:
     turns = [{"role": "user", "content": "x y " * 1500}, {"role": "assistant", "content": "y"}]
     with pytest.raises(UsageError, match="None of the 1 test rows fits"):
@@ -267,10 +289,65 @@ def test_a_second_judgement_is_on_the_rows_of_the_first(tiny_base: Base) -> None
                 "profile": Jsonb({}),
             },
         )
-    again = stages.evaluate_again("m:1", ["quality"])
+    again = judging.judge_again("m:1", ["quality"])
     clean = {"rows": 0, "of": 2, "examples": []}
     assert again["evaluation"] == first | {"contamination": clean}
     assert (again["evaluation"]["rows"], again["gate"]["decision"]) == (5, "pass")
+    with transaction() as conn:
+        assert versions.get(conn, "m", 1).gate is None, "nothing is changed by looking"
+    attached = judging.judge_again("m:1", attach="another champion serves")
+    assert attached["evaluation"]["suites"] == ["quality"], "those of its run"
+    with transaction() as conn:
+        judged = versions.get(conn, "m", 1)
+        assert versions.evidence(conn, judged.gate) == attached["decision"]
+        assert versions.evidence(conn, judged.evaluation) == attached["evaluation"]
+        assert judged.metrics == versions.headline(attached["evaluation"])
+        shown = views.describe(conn, parse_ref("m:1"))
+    assert (shown["gate"]["decision"], shown["judged_again"]["reason"]) == ("pass", "another champion serves")
+
+
+def test_a_version_made_elsewhere_is_judged_on_rows_of_ones_own(tiny_base: Base, tmp_path: Path, home: Path) -> None:
+    bundle = versions.seal(
+        versions.VersionDraft(
+            model="m", method="prompt", base=tiny_base, adapter=None, generation=Generation(max_tokens=8)
+        )
+    )
+    manifest = orjson.loads((storage.get("bundle", bundle) / "version.json").read_bytes())
+    with transaction() as conn:
+        conn.execute(versions.SQL["ensure_model"], {"model": "m"})
+        nothing = ("study", "run_id", "mlflow_run_id", "mlflow_model_id", "evaluation", "gate", "dataset_digest")
+        conn.execute(
+            versions.SQL["insert"],
+            {
+                **dict.fromkeys(nothing),
+                "model": "m",
+                "number": 1,
+                "bundle_digest": bundle,
+                "base_digest": tiny_base.digest,
+                "method": "prompt",
+                "manifest": Jsonb(manifest),
+                "metrics": Jsonb({}),
+                "profile": Jsonb({}),
+            },
+        )
+    with pytest.raises(UsageError, match="m:1 was not made by a run here: there are no gates"):
+        judging.judge_again("m:1", attach="ours")
+    with pytest.raises(UsageError, match="m:1 was not trained here: there are no test rows"):
+        judging.judge_again("m:1")
+    for name, start in (("train", 0), ("test", 300)):
+        lines = [{"messages": list(row(n).messages)} for n in range(start, start + 60)]
+        (tmp_path / f"{name}.jsonl").write_bytes(b"\n".join(orjson.dumps(line) for line in lines))
+    (tmp_path / "m.yaml").write_text(
+        "model: m\nbase: builtin:tiny\ndata: {train: train.jsonl, test: test.jsonl}\n"
+        "evaluation: {suites: [quality], limit: 6}\n"
+        "gates: [{metric: exact_match, must: at_least, value: 0.99}]\n"
+    )
+    found = judging.judge_again("m:1", config=tmp_path / "m.yaml", attach="ours")
+    assert found["gate"] is None
+    assert found["decision"]["decision"] == "fail"
+    assert found["decision"]["reasons"][-1] == "contamination: not known, since m:1 was not trained here"
+    with transaction() as conn:
+        assert versions.list_versions(conn, "m")[0]["gate"] == "fail"
 
 
 def test_tokens_hold_the_prompt_as_served_and_the_answer_with_its_end(world: World, home: Path) -> None:

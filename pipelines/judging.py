@@ -1,0 +1,241 @@
+"""What a version is judged beside, and by: the champion, a hosted model, the machine's price; and how one that is
+registered is judged again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, Field
+
+from infra import storage
+from infra.db import transaction
+from infra.errors import NotFound, UsageError
+from infra.settings import get_settings
+from pipelines import config as configs
+from pipelines import config_evaluation, runs
+from pipelines.config_address import Address
+from pipelines.evaluation.catalogue import DEFAULT, SUITES
+from pipelines.progress import report
+from registry import bases, datasets, deployments, gates, judgements, lineage, upstreams, versions
+from registry.bundle import Hosted, canonical_json
+from registry.datasets import Row
+from registry.pricing import MachinePrice, parse_price
+
+if TYPE_CHECKING:
+    from pipelines.evaluation.judgement import Serving
+
+
+_OF_TRAINING = ("training_text_repeated", "secrets_repeated", "canaries_remembered")
+
+
+class Policy(BaseModel):
+    """What a version is judged by, of a pipeline file or of the configuration that a run kept."""
+
+    evaluation: config_evaluation.Evaluation = Field(default_factory=config_evaluation.Evaluation)
+    gates: tuple[config_evaluation.Gate, ...] = ()
+    approvals: int = 0
+    on_underpowered: Literal["refuse", "ask"] = "refuse"
+
+
+def champion_of(model: str) -> versions.Version | None:
+    """The version that serves a model now."""
+    with transaction() as conn:
+        try:
+            number = deployments.read(conn, model).champion
+        except NotFound:
+            return None
+        return versions.get(conn, model, number) if number is not None else None
+
+
+def comparable(version: versions.Version, base_digest: str) -> bool:
+    """Whether a version can answer beside others of a base: it is one of it, or asked over an address."""
+    return version.parsed.hosted is not None or version.base_digest == base_digest
+
+
+def beside(champion: versions.Version) -> Serving:
+    """A champion as candidates are judged beside it."""
+    from pipelines.evaluation.judgement import Serving
+
+    hosted = champion.parsed.hosted
+    return Serving(
+        adapter=address_of(hosted) if hosted is not None else champion.adapter(),
+        system=champion.parsed.prompt.system,
+        price=hosted.price if hosted is not None else None,
+    )
+
+
+def hosted_of(config: configs.PipelineConfig) -> Hosted | None:
+    """What the file's version is answered by, as it will stand in the bundle."""
+    if config.hosted is None:
+        return None
+    return Hosted(
+        models=config.hosted.models,
+        price=config.hosted.price.tokens if config.hosted.price is not None else None,
+    )
+
+
+def address_of(hosted: Hosted, parallel: int = 4) -> Address:
+    """Where the first of a version's models is asked, once all have an address. Raises NotFound."""
+    first = hosted.models[0]
+    with transaction() as conn:
+        upstreams.check(conn, hosted)
+        there = upstreams.get(conn, first.upstream)
+    return Address(
+        url=there.url,
+        model=first.model,
+        key_env=there.key_env,
+        timeout_seconds=there.timeout_seconds,
+        options=first.options,
+        parallel=parallel,
+    )
+
+
+def machine_of(price: Mapping[str, float] | None) -> MachinePrice:
+    """The machine's price of the file, or where it prices tokens, or nothing, of the settings."""
+    own = parse_price(price) if price else None
+    return (
+        own if isinstance(own, MachinePrice) else MachinePrice(per_machine_hour_usd=get_settings().machine_usd_per_hour)
+    )
+
+
+def taught(dataset: datasets.Dataset, parents: Sequence[datasets.Dataset]) -> list[Row]:
+    """The rows that a version has learned from, of its own data set and of those of what it began from, each once."""
+    rows = {row.id: row for each in (dataset, *parents) for row in each.rows("train")}
+    return list(rows.values())
+
+
+def judge_again(
+    name: str, suites: Sequence[str] = (), config: Path | None = None, *, attach: str | None = None
+) -> dict[str, Any]:
+    """The evaluation of a registered version on the test rows it was judged on, beside its base and, if it is another
+    version of the same base, the champion. Schema, classifier, judge, hosted model and gates are those of the run that
+    made it, or of a pipeline file, whose test rows it answers if it has none here::
+
+        {"evaluation": ..., "gate": the contamination's entry of a gate decision, None where nobody can tell}
+
+    Nothing is changed, unless there is a reason to `attach` it: the version's gates speak by it from then on, and
+    "decision" says how.
+
+    Raises NotFound for no such version, UsageError when there are no rows to judge by, no gates to attach, or a suite
+    is not known, ConfigError for a file with problems.
+    """
+    from pipelines.data import contamination
+    from pipelines.evaluation.judgement import evaluate as judge
+
+    if unknown := [s for s in suites if s not in SUITES]:
+        raise UsageError(f"There is no suite {unknown[0]}.", hint=f"There are {', '.join(SUITES)}.")
+    if attach is not None:
+        deployments.check_reason(attach, required=True)
+    model, number = versions.parse_version(name)
+    with transaction() as conn:
+        version = versions.get(conn, model, number)
+        made = conn.execute(runs.SQL["config"], {"id": version.run_id}).fetchone()
+        before = versions.evidence(conn, version.gate) or {}
+        parents = lineage.learned(conn, (version.parsed.training or {}).get("init_bundle"))
+    given = configs.load(config) if config is not None else None
+    policy = _policy(made, given)
+    now = champion_of(model)
+    if attach is not None and now is not None and now.number == number:
+        raise UsageError(f"{version.name} serves: what its gates say decides nothing now.", hint="Leave --attach out.")
+    if attach is not None and policy is None:
+        raise UsageError(f"{version.name} was not made by a run here: there are no gates.", hint="Name a file with -c.")
+    dataset = _rows(version, given)
+    own = dataset.digest == version.dataset_digest
+    wanted = tuple(suites) or (policy.evaluation.suites if attach is not None and policy is not None else DEFAULT)
+    of_run = config_evaluation.Evaluation.model_validate(made["evaluation"]) if made else config_evaluation.Evaluation()
+    scorers = given.evaluation if given is not None else of_run
+    asked = of_run if own or given is None else given.evaluation
+    price = given.monitoring.price if given is not None else made["price"] if made else None
+    other = now if now is not None and now.number != number else None
+    beside_it = other if other is not None and comparable(other, version.base_digest) else None
+    adapter, at_address = version.adapter(), version.parsed.hosted
+    evaluation = judge(
+        base=bases.load(version.base_digest),
+        candidate=address_of(at_address) if at_address is not None else adapter,
+        price=at_address.price if at_address is not None else None,
+        champion=beside(beside_it) if beside_it is not None else None,
+        other_base=other is not None and beside_it is None,
+        rows=dataset.rows("test"),
+        training=taught(dataset, parents) if adapter is not None and own else (),
+        system=version.parsed.prompt.system,
+        generation=version.parsed.generation,
+        names=wanted,
+        limit=asked.limit,
+        seed=asked.seed,
+        schema=scorers.answer_schema,
+        toxicity=scorers.toxicity,
+        judge=scorers.judge,
+        hosted=scorers.hosted,
+        machine=machine_of(price),
+        wanted=[gate.slice for gate in policy.gates] if policy is not None else (),
+        progress=partial(report, "evaluate"),
+    ).evaluation
+    if not own and adapter is not None:
+        for metric in _OF_TRAINING:
+            if evaluation["not_applicable"].pop(metric, None):
+                evaluation["unavailable"][metric] = "what it was trained on is not known here"
+    if own:
+        evaluation |= {"contamination": contamination.of_dataset(dataset, parents)}
+    decision = _decide(policy or Policy(), evaluation, version, first=other is None, beside=beside_it, before=before)
+    if attach is not None:
+        with transaction() as conn:
+            judgements.keep(conn, model, number, evaluation, decision, actor=deployments.actor_here(), reason=attach)
+    rows = next((entry for entry in decision.gates if entry["metric"] == gates.CONTAMINATION), None)
+    told = {"decision": decision.to_json()} if attach is not None else {}
+    return {"evaluation": evaluation, "gate": rows, **told}
+
+
+def _decide(
+    policy: Policy, evaluation: Mapping[str, Any], version: versions.Version, *, first: bool,
+    beside: versions.Version | None, before: Mapping[str, Any],
+) -> gates.Decision:  # fmt: skip
+    """What a policy says of an evaluation of a version; `before` is what its gates said so far, whose author stays."""
+    decision = gates.decide(
+        [gates.Gate(**gate.model_dump()) for gate in policy.gates],
+        evaluation,
+        on_underpowered=policy.on_underpowered,
+        first=first,
+        required={suite: SUITES[suite] for suite in policy.evaluation.required},
+    )
+    reasons = decision.reasons
+    if gates.CONTAMINATION not in evaluation:
+        reasons = [*reasons, f"{gates.CONTAMINATION}: not known, since {version.name} was not trained here"]
+    return replace(
+        decision,
+        reasons=reasons,
+        approvals=max(int(before.get("approvals", 0)), policy.approvals),
+        author=before.get("author") or deployments.actor_here(),
+        evaluation=storage.text_digest(canonical_json(evaluation)),
+        champion=beside.number if beside is not None else None,
+        champion_bundle=beside.bundle_digest if beside is not None else None,
+    )
+
+
+def _policy(made: Mapping[str, Any] | None, given: configs.PipelineConfig | None) -> Policy | None:
+    """By what gates are decided: those of a file, else those of the run that made the version."""
+    if given is not None:
+        return Policy(
+            evaluation=given.evaluation,
+            gates=given.gates,
+            approvals=given.approvals,
+            on_underpowered=given.on_underpowered,
+        )
+    return Policy.model_validate({name: made[name] for name in Policy.model_fields if made[name]}) if made else None
+
+
+def _rows(version: versions.Version, given: configs.PipelineConfig | None) -> datasets.Dataset:
+    """The data set whose test rows judge a version."""
+    if version.dataset_digest is not None:
+        return datasets.open_dataset(version.dataset_digest)
+    if given is None:
+        raise UsageError(
+            f"{version.name} was not trained here: there are no test rows.",
+            hint="Import its data set, or name a pipeline file with test rows of yours: -c FILE.",
+        )
+    from pipelines.data.prepare import prepare
+
+    return prepare(given, progress=partial(report, "prepare"))

@@ -1,0 +1,6 @@
+-- name: keep
+insert into judgement (model, number, actor, reason, metrics, evaluation, gate, decision)
+values (%(model)s, %(number)s, %(actor)s, %(reason)s, %(metrics)s, %(evaluation)s, %(gate)s, %(decision)s)
+
+-- name: newest
+select at, actor, reason from judgement where model = %(model)s and number = %(number)s order by id desc limit 1
