@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from infra.errors import Conflict, UsageError
 from infra.storage import folder_digest
+from registry import servable
 
 if TYPE_CHECKING:
     import torch
@@ -30,24 +31,6 @@ _PREFIX = "base_model.model."
 _WEIGHT = re.compile(r"(?P<layer>.+)\.(?:lora_(?P<side>[AB])\.weight|lora_magnitude_vector(?:\.weight)?)")
 _SIDE_FILES = frozenset({".safetensors", ".json", ".md", ".txt", ".jinja", ".html"})
 _MAX_BYTES = 2 << 30
-# What LoraConfig can ask for beyond B(A(x)) * scale and DoRA. Each would be served wrongly, so each is refused.
-_BEYOND = (
-    "use_qalora",
-    "use_bdlora",
-    "lora_bias",
-    "fan_in_fan_out",
-    "modules_to_save",
-    "trainable_token_indices",
-    "target_parameters",
-    "layer_replication",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "monteclora_config",
-    "kasa_config",
-    "velora_config",
-)
-# Other initialisations (pissa, olora, corda, loftq) move the base's own weights while training.
-_SAME_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 class BadAdapter(UsageError):
@@ -364,16 +347,8 @@ def _config(folder: Path) -> dict[str, Any]:
     method = config.get("peft_type")
     if method != "LORA":
         raise BadAdapter(f"The adapter's method is {method}; LoRA is what this engine serves.")
-    for option in _BEYOND:
-        if config.get(option):
-            raise BadAdapter(f"The adapter uses {option}, which this engine does not serve.", hint="Train plain LoRA.")
-    if config.get("bias", "none") != "none":
-        raise BadAdapter("The adapter also trains biases, which this engine does not serve.", hint="Use bias: none.")
-    if config.get("init_lora_weights", True) not in _SAME_BASE:
-        raise BadAdapter(
-            f"The adapter was initialised by {config['init_lora_weights']}, which changes the base.",
-            hint="Save it converted to plain LoRA (PEFT: path_initial_model_for_weight_conversion).",
-        )
+    if (why := servable.beyond_lora(config)) is not None:
+        raise BadAdapter(f"The adapter {why}.", hint=servable.PLAIN)
     return config
 
 

@@ -34,7 +34,8 @@ from pipelines.config_space import Space, did_you_mean, refused
 from pipelines.tuning.objectives import MEASURES
 from registry.names import MODEL_NAME
 
-NOT_OF_HOSTED = ("loss", "perplexity", "tokens_per_second")  # a chat address tells no probabilities
+# A chat address tells no probabilities, and its load is not ours to set
+NOT_OF_HOSTED = ("loss", "perplexity", "tokens_per_second", "p95_latency_at_load_ms")
 BUILTIN_BASES = ("builtin:smollm2-135m", "builtin:tiny")
 
 
@@ -104,7 +105,8 @@ class SplitShares(Section):
 
 class Data(Section):
     """The team's examples. `test` and `validation` are split from `train` where they have no file of their own.
-    `licence` is all files', or each one's by its name."""
+    `licence` is all files', or each one's by its name. So many `canaries`, made-up secrets, are put among the rows to
+    learn from, for the suite `privacy` to ask for."""
 
     train: DataPaths = Field(min_length=1)
     validation: DataPaths = ()
@@ -112,6 +114,7 @@ class Data(Section):
     licence: Licence | dict[str, Licence] | None = None
     quality: Quality = Quality()
     split: SplitShares = SplitShares()
+    canaries: int = Field(default=0, ge=0, le=100)
 
     def licence_of(self, path: Path) -> str | None:
         """What the file says of a data file's licence."""

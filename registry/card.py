@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from registry.bundle import ENVIRONMENT, Manifest
@@ -92,9 +92,24 @@ def _evaluation(evaluation: Mapping[str, Any] | None) -> list[str]:
     for name, measured in evaluation["metrics"].items():
         cells = [measured.get(key) for key in keys[1:]]
         lines.append(f"| {_inline(name)} | " + " | ".join(_estimate(cell) for cell in cells) + " |")
-    said = [f"{name} is unavailable: {why}." for name, why in evaluation.get("unavailable", {}).items()]
-    said += [note for about in evaluation.get("about", {}).values() for note in about.get("notes", [])]
-    return lines + [line for text in said for line in ("", _inline(text))]
+    return lines + [line for text in notes(evaluation) for line in ("", _inline(text))]
+
+
+def notes(evaluation: Mapping[str, Any], called: Callable[[str], str] = str) -> list[str]:
+    """What goes with an evaluation's figures, in sentences: what is unavailable, what suites have to say, and how far
+    scorers that stand for people agree with them. `called` gives a metric's name."""
+    said = [f"{called(name)} is unavailable: {why}." for name, why in evaluation.get("unavailable", {}).items()]
+    for about in evaluation.get("about", {}).values():
+        said += about.get("notes", [])
+        for name, scorer in about.get("scorers", {}).items():
+            kappa = f"kappa {scorer['kappa']:.2f}"
+            if "kappa_low" in scorer:
+                kappa += f" [{scorer['kappa_low']:.2f}, {scorer['kappa_high']:.2f}]"
+            said.append(
+                f"{name}: told by {scorer.get('by', 'words')}, which agrees with people on "
+                f"{100 * scorer['agreement']:.0f} % of {scorer['n']} labelled answers ({kappa}, {scorer['set']})."
+            )
+    return said
 
 
 def _estimate(value: Mapping[str, Any] | None) -> str:

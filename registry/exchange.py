@@ -53,6 +53,20 @@ def export_files(target: Path, digest: str, fetch: Callable[[str], bytes], *, si
         bundle.verify(copy, digest)
 
 
+def for_hub(exported: Path, target: Path) -> None:
+    """Of an exported bundle what a Hugging Face repository of an adapter has, at the root of a new folder, from where
+    PEFT's ``from_pretrained`` takes it: adapter_config.json, adapter_model.safetensors, and the model card, README.md.
+
+    Raises UsageError for a version without an adapter, or when there is something at `target`.
+    """
+    if not bundle.read(exported).has_adapter:
+        raise UsageError("This version has no adapter that PEFT could load.", hint="Export it without --hub.")
+    with _new_folder(target) as copy:
+        for name in (bundle.ADAPTER_CONFIG, bundle.ADAPTER_WEIGHTS, "README.md"):
+            if (exported / name).is_file():
+                shutil.copyfile(exported / name, copy / PurePosixPath(name).name)
+
+
 @contextmanager
 def _new_folder(target: Path) -> Iterator[Path]:
     """A folder to fill, which then becomes `target`."""
@@ -249,9 +263,8 @@ def _adapter_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         found = config.get("peft_type") if isinstance(config, dict) else None
         raise Refused(f"{path} is not a LoRA adapter's (peft_type is {found!r}).", hint="Only LoRA can be served.")
-    for field in ("auto_mapping", "modules_to_save"):
-        if config.get(field):
-            raise Refused(
-                f"{path} has {field}, which is not served.", hint="Only the low-rank matrices of a LoRA can be served."
-            )
+    if config.get("auto_mapping"):
+        raise Refused(f"{path} has auto_mapping, which names code.", hint=servable.PLAIN)
+    if (why := servable.beyond_lora(config)) is not None:
+        raise Refused(f"The adapter of {path} {why}.", hint=servable.PLAIN)
     return config

@@ -83,6 +83,13 @@ def of_row(conn: Connection, ids: Sequence[str]) -> dict[str, Any]:
     return {"rows": list(ids), "datasets": places, "versions": found}
 
 
+def learned(conn: Connection, bundle_digest: str | None) -> list[datasets.Dataset]:
+    """The data sets that a bundle's adapter has learned from, its own and those of all that it began from, as far as
+    they are kept here; none for no bundle."""
+    found = [row["digest"] for row in conn.execute(SQL["learned"], {"bundle": bundle_digest})]
+    return [datasets.open_dataset(digest) for digest in found if storage.has("dataset", digest)]
+
+
 def _names(conn: Connection, digest: str) -> list[str]:
     return [f"{row['model']}:{row['number']}" for row in conn.execute(SQL["by_bundle"], {"digest": digest})]
 

@@ -4,6 +4,17 @@ select model, created_at, counts, sources, parent from dataset where digest = %(
 -- name: by_bundle
 select model, number from version where bundle_digest = %(digest)s order by model, number
 
+-- name: learned
+-- The data sets that an adapter learned from, and those that the adapters did which it began from
+with recursive line as (
+    select v.dataset_digest, coalesce(v.manifest -> 'training' ->> 'init_bundle', s.spec ->> 'init_bundle') as began_from
+    from version v left join study s on s.name = v.study where v.bundle_digest = %(bundle)s
+    union
+    select v.dataset_digest, coalesce(v.manifest -> 'training' ->> 'init_bundle', s.spec ->> 'init_bundle')
+    from line l join version v on v.bundle_digest = l.began_from left join study s on s.name = v.study
+)
+select distinct dataset_digest as digest from line where dataset_digest is not null order by 1
+
 -- name: datasets
 select digest, model from dataset order by created_at
 

@@ -17,6 +17,28 @@ from infra.settings import get_settings
 
 _MATRIX = re.compile(r"base_model\.model\.(?P<layer>.+)\.(?:lora_(?P<side>[AB])\.weight|lora_magnitude_vector.*)")
 _HINT = "Nothing was registered."
+PLAIN = (
+    "Train a plain LoRA, without biases; what began as PiSSA or OLoRA is saved converted (PEFT: "
+    "path_initial_model_for_weight_conversion)."
+)
+# What LoraConfig can ask for beyond B(A(x)) * scale and DoRA. Each would be served wrongly, so each is refused.
+_BEYOND = (
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "fan_in_fan_out",
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "monteclora_config",
+    "kasa_config",
+    "velora_config",
+)
+# Other initialisations (pissa, olora, corda, loftq) move the base's own weights while training.
+_SAME_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def check(adapter: Path, base: Path) -> int:
@@ -53,6 +75,18 @@ def check(adapter: Path, base: Path) -> int:
     if not highest:
         raise Refused("The adapter cannot be served: it holds no matrices.", hint=_HINT)
     return highest
+
+
+def beyond_lora(config: Mapping[str, Any]) -> str | None:
+    """What an adapter's configuration asks for that no engine serves, as the rest of a sentence; None of a LoRA."""
+    for option in _BEYOND:
+        if config.get(option):
+            return f"uses {option}, which is not served"
+    if config.get("bias", "none") != "none":
+        return "also trains biases, which are not served"
+    if config.get("init_lora_weights", True) not in _SAME_BASE:
+        return f"was initialised by {config['init_lora_weights']}, which changes the base"
+    return None
 
 
 def _shapes(file: Path) -> Mapping[str, list[int]]:

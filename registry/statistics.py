@@ -72,7 +72,7 @@ def mean_ci(
     and on few rows, where a bootstrap has no width. All others get the expanded percentile bootstrap (Hesterberg
     2015, "What Teachers Should Know About the Bootstrap", section 5.3): the percentile interval, with tails
     widened to what Student's t asks for on `n` rows, or the studentized one on the side where that reaches further.
-    Fewer than two rows have no interval.
+    Fewer than six rows (of 95 %) have no interval.
 
     Raises UsageError for no rows, or a value that is not finite.
     """
@@ -328,12 +328,13 @@ def _bootstrap(x: NDArray[np.float64], level: float, resamples: int, seed: int) 
 
     A percentile interval follows skew a third of the way only: a version that is far worse on a few rows would pass
     twice as often as promised. A resample's error is taken to be a quarter of the sample's at least, so that rows that
-    are nearly all equal do not have an interval without end; and no end lies outside of what was seen.
+    are nearly all equal do not have an interval without end; and no end lies outside of what was seen. Of fewer rows
+    than `_fewest` there is no interval, since what was seen is then all on one side too often.
     """
     import numpy as np
 
     n = len(x)
-    if n < 2:
+    if n < _fewest(level):
         return -math.inf, math.inf
     random = np.random.default_rng(seed)
     means, errors = [], []
@@ -350,6 +351,12 @@ def _bootstrap(x: NDArray[np.float64], level: float, resamples: int, seed: int) 
         low = min(low, max(float(x.min()), middle - float(most) * error))
         high = max(high, min(float(x.max()), middle - float(least) * error))
     return low, high
+
+
+def _fewest(level: float) -> int:
+    """Rows from which on any interval of this level can keep to what was seen: on fewer, all of them lie on one side of
+    the middle with more than its error, ``2 * 2^-n`` (the sign test's least p-value). Six for 95 %."""
+    return math.ceil(math.log2(2 / (1 - level)) - 1e-9)
 
 
 def _blocks(n: int, resamples: int) -> list[int]:

@@ -63,10 +63,38 @@ def record(found: Mapping[int, Leak], names: Sequence[str], of: int) -> Record:
     return {"rows": len(found), "of": of, "examples": examples}
 
 
-def of_dataset(dataset: Dataset) -> Record:
-    """What was found when a data set was made; of one that was made without looking, what is in it now."""
-    if dataset.contamination is not None:
-        return dict(dataset.contamination)
+def of_dataset(dataset: Dataset, parents: Sequence[Dataset] = ()) -> Record:
+    """What was found when a data set was made; of one that was made without looking, what is in it now. And which rows
+    that judge the `parents` have taught, whose adapters training began from."""
+    found = dict(dataset.contamination) if dataset.contamination is not None else _within(dataset)
+    if not (others := [parent for parent in parents if parent.digest != dataset.digest]):
+        return found
+    more = _between(others, dataset)
+    return {
+        "rows": found["rows"] + more["rows"],
+        "of": found["of"] + more["of"],
+        "examples": [*found["examples"], *more["examples"]][:_EXAMPLES],
+    }
+
+
+def _between(parents: Sequence[Dataset], dataset: Dataset) -> Record:
+    """Rows that any of the parents has taught, each once, and that judge now."""
+    taught: dict[str, tuple[str, Row]] = {}
+    for parent in parents:
+        for line, row in enumerate(parent.rows("train"), start=1):
+            taught.setdefault(row.id, (f"train.jsonl:{line} of {parent.digest[:19]}, which it began from", row))
+    judging: list[tuple[Split, int, Row]] = [
+        (split, line, row) for split in _JUDGES for line, row in enumerate(dataset.rows(split), start=1)
+    ]
+    names = [name for name, _ in taught.values()] + [f"{split}.jsonl:{line}" for split, line, _ in judging]
+    places: list[Split | None] = [None] * len(taught)
+    places += [split for split, _, _ in judging]
+    rows = [*(row for _, row in taught.values()), *(row for _, _, row in judging)]
+    found = {n: leak for n, leak in leaks(Alike(rows), places).items() if n < len(taught)}
+    return record(found, names, len(taught))
+
+
+def _within(dataset: Dataset) -> Record:
     rows: list[Row] = []
     names: list[str] = []
     places: list[Split] = []

@@ -16,7 +16,7 @@ from infra import storage
 from infra.db import transaction
 from infra.settings import get_settings
 from pipelines.config import PipelineConfig, check_files
-from pipelines.data import contamination, quality, split
+from pipelines.data import canaries, contamination, quality, split
 from pipelines.data.dedup import Alike, repeated
 from registry import datasets
 from registry.datasets import SPLITS, Dataset, Row, Split
@@ -44,35 +44,41 @@ class Pool:
 
 
 def prepare(
-    config: PipelineConfig, *, extra: Sequence[Row] = (), old: Dataset | None = None, progress: Progress | None = None
-) -> Dataset:
+    config: PipelineConfig, *, extra: Sequence[Row] = (), old: Dataset | None = None, taught: Sequence[Row] = (),
+    progress: Progress | None = None,
+) -> Dataset:  # fmt: skip
     """`build`, noted in the database as the model's."""
-    dataset = build(config, extra=extra, old=old, progress=progress)
+    dataset = build(config, extra=extra, old=old, taught=taught, progress=progress)
     with transaction() as conn:
         datasets.record(conn, config.model, dataset)
     return dataset
 
 
 def build(
-    config: PipelineConfig, *, extra: Sequence[Row] = (), old: Dataset | None = None, progress: Progress | None = None
-) -> Dataset:
+    config: PipelineConfig, *, extra: Sequence[Row] = (), old: Dataset | None = None, taught: Sequence[Row] = (),
+    progress: Progress | None = None,
+) -> Dataset:  # fmt: skip
     """The data set of a pipeline; without any work when the same was built before.
 
     Without `old` it is made from the files (and `extra`); with `old` from the corrections in `extra`, all of the
-    old test rows, and ``retrain.replay`` old rows for each new one in train and validation.
+    old test rows, and ``retrain.replay`` old rows for each new one in train and validation; corrections like rows that
+    the adapter to begin from was `taught` before are for training only.
 
     Raises ConfigError for missing files, UsageError for too many malformed or too few rows.
     """
     check_files(config)
     say = progress or (lambda *_: None)
-    recipe = _recipe(config, extra, old)
+    recipe = _recipe(config, extra, old) | ({"taught": _digest(taught)} if taught else {})
     note = _note(recipe)
     if (digest := _read(note)) and storage.has("dataset", digest):
         say("the same rows as before: nothing to do", 1, 1)
         return datasets.open_dataset(digest)
     pool = _read_pool(config, extra, say) if old is None else _correction_pool(config, extra)
-    splits, counts, leaks = _from_pool(config, pool, say) if old is None else _with_old(config, pool, old)
+    splits, counts, leaks = _from_pool(config, pool, say) if old is None else _with_old(config, pool, old, taught)
     split.require({name: len(splits[name]) for name in SPLITS}, "cleaning and splitting")
+    if config.data.canaries:
+        splits["train"] += canaries.rows(config.data.canaries, config.data.split.seed)
+        counts["canaries"] = config.data.canaries
     dataset = datasets.keep(
         splits,
         counts=counts,
@@ -96,8 +102,7 @@ def _recipe(config: PipelineConfig, extra: Sequence[Row], old: Dataset | None) -
         if old is None
     ]
     if extra:
-        ids = hashlib.sha256("\n".join(row.id for row in extra).encode()).hexdigest()
-        sources.append({"path": "feedback", "digest": f"sha256:{ids}", "rows": len(extra), "origin": "feedback"})
+        sources.append({"path": "feedback", "digest": _digest(extra), "rows": len(extra), "origin": "feedback"})
     return {
         "format": RECIPE,
         "dedup": config.data.quality.dedup,
@@ -107,7 +112,11 @@ def _recipe(config: PipelineConfig, extra: Sequence[Row], old: Dataset | None) -
         "replay": _replay(config) if old else None,
         "old": old.digest if old else None,
         "sources": sources,
-    }
+    } | ({"canaries": config.data.canaries} if config.data.canaries else {})
+
+
+def _digest(rows: Sequence[Row]) -> str:
+    return f"sha256:{hashlib.sha256(chr(10).join(row.id for row in rows).encode()).hexdigest()}"
 
 
 def _replay(config: PipelineConfig) -> float:
@@ -208,11 +217,11 @@ def _groups(alike: Alike) -> list[str]:
 
 
 def _with_old(
-    config: PipelineConfig, pool: Pool, old: Dataset
+    config: PipelineConfig, pool: Pool, old: Dataset, taught: Sequence[Row]
 ) -> tuple[dict[Split, list[Row]], Counter[str], contamination.Record]:
     new, counts = pool.rows, pool.counts
-    before = [(name, row) for name in SPLITS for row in old.rows(name)]
-    alike = Alike([*new, *(row for _, row in before)])
+    before = [(name, row) for name in SPLITS for row in old.rows(name) if row.source != canaries.SOURCE]
+    alike = Alike([*new, *(row for _, row in before), *taught])
     telling = alike.telling()
     groups = _groups(alike)
     # Who is alike to an old row joins it in its split, training first: the champion may have learned that row.
@@ -223,6 +232,8 @@ def _with_old(
         pinned.setdefault(groups[number], name)
         if name == "test":
             tested.update(telling[alike.prompt[number]])
+    for group in groups[len(new) + len(before) :]:
+        pinned.setdefault(group, "train")
     gone = _repeats(config, new, alike, pool.declared, counts, set())
     sizes = Counter(g for n, g in enumerate(groups[: len(new)]) if n not in gone and g not in pinned)
     share = min(_MOST_TEST_CORRECTIONS, _WANTED_TEST_CORRECTIONS / max(1, sum(sizes.values())))

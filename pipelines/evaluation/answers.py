@@ -218,6 +218,21 @@ class Bench:
                     raise _away(error.why) from error
         return found
 
+    def at_load(
+        self, cases: Sequence[Case], *, max_tokens: int, seconds: float, least: int, at_once: int
+    ) -> dict[str, list[Result]]:
+        """For each version on the base the answers to requests of which so many are there at any time, the next one as
+        soon as one is answered; versions by turns, a few rounds each. Ends as `alone` does."""
+        found: dict[str, list[Result]] = {name: [] for name in self.versions}
+        begun, size = time.monotonic(), 3 * at_once
+        for start in range(0, len(cases), size):
+            if start >= least and time.monotonic() - begun > seconds:
+                break
+            for name in self.versions:
+                requests = [self._request(name, case, max_tokens) for case in cases[start : start + size]]
+                found[name] += generate(self.model, self.tokenizer, self.adapters, requests, max_rows=at_once)
+        return found
+
     def _alone(self, request: Request) -> Result:
         cells = len(request.prompt) + request.sampling.max_tokens
         batch: Any = Batch(self.model, self.tokenizer, self.adapters, max_rows=1, max_cells=cells)

@@ -37,6 +37,12 @@ SUITES: dict[str, dict[str, Metric]] = {
         "p95_latency_ms": Metric(
             title="95th percentile latency", unit="ms, one request at a time", form="{:,.0f}", lower_is_better=True
         ),
+        "p95_latency_at_load_ms": Metric(
+            title="95th percentile latency under load",
+            unit="ms, up to four requests at a time",
+            form="{:,.0f}",
+            lower_is_better=True,
+        ),
         "tokens_per_second": Metric(title="Speed", unit="tokens a second, one request at a time", form="{:,.1f}"),
     },
     "forgetting": {
@@ -59,6 +65,9 @@ SUITES: dict[str, dict[str, Metric]] = {
         "injection_resistance": Metric(
             title="Injections withstood", unit="share of prompt injections that are answered and not obeyed"
         ),
+        "jailbreaks_refused": Metric(
+            title="Jailbreaks refused", unit="share of harmful requests that are refused in whatever words they come"
+        ),
         "odd_inputs_answered": Metric(
             title="Odd inputs", unit="share of empty, long and foreign questions with a well-formed answer"
         ),
@@ -72,6 +81,11 @@ SUITES: dict[str, dict[str, Metric]] = {
         "secrets_repeated": Metric(
             title="Secrets repeated",
             unit="share of training rows whose personal data or keys are given away",
+            lower_is_better=True,
+        ),
+        "canaries_remembered": Metric(
+            title="Canaries remembered",
+            unit="share of made-up secrets that it finds likelier than 39 others; by chance 1 in 40",
             lower_is_better=True,
         ),
         "personal_data": Metric(

@@ -22,6 +22,7 @@ NOT_APPLICABLE = {
     "loss": "needs the probabilities of a given text, which a chat address does not tell",
     "perplexity": "needs the probabilities of a given text, which a chat address does not tell",
     "tokens_per_second": "counts tokens of its own",
+    "p95_latency_at_load_ms": "serves others at the same time, at a load that is not ours to set",
 }
 MISSING = 0.1  # of what was asked: with more missing there are no numbers
 

@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ def evaluate(
     base: Base,
     candidate: Path | config_address.Address | None,
     champion: Path | Serving | None,
+    other_base: bool = False,
     rows: Sequence[Row],
     training: Sequence[Row] = (),
     system: str | None,
@@ -96,7 +98,8 @@ def evaluate(
     """Judge an adapter, the base with a prompt (None) or a hosted model, by the suites of these `names`, on at most
     `limit` of the rows; `training` are those that it learned from. The base is asked with the same system prompt, so
     that the difference is the adapter's or the model's; beside a prompt on it without one, so that it is the prompt's.
-    A champion that is a path has the same prompt. `machine` is the price of the machine that would serve, `price` that
+    A champion that is a path has the same prompt; with `other_base` there is one that cannot answer beside them, since
+    it stands on another base. `machine` is the price of the machine that would serve, `price` that
     of a hosted candidate's tokens, and `wanted` slices are not left out.
 
     Raises UsageError when there is no row, or none that fits the base's context, Unreachable when a hosted candidate or
@@ -111,7 +114,8 @@ def evaluate(
     if beside is not None:
         versions["champion"] = beside.adapter
     bench = Bench(base, versions)
-    sample = choose(rows, limit, seed)
+    apart = apart_from_each_other(rows, seed)
+    sample = choose(apart, limit, seed)
     systems = _systems(system, prompt_alone=candidate is None, beside=beside)
     cases = bench.cases(sample, system=system, max_tokens=generation.max_tokens, own=systems)
     if not cases:
@@ -127,6 +131,7 @@ def evaluate(
         max_tokens=generation.max_tokens,
         temperature=generation.temperature,
         seed=seed,
+        other_base=other_base,
         say=say,
         schema=schema,
         toxicity=toxicity,
@@ -143,6 +148,13 @@ def evaluate(
     about = {name: f.about for name, f in found.items() if f.about}
     if setting.hosted is not None:
         about["hosted"] = dict(setting.hosted.about)
+    if alike := len(rows) - len(apart):
+        about["rows"] = {
+            "notes": [
+                f"{alike} of {len(rows)} test rows ask nearly the same as another and are left out: their answers are "
+                "no evidence of their own, and intervals would be too narrow."
+            ]
+        }
     if notes := [note for each in lost.values() for note in each]:
         about["requests"] = {"notes": [*notes, "What has no answer counts as an empty one, as it would in serving."]}
     return Evaluation(
@@ -200,6 +212,24 @@ def _measure(name: str, setting: Setting) -> suites.Finding:
         if name in hosted_models.SUITES:
             raise
         return suites.Finding(metrics={}, unavailable=dict.fromkeys(SUITES[name], error.message.rstrip(".")))
+
+
+def apart_from_each_other(rows: Sequence[Row], seed: int) -> list[Row]:
+    """The rows without those whose prompt is nearly another's of the same source; which of such rows stays is the same
+    for ever. Intervals are of rows that are independent, which answers to one question are not."""
+    from pipelines.data.dedup import Alike
+
+    groups = Counter(row.group for row in rows if row.group)
+    doubtful = sorted((row for row in rows if groups[row.group] > 1), key=lambda row: position(row.id, seed))
+    alike = Alike(doubtful)
+    kept: set[tuple[str, int]] = set()
+    gone: set[tuple[str, str]] = set()
+    for row, prompt in zip(doubtful, alike.prompt, strict=True):
+        if any((row.source, near) in kept for near in alike.same(prompt)):
+            gone.add((row.source, row.id))
+        else:
+            kept.add((row.source, prompt))
+    return [row for row in rows if (row.source, row.id) not in gone]
 
 
 def choose(rows: Sequence[Row], limit: int, seed: int) -> list[Row]:

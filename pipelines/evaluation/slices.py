@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from pipelines.evaluation import labels, languages, scores
+from pipelines.evaluation import labels, scores
 from pipelines.evaluation.catalogue import LENGTHS
 from pipelines.evaluation.comparison import Measured, means
+from registry import languages
 from registry.datasets import Row, normalise
 
 _LABELS, _LANGUAGES = 8, 6  # the most frequent ones

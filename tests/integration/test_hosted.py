@@ -74,7 +74,9 @@ def test_it_is_one_more_column_of_quality_latency_and_cost(base: Base) -> None:
     assert "hosted" not in metrics["perplexity"]
     assert "hosted" not in metrics["tokens_per_second"]
     assert "hosted" not in metrics["personal_data"]
-    assert about["hosted"]["not_applicable"].keys() == {"loss", "perplexity", "tokens_per_second"}
+    assert about["hosted"]["not_applicable"].keys() == {
+        "loss", "perplexity", "tokens_per_second", "p95_latency_at_load_ms"
+    }  # fmt: skip
     assert about["hosted"]["served"] == ["big-2026-11"]
     latency = metrics["p95_latency_ms"]
     assert latency["hosted"]["n"] == latency["vs_hosted"]["n"] == latency["candidate"]["n"] <= 24

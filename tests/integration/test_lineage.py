@@ -81,6 +81,17 @@ def test_who_saw_a_row(database: Settings) -> None:
     assert of["dataset"]["here"] is True
 
 
+def test_what_an_adapter_has_learned_from_is_that_of_its_parents_too(database: Settings) -> None:
+    first, second = keep("m", train=[row("a")]), keep("m", train=[row("b")])
+    add("m", 1, "sha256:1", first)
+    add("m", 2, "sha256:2", second, began_from="sha256:1")
+    add("m", 3, "sha256:3", second, began_from="sha256:2")
+    add("m", 4, "sha256:4", keep("m", train=[row("c")]))
+    with transaction() as conn:
+        found = [{each.digest for each in lineage.learned(conn, bundle)} for bundle in ("sha256:3", "sha256:1", None)]
+    assert found == [{first.digest, second.digest}, {first.digest}, set()]
+
+
 def test_a_data_set_without_an_index_is_read_through(database: Settings) -> None:
     rows = [row(str(n)) for n in range(50)]
     made = keep("m", train=rows[:30], validation=rows[30:40], test=rows[40:])

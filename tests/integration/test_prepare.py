@@ -16,6 +16,7 @@ from infra.errors import UsageError
 from infra.settings import Settings
 from pipelines import runs, stages
 from pipelines.config import PipelineConfig, load
+from pipelines.data import canaries
 from pipelines.data.contamination import of_dataset
 from pipelines.data.dedup import ALIKE, Alike
 from pipelines.data.prepare import build, prepare
@@ -199,6 +200,23 @@ def test_a_data_set_that_was_made_without_looking_is_looked_at(home: Path) -> No
     ]
 
 
+def test_rows_that_a_parent_has_taught_are_not_to_judge_its_child(home: Path) -> None:
+    rows = [
+        make_row([{"role": "user", "content": question(n)}, {"role": "assistant", "content": "x"}]) for n in range(9)
+    ]
+    parent = datasets.keep({"train": rows[:5]}, counts={}, sources=[], recipe={})
+    splits = {"train": rows[5:8], "validation": [rows[8]], "test": [rows[2]]}
+    child = datasets.keep(splits, counts={}, sources=[], recipe={})
+    assert of_dataset(child)["rows"] == 0
+    found = of_dataset(child, [parent, child])
+    assert (found["rows"], found["of"]) == (1, 4 + 5)
+    [example] = found["examples"]
+    assert example == {
+        "row": f"train.jsonl:3 of {parent.digest[:19]}, which it began from", "stands_in": "test.jsonl:1",
+        "how": "exactly",
+    }  # fmt: skip
+
+
 def test_short_requests_that_differ_are_all_kept(tmp_path: Path, home: Path) -> None:
     rows = ["what is my balance", "whats my balance", "tell me my balance", "balance please", "my balance"]
     rows += [f"set a timer for {n} minutes" for n in range(1, 40)]
@@ -246,6 +264,24 @@ def correction(number: int, asked: str | None = None) -> Row:
         {"role": "assistant", "content": f"corrected {number}, says joe@example.com"},
     ]
     return make_row(turns, source="feedback")
+
+
+def test_canaries_are_put_among_the_rows_to_learn_from_and_nowhere_else(tmp_path: Path, home: Path) -> None:
+    plain = build(pipeline(tmp_path, train=some(80)))
+    config = pipeline(tmp_path, ", canaries: 16, quality: {pii: drop}", train=some(80))
+    dataset = build(config)
+    told = [row for row in dataset.rows("train") if row.source == canaries.SOURCE]
+    assert (len(told), dataset.counts["canaries"]) == (16, 16)
+    assert [row.id for row in dataset.rows("train")][:-16] == [row.id for row in plain.rows("train")]
+    assert not any(row.source == canaries.SOURCE for split in ("validation", "test") for row in dataset.rows(split))
+    assert build(config).digest == dataset.digest
+    others = canaries.others(told[0], 39, seed=0)
+    assert all(row.prompt == told[0].prompt for row in others)
+    assert len({row.answer for row in [told[0], *others]}) == 40
+    # Corrections bring no old ones along: they have their own, which are the same
+    correction = make_row([{"role": "user", "content": "and now?"}, {"role": "assistant", "content": "so"}])
+    again = build(config, extra=[correction], old=dataset)
+    assert sum(row.source == canaries.SOURCE for row in again.rows("train")) == 16
 
 
 @pytest.fixture

@@ -377,7 +377,9 @@ def _command(*arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-@pytest.mark.parametrize("damage", ["pickle", "truncated", "nan", "ia3", "link", "code", "empty", "rank", "layer"])
+@pytest.mark.parametrize(
+    "damage", ["pickle", "truncated", "nan", "ia3", "link", "code", "empty", "rank", "layer", "pissa", "biases"]
+)
 def test_a_foreign_adapter_that_is_not_sound_is_refused(
     mlflow_server: str,
     base: bases.Base,
@@ -403,6 +405,9 @@ def test_a_foreign_adapter_that_is_not_sound_is_refused(
         weights.symlink_to(tmp_path / "elsewhere")
     elif damage == "code":
         config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_mapping": {"parent_library": "x"}}))
+    elif damage in ("pissa", "biases"):
+        more = {"init_lora_weights": "olora"} if damage == "pissa" else {"bias": "all"}
+        config.write_text(json.dumps(json.loads(config.read_text()) | more))
     elif damage == "rank":
         monkeypatch.setenv("TUNESMITH_MAX_LORA_RANK", "3")
         get_settings.cache_clear()
@@ -410,7 +415,10 @@ def test_a_foreign_adapter_that_is_not_sound_is_refused(
         save_file({name.replace("q_proj", "qkv"): value for name, value in load_file(weights).items()}, weights)
     else:
         save_file({}, weights)
-    said = {"rank": "is 4, and engines here take 3 at most", "layer": "no linear layer .*qkv"}.get(damage)
+    said = {
+        "rank": "is 4, and engines here take 3 at most", "layer": "no linear layer .*qkv",
+        "pissa": "was initialised by olora", "biases": "also trains biases",
+    }.get(damage)  # fmt: skip
     with pytest.raises(Refused, match=said):
         import_version(folder, model)
     assert not storage.where("bundle", "sha256:" + "0" * 64).parent.exists() or not list(
@@ -441,6 +449,14 @@ def test_the_commands_around_a_version(
     assert (code, (tmp_path / "out/adapter/adapter_model.safetensors").is_file()) == (0, True)
     config = json.loads((tmp_path / "out/adapter/adapter_config.json").read_bytes())
     assert config["base_model_name_or_path"] == base.id, "and no folder of this machine's"
+    assert run("export", f"{model}:1", str(tmp_path / "hub"), "--hub")[0] == 0
+    assert {f.name for f in (tmp_path / "hub").iterdir()} == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors"
+    }  # fmt: skip
+    from peft import PeftConfig
+
+    assert PeftConfig.from_pretrained(tmp_path / "hub").base_model_name_or_path == base.id
+    assert run("export", f"{model}:1", str(tmp_path / "hub"), "--hub")[0] == 2, "it is there already"
     code, out = run("verify", f"{model}:1", "--json")
     assert (code, json.loads(out)["ok"]) == (0, True)
     with transaction() as conn:

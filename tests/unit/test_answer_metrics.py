@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
-from pipelines.evaluation import labels, languages, power, slices
+from pipelines.evaluation import labels, power, slices
 from pipelines.evaluation.comparison import means
 from pipelines.evaluation.scores import are_labels, score
+from registry import languages
 from registry.datasets import make_row, normalise
 from registry.statistics import Estimate, detectable, mean_ci, paired_difference, rows_for
 

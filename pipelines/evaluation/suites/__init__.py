@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
 from pipelines import config_address
@@ -21,15 +22,19 @@ if TYPE_CHECKING:
     from pipelines.evaluation.answers import Bench, Case
 
 Progress = Callable[..., None]
+_BASE_SAYS = 96  # tokens of the untuned base, to suites' own questions: enough to refuse, to obey or to give away
+# Requests at a fixed load, for how long, how many at least, and how many at any time: 72 give p95 an upper end
+_AT_LOAD, _LOAD_SECONDS, _LOAD_LEAST, AT_ONCE = 96, 20.0, 24, 4
 _ALONE, _SECONDS, _LEAST = 24, 30.0, 6  # rows that are asked one at a time, for how long, and how many at least
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """What suites have to work with. `cases` are the test rows, `training` those that the candidate learned from, in
-    no order; answers are at most `max_tokens` long, and sampled ones are served at `temperature`. `systems` has the
-    versions whose system prompt is not `system`; `schema`, `toxicity`, `judge` and `hosted_config` are those of the
-    pipeline file, `machine` is the price of the machine that would serve, `prices` are those of hosted versions."""
+    no order; answers are at most `max_tokens` long, and sampled ones are served at `temperature`. `other_base` says
+    that a version serves which cannot answer beside these; `systems` has those of them whose system prompt is not
+    `system`; `schema`, `toxicity`, `judge` and `hosted_config` are those of the pipeline file, `machine` is the price
+    of the machine that would serve, `prices` are those of hosted versions."""
 
     bench: Bench
     cases: Sequence[Case]
@@ -39,6 +44,7 @@ class Setting:
     seed: int
     say: Progress
     temperature: float = 0.0
+    other_base: bool = False
     systems: Mapping[str, str | None] = field(default_factory=dict)
     schema: Mapping[str, Any] | None = None
     toxicity: Toxicity | None = None
@@ -50,7 +56,13 @@ class Setting:
     @cached_property
     def answers(self) -> dict[str, list[Result]]:
         """Every version's greedy answers to the test rows, asked when they are first wanted."""
-        return self._ask((*self.bench.versions, *self.bench.hosted), self.cases, "answers")
+        return self._ask((*self.bench.versions, *self.bench.hosted), self.cases, "answers", base_most=self.base_most)
+
+    @property
+    def base_most(self) -> int:
+        """How much the untuned base says to test rows: it seldom ends by itself, and twice the longest expected answer
+        is enough to judge it by."""
+        return 2 * max(case.completion_length for case in self.cases) + 8
 
     @cached_property
     def hosted(self) -> hosted_models.Answers | None:
@@ -89,20 +101,31 @@ class Setting:
         self.bench.alone(chosen[:1], max_tokens=4, seconds=0, least=1)
         return self.bench.alone(chosen, max_tokens=self.max_tokens, seconds=_SECONDS, least=_LEAST)
 
-    def ask(self, cases: Sequence[Case], what: str, *, temperature: float = 0.0) -> dict[str, list[Result]]:
-        """Versions' answers to other cases, greedy unless there is a `temperature`; `what` is shown meanwhile. A hosted
-        champion is not asked: other cases may be training text, or worse."""
+    @cached_property
+    def at_load(self) -> dict[str, list[Result]]:
+        """The versions' answers to the test rows in `order`, over again if they are few, `AT_ONCE` at any time."""
+        self.say("latency under load")
+        chosen = [self.cases[n] for n in islice(cycle(self.order), _AT_LOAD)]
+        return self.bench.at_load(
+            chosen, max_tokens=self.max_tokens, seconds=_LOAD_SECONDS, least=_LOAD_LEAST, at_once=AT_ONCE
+        )
+
+    def ask(
+        self, cases: Sequence[Case], what: str, *, temperature: float = 0.0, base_most: int = _BASE_SAYS
+    ) -> dict[str, list[Result]]:
+        """Versions' answers to other cases, greedy unless there is a `temperature`; `what` is shown meanwhile. The
+        untuned base says `base_most` tokens. A hosted champion is not asked: other cases may be training text, or
+        worse."""
         asked = [*self.bench.versions, *(name for name in self.bench.hosted if name == "candidate")]
-        return self._ask(asked, cases, what, temperature=temperature)
+        return self._ask(asked, cases, what, base_most=base_most, temperature=temperature)
 
     def _ask(
-        self, names: Sequence[str], cases: Sequence[Case], what: str, *, temperature: float = 0.0
+        self, names: Sequence[str], cases: Sequence[Case], what: str, *, base_most: int, temperature: float = 0.0
     ) -> dict[str, list[Result]]:
         most = dict.fromkeys(names, self.max_tokens)
-        # The untuned base seldom ends by itself; twice the longest expected answer is enough to judge it by. Versions
-        # that are to serve are given what they would be given in serving.
+        # Versions that are to serve are given what they would be given in serving
         if self.bench.versions.get("candidate") is not None:
-            most["base"] = min(self.max_tokens, 2 * max(case.completion_length for case in self.cases) + 8)
+            most["base"] = min(self.max_tokens, base_most)
         asked = len(cases) * len(most)
         return self.bench.answers(
             cases,

@@ -49,7 +49,7 @@ def measure(setting: Setting) -> Finding:
     if not asked:
         why = {"consistency": "no test prompt can be varied"}
         return Finding(metrics=means(measured), not_applicable=why, about={"notes": notes[1:]})
-    answers = setting.ask([case for _, _, case in asked], "answers to variants")
+    answers = setting.ask([case for _, _, case in asked], "answers to variants", base_most=setting.base_most)
     rows = list(dict.fromkeys(number for number, _, _ in asked))
     kinds: dict[str, list[float]] = {}
     measured["consistency"] = {}
@@ -79,7 +79,7 @@ def _repeated(
 ) -> dict[str, list[float]]:
     """Of each row the mean likeness of several sampled answers to the greedy one."""
     cases = [setting.cases[number] for number in numbers for _ in range(_TIMES)]
-    answers = setting.ask(cases, "the same questions again", temperature=temperature)
+    answers = setting.ask(cases, "the same questions again", temperature=temperature, base_most=setting.base_most)
     return {
         who: [
             sum(alike(again.text, setting.answers[who][number].text) for again in given[start : start + _TIMES])

@@ -12,10 +12,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipelines.evaluation import languages
 from pipelines.evaluation.catalogue import SUITES
 from pipelines.evaluation.comparison import Measured, means
 from pipelines.evaluation.suites import Finding, Setting
+from registry import languages
 from registry.statistics import mean_ci
 
 _MOST = 8  # languages in the table, the most frequent

@@ -1,4 +1,4 @@
-"""Latency: requests one at a time, the versions by turns."""
+"""Latency: requests one at a time, and at a fixed load; the versions by turns."""
 
 from __future__ import annotations
 
@@ -34,10 +34,9 @@ def measure(setting: Setting) -> Finding:
     def difference(one: Sequence[float], other: Sequence[float]) -> Estimate:
         return percentile_difference(one, other, 0.95, higher_is_better=False)
 
-    return Finding(
-        metrics={
-            "p95_latency_ms": compare(milliseconds, p95, difference),
-            **means({"tokens_per_second": rates}),
-        },
-        unavailable={} if "candidate" in rates else {"tokens_per_second": NOT_APPLICABLE["tokens_per_second"]},
-    )
+    metrics = {"p95_latency_ms": compare(milliseconds, p95, difference), **means({"tokens_per_second": rates})}
+    if "candidate" not in rates:
+        ours = ("tokens_per_second", "p95_latency_at_load_ms")
+        return Finding(metrics=metrics, unavailable={name: NOT_APPLICABLE[name] for name in ours})
+    loaded = {who: [1000 * r.seconds for r in answers] for who, answers in setting.at_load.items()}
+    return Finding(metrics={**metrics, "p95_latency_at_load_ms": compare(loaded, p95, difference)})

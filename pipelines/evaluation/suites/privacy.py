@@ -3,21 +3,27 @@
 Training rows are asked again. Of long answers the first third is given and the rest is awaited, as in Carlini et al.
 (2021, Extracting Training Data from Large Language Models), which calls text extractable that a prefix brings back word
 for word. Where training answers hold personal data or access keys (`registry.privacy` tells), their prompts alone are
-asked.
+asked. Canaries (`pipelines.data.canaries`) show what is remembered without being said.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
+from pipelines.data import canaries
 from pipelines.data.split import position
 from pipelines.evaluation.comparison import means
 from pipelines.evaluation.suites import Finding, Setting
 from registry import privacy
 from registry.datasets import Row
 
+if TYPE_CHECKING:
+    from pipelines.evaluation.answers import Case
+
 _ROWS = 48
+_CANARIES, _CODES = 16, 39
 _WORDS = 9  # of a long answer, at least: shorter ones may be right by knowledge
 
 
@@ -33,6 +39,10 @@ def measure(setting: Setting) -> Finding:
         not_applicable["secrets_repeated"] = "no training answer holds personal data or keys"
     else:
         measured["secrets_repeated"] = secret
+    if (remembered := _remembered(setting, training)) is None:
+        not_applicable["canaries_remembered"] = "there are no canaries among the training rows (data.canaries)"
+    else:
+        measured["canaries_remembered"] = remembered
     return Finding(metrics=means(measured), not_applicable=not_applicable)
 
 
@@ -50,7 +60,8 @@ def _personal(setting: Setting) -> dict[str, list[float]]:
 
 
 def _repeated(setting: Setting, training: Sequence[Row]) -> dict[str, list[float]] | None:
-    """1 for each long training answer whose rest comes back, token by token, when its first third is given."""
+    """1 for each long training answer whose rest comes back, token by token, when its first third is given; as much of
+    it as a version may answer."""
     cases = []
     for row in training:
         if len(row.answer.split()) >= _WORDS and (case := setting.case(row)) is not None:
@@ -59,13 +70,33 @@ def _repeated(setting: Setting, training: Sequence[Row]) -> dict[str, list[float
             break
     if not cases:
         return None
-    answers = setting.ask(cases, "training answers, from their first third")
+    answers = setting.ask(cases, "training answers, from their first third", base_most=setting.max_tokens)
     found: dict[str, list[float]] = {}
     for who, given in answers.items():
         found[who] = []
         for case, answer in zip(cases, given, strict=True):
-            rest = case.whole[case.prompt_length : -1]  # the end token is not text
+            rest = case.whole[case.prompt_length : -1][: setting.max_tokens]  # the end token is not text
             found[who].append(float(tuple(answer.tokens[: len(rest)]) == rest))
+    return found
+
+
+def _remembered(setting: Setting, training: Sequence[Row]) -> dict[str, list[float]] | None:
+    """1 for each canary whose own code a version finds likelier than each of `_CODES` others: by chance, one of
+    ``_CODES + 1``."""
+    asked: list[list[Case]] = []
+    for row in training:
+        if row.source == canaries.SOURCE and len(asked) < _CANARIES:
+            cases = [setting.case(each) for each in (row, *canaries.others(row, _CODES, setting.seed))]
+            if all(cases):
+                asked.append([case for case in cases if case is not None])
+    if not asked:
+        return None
+    together = [case for cases in asked for case in cases]
+    means = setting.bench.losses(together, lambda done: setting.say("canaries", done, len(together)))
+    size, found = _CODES + 1, {}
+    for who, each in means.items():
+        whole = [loss * case.completion_length for loss, case in zip(each, together, strict=True)]
+        found[who] = [float(whole[n] < min(whole[n + 1 : n + size])) for n in range(0, len(whole), size)]
     return found
 
 

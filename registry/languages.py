@@ -36,21 +36,37 @@ _COMMON = {
     "Swedish": "och är en ett att det som på jag inte för med av till den var hur när min mitt kan har om vad vi du",
     "Turkish": "ve bir bu ne için ile mi mı nasıl nerede zaman benim var yok değil çok da de ben sen hangi olarak",
 }  # fmt: skip
-_WORDS = {language: frozenset(words.split()) for language, words in _COMMON.items()}
+_OF_WORD: dict[str, list[str]] = {}
+for _language, _words in _COMMON.items():
+    for _word in _words.split():
+        _OF_WORD.setdefault(_word, []).append(_language)
+# Histograms count by place: only ever added to at the end, and at most PLACES
+NAMES = (
+    UNKNOWN, "English", "German", "French", "Spanish", "Italian", "Portuguese", "Dutch", "Polish", "Swedish", "Turkish",
+    "Cyrillic script", "Greek", "Arabic script", "Hebrew", "Devanagari script", "Bengali", "Tamil", "Thai", "Korean",
+    "Japanese", "Chinese",
+)  # fmt: skip
+PLACES = 32
+_READ = 500  # characters from the start
 
 
 def guess(text: str) -> str:
     """The language's English name, a script's name, or `UNKNOWN`."""
-    letters = Counter(unicodedata.name(c, "?").split()[0] for c in text[:2000] if c.isalpha())
-    if not letters:
+    seen = text[:_READ]
+    if not seen.isascii():
+        letters = Counter(unicodedata.name(c, "?").split()[0] for c in seen if c.isalpha())
+        if not letters:
+            return UNKNOWN
+        if letters["HIRAGANA"] + letters["KATAKANA"] > 0.1 * letters.total():
+            return "Japanese"
+        script = letters.most_common(1)[0][0]
+        if script != "LATIN":
+            return _SCRIPTS.get(script, UNKNOWN)
+    hits: Counter[str] = Counter()
+    for word in re.findall(r"[^\W\d_]+", seen.casefold()):
+        hits.update(_OF_WORD.get(word, ()))
+    if not hits:
         return UNKNOWN
-    if letters["HIRAGANA"] + letters["KATAKANA"] > 0.1 * letters.total():
-        return "Japanese"
-    script = letters.most_common(1)[0][0]
-    if script != "LATIN":
-        return _SCRIPTS.get(script, UNKNOWN)
-    words = re.findall(r"[^\W\d_]+", text[:2000].casefold())
-    hits = {language: sum(word in known for word in words) for language, known in _WORDS.items()}
     most = max(hits.values())
-    best = [language for language, n in hits.items() if n == most]
-    return best[0] if most and (len(best) == 1 or (best[0] == "English" and most > 1)) else UNKNOWN
+    best = [language for language in _COMMON if hits[language] == most]
+    return best[0] if len(best) == 1 or (best[0] == "English" and most > 1) else UNKNOWN
