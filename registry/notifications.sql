@@ -3,6 +3,9 @@ select n.id, n.attempts, n.name, n.message, l.model, l.generation, l.at, l.actor
        l.to_version, l.share, l.reason, l.forced, l.evidence, l.previous_hash, l.hash
 from notification n left join ledger l on l.model = n.model and l.generation = n.generation
 where n.target = %(target)s and n.done_at is null and n.next_attempt_at <= clock_timestamp()
+    -- What came later waits behind what failed
+    and not exists (select from notification before where before.target = n.target and before.done_at is null
+                    and before.id < n.id and before.next_attempt_at > clock_timestamp())
 order by n.id limit %(limit)s for update of n skip locked
 
 -- name: enqueue

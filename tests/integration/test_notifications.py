@@ -135,6 +135,17 @@ def test_what_fails_is_told_again_and_keeps_its_place(receiver: Receiver) -> Non
         assert one(conn, "select count(*) as n from notification where target = 'webhook'")["n"] == 1
 
 
+def test_what_comes_later_does_not_overtake_what_failed(receiver: Receiver) -> None:
+    receiver.statuses = [503]
+    promote(1)
+    assert (deliver(), receiver.refused) == (0, 1)
+    promote(2)  # the receiver is back, and the first is to be tried again later
+    assert (deliver(), receiver.refused, receiver.got) == (0, 1, [])
+    again()
+    assert deliver() == 2
+    assert [each["data"]["generation"] for each in receiver.got] == [1, 2]
+
+
 def test_what_can_never_be_told_is_given_up(receiver: Receiver, caplog: pytest.LogCaptureFixture) -> None:
     receiver.statuses = [500]
     promote(1)
