@@ -127,6 +127,7 @@ class _Common(TypedDict):
 class KeyWish(_Body):
     name: Annotated[str, Field(min_length=1, max_length=100)]
     role: Role
+    person: Annotated[str | None, Field(max_length=100)] = None
 
 
 def _as(role: Needed) -> Any:
@@ -390,7 +391,7 @@ def _keys(app: FastAPI) -> None:
     @app.post("/keys", summary="Make a key; its secret is in this answer and nowhere else")
     def create_key(body: KeyWish, who: Admin) -> Response:
         with transaction() as conn:
-            made = auth.create_key(conn, name=body.name, role=body.role)
+            made = auth.create_key(conn, name=body.name, role=body.role, person=body.person)
         return json_response(asdict(made), 201)
 
     @app.delete("/keys/{key_id}", summary="Revoke a key and end its sessions")

@@ -115,6 +115,7 @@ class Key:
     id: str
     name: str
     role: Role
+    person: str | None
     created_at: datetime
     revoked_at: datetime | None
 
@@ -130,14 +131,17 @@ class Session:
 # ---------------------------------------------------------------- keys
 
 
-def create_key(conn: Connection, *, name: str, role: str) -> NewKey:
-    """Make a key. Raises UsageError for an unknown role or a name that is empty, long or not printable."""
+def create_key(conn: Connection, *, name: str, role: str, person: str | None = None) -> NewKey:
+    """Make a key, of a `person` by their user name, if it is anybody's. Raises UsageError for an unknown role, or for
+    names that are empty, long or not printable."""
     if role not in get_args(Role):
         raise UsageError(f"There is no role {role!r}.", hint=f"Roles: {', '.join(get_args(Role))}.")
     if not name.strip() or len(name) > 100 or not name.isprintable():
         raise UsageError("A key's name is 1 to 100 printable characters.", hint="Name who or what uses the key.")
+    if person is not None and (not person.strip() or len(person) > 100 or not person.isprintable()):
+        raise UsageError("A person is named by 1 to 100 printable characters.", hint="Give their user name.")
     key_id, secret = secrets.token_hex(6), secrets.token_hex(32)
-    one(conn, SQL["insert_key"], {"id": key_id, "name": name, "role": role, "hash": _hash(secret)})
+    one(conn, SQL["insert_key"], {"id": key_id, "name": name, "role": role, "hash": _hash(secret), "person": person})
     return NewKey(id=key_id, key=f"ts_{key_id}_{secret}", role=cast(Role, role), name=name)
 
 

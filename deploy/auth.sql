@@ -1,12 +1,13 @@
 -- name: insert_key
-insert into api_key (id, name, role, hash) values (%(id)s, %(name)s, %(role)s, %(hash)s) returning created_at
+insert into api_key (id, name, role, hash, person) values (%(id)s, %(name)s, %(role)s, %(hash)s, %(person)s)
+returning created_at
 
 -- name: list_keys
-select id, name, role, created_at, revoked_at from api_key order by created_at, id
+select id, name, role, person, created_at, revoked_at from api_key order by created_at, id
 
 -- name: revoke_key
 update api_key set revoked_at = coalesce(revoked_at, now()) where id = %(id)s
-returning id, name, role, created_at, revoked_at
+returning id, name, role, person, created_at, revoked_at
 
 -- name: end_sessions_of_key
 delete from session where key_id = %(id)s

@@ -21,14 +21,15 @@ def keys() -> None:
 @keys.command()
 @click.option("--role", required=True, type=click.Choice(["viewer", "service", "operator", "admin"]))
 @click.option("--name", required=True, help="Who or what will use it.")
+@click.option("--person", metavar="USER", help="Whose it is: all keys of one person approve a version once.")
 @json_option
-def create(role: str, name: str, as_json: bool) -> None:
+def create(role: str, name: str, person: str | None, as_json: bool) -> None:
     """Make a key; it is shown this once."""
     from deploy.auth import create_key
     from infra.db import transaction
 
     with transaction() as conn:
-        made = create_key(conn, name=name, role=role)
+        made = create_key(conn, name=name, role=role, person=person)
     if as_json:
         print_json({"id": made.id, "key": made.key, "role": made.role, "name": made.name})
     else:
@@ -52,11 +53,11 @@ def list_(as_json: bool) -> None:
     if as_json:
         print_json({"keys": [vars(key) for key in found]})
         return
-    table = Table("id", "role", "name", "created", "revoked", box=None)
+    table = Table("id", "role", "name", "person", "created", "revoked", box=None)
     for key in found:
         created = key.created_at.astimezone(UTC).strftime("%Y-%m-%d %H:%MZ")
         revoked = key.revoked_at.astimezone(UTC).strftime("%Y-%m-%d %H:%MZ") if key.revoked_at else ""
-        table.add_row(key.id, key.role, escape(safe(key.name)), created, revoked)
+        table.add_row(key.id, key.role, escape(safe(key.name)), escape(safe(key.person or "")), created, revoked)
     out.print(table)
 
 

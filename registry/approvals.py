@@ -1,7 +1,8 @@
 """Approvals: people with the operator role, not the author, who agree that a version may serve.
 
 How many a version needs, and who its author is, stand in its gate decision, so they are sealed with what was judged.
-A person is a key or ``os:user@host``; approving twice counts once, and nothing given is ever taken away.
+A person is ``os:user@host``, a key, or whoever the key was made for; approving twice counts once, and nothing given is
+ever taken away. A key made for a user is that user's word on any machine, and so is that of ``os:user@host``.
 """
 
 from __future__ import annotations
@@ -69,9 +70,21 @@ class Approvals:
         )
 
 
-def person(actor: str) -> str:
-    """Who an actor is, whatever name the key has: ``key:<id>`` or ``os:user@host``."""
-    return actor.partition(" (")[0] if actor.startswith("key:") else actor
+def person(conn: Connection, actor: str) -> str:
+    """Who an actor is, whatever name the key has: ``os:user@host``, ``key:<id>``, or ``person:<user>`` where the key
+    was made for somebody."""
+    if not actor.startswith("key:"):
+        return actor
+    key = actor.partition(" (")[0]
+    row = conn.execute(SQL["whose_key"], {"id": key.removeprefix("key:")}).fetchone()
+    return f"person:{row['person']}" if row and row["person"] else key
+
+
+def same(one: str, other: str) -> bool:
+    """Whether two people are one: ``person:<user>`` is that user on all machines."""
+    users = [who.removeprefix("person:") for who in (one, other) if who.startswith("person:")]
+    others = [who.removeprefix("os:").rpartition("@")[0] for who in (one, other) if who.startswith("os:")]
+    return one == other or (len(users) == len(others) == 1 and users == others)
 
 
 def of(conn: Connection, model: str, number: int) -> Approvals:
@@ -90,12 +103,14 @@ def approve(conn: Connection, model: str, number: int, *, actor: str, role: str,
             "An approval needs a reason of at most 2000 characters of text.", hint="Say why with --reason."
         )
     version = _version(conn, model, number)
-    who = person(actor)
+    who = person(conn, actor)
     if role not in ("operator", "admin"):
         raise Refused(f"The role {role} may not approve.", hint="Ask an operator or an admin.")
-    if who == person(str((version["gate"] or {}).get("author"))):
+    if same(who, person(conn, str((version["gate"] or {}).get("author")))):
         raise Refused(f"{actor} is the author of {model}:{number} and cannot approve it.", hint="Ask another person.")
     values = {"model": model, "number": number, "person": who, "actor": actor, "role": role, "reason": text}
+    if any(same(who, given.person) for given in _of(conn, model, number, version["gate"]).given):
+        return False, _of(conn, model, number, version["gate"])
     new = conn.execute(SQL["give"], values | {"bundle_digest": version["bundle_digest"]}).fetchone() is not None
     return new, _of(conn, model, number, version["gate"])
 

@@ -14,7 +14,7 @@ from infra.storage import file_digest
 from monitoring.console.figures import words
 from monitoring.console.model import HEADLINES, differences, look
 from monitoring.console.render import SQL, Visit, draw, whole
-from registry import approvals, deployments, versions
+from registry import approvals, card, deployments, versions
 from registry.names import check_model_name
 from registry.statistics import Estimate
 
@@ -33,6 +33,7 @@ def show(visit: Visit) -> Response:
         verdicts = {row["version"]: row for row in conn.execute(SQL["last_verdicts"], {"model": name})}
         entries = [e for e in deployments.history(conn, name) if number in (e.to_version, e.from_version)]
         agreed = approvals.of(conn, name, number)
+        me = approvals.person(conn, visit.actor)
     evaluation = v["evaluation_body"] or {}
     return draw(
         visit,
@@ -48,10 +49,10 @@ def show(visit: Visit) -> Response:
         entries=list(reversed(entries)),
         gate=v["gate_body"],
         agreed=agreed,
-        approved=any(given.person == approvals.person(visit.actor) for given in agreed.given),
+        approved=any(approvals.same(given.person, me) for given in agreed.given),
         estimates=_estimates(evaluation.get("metrics", {})),
         against={who: differences(evaluation.get("metrics", {}), who) for who in ("champion", "base", "hosted")},
-        notes=_notes(evaluation),
+        notes=card.notes(evaluation, words),
         slices={
             label: {who: differences(metrics, who) for who in ("champion", "base")}
             for label, metrics in evaluation.get("slices", {}).items()
@@ -97,12 +98,6 @@ def _estimates(metrics: Mapping[str, Any]) -> list[tuple[str, Estimate]]:
     order = {name: i for i, name in enumerate(HEADLINES)}
     found = [(name, Estimate.from_json(both["candidate"])) for name, both in metrics.items() if both.get("candidate")]
     return sorted(found, key=lambda pair: order.get(pair[0], 99))
-
-
-def _notes(evaluation: Mapping[str, Any]) -> list[str]:
-    """What the evaluation says of its own figures."""
-    found = [f"{words(name)} is unavailable: {why}." for name, why in evaluation.get("unavailable", {}).items()]
-    return found + [note for about in evaluation.get("about", {}).values() for note in about.get("notes", [])]
 
 
 def _mlflow_page(model: str, number: int) -> str | None:

@@ -8,7 +8,7 @@ import pytest
 from fastapi.testclient import TestClient
 from version_rows import add_version
 
-from deploy.auth import Role, create_key
+from deploy.auth import NewKey, Role, create_key
 from deploy.gateway import create_app
 from infra import db
 from infra.db import transaction
@@ -97,6 +97,27 @@ def test_what_was_approved_cannot_be_taken_back() -> None:
             conn.execute(statement)
     with pytest.raises(NotFound), transaction() as conn:
         approvals.approve(conn, "m", 9, actor=ANN, role="operator", reason="x")
+
+
+def test_two_keys_of_one_person_are_one_and_an_authors_key_is_the_author(version: None, database: Settings) -> None:
+    with transaction() as conn:
+        add_version(conn, "m", 2, approvals=2, author="os:carl@desk")
+        keys = [
+            create_key(conn, name=name, role="operator", person=person)
+            for name, person in (("laptop", "ann"), ("phone", "ann"), ("bob's", "bob"), ("carl's", "carl"))
+        ]
+
+        def approve(key: NewKey) -> approvals.Approvals:
+            actor = f"key:{key.id} ({key.name})"
+            return approvals.approve(conn, "m", 2, actor=actor, role="operator", reason="read it")[1]
+
+        assert approve(keys[0]).missing == 1
+        assert approve(keys[1]).missing == 1, "her phone is no second person"
+        by_hand = approvals.approve(conn, "m", 2, actor="os:ann@server", role="admin", reason="read it")[1]
+        assert by_hand.missing == 1
+        with pytest.raises(Refused, match="is the author of m:2"), conn.transaction():
+            approve(keys[3])
+        assert approve(keys[2]).missing == 0
 
 
 def test_nobody_needs_to_agree_where_no_one_asked(database: Settings) -> None:
