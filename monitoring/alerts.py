@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -19,6 +19,7 @@ from psycopg.types.json import Jsonb
 
 from infra.db import Connection, load_queries, one
 from monitoring import windows
+from monitoring.attribution import Cause
 from monitoring.windows import Window
 from registry import notifications
 
@@ -65,13 +66,15 @@ DEFAULTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What one look at one rule gave."""
+    """What one look at one rule gave; `cause` and `began_at` where the look itself tells."""
 
     rule: str
     state: State
     severity: Severity = "warning"
     message: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)
+    cause: Cause | None = None
+    began_at: datetime | None = None
 
 
 def rules_of(settings: Mapping[str, Any]) -> list[Rule]:
@@ -142,12 +145,15 @@ def look_at_gateways(conn: Connection, since: dict[str, tuple[int, datetime]], n
             message=f"{behind} of {row['gateways']} gateways have not followed generation {row['generation']} of "
             f"{model} for {_GRACE.total_seconds():.0f} s, and serve what they have: {row['why']}.",
             details={"generation": row["generation"], "gateways": row["gateways"], "behind": behind},
+            cause="system",
+            began_at=since[model][1] if behind else None,
         )
         apply(conn, model, row["version"], [finding])
 
 
 def of_verdict(body: Mapping[str, Any]) -> Finding:
     """What a drift verdict means for its alert: `calm` only when every feature is well under its threshold."""
+    found = body["attribution"]
     highest = max((f["value"] / f["threshold"] for f in body["features"]), default=0.0)
     state: State = (
         "unknown"
@@ -162,12 +168,24 @@ def of_verdict(body: Mapping[str, Any]) -> Finding:
         rule="drift",
         state=state,
         message=str(body["explanation"]),
-        details={"features": [f["name"] for f in body["features"] if f["drifted"]]},
+        details={
+            "features": [f["name"] for f in body["features"] if f["drifted"]],
+            "requests": found["requests"] if found else [],
+        },
+        cause=found["cause"] if found else None,
+        began_at=datetime.fromisoformat(found["since"]) if found and found["since"] else None,
     )
 
 
-def apply(conn: Connection, model: str, version: int, findings: Sequence[Finding]) -> None:
-    """Open, confirm or close the alerts that the findings are about."""
+Explain = Callable[[Connection, Mapping[str, Any]], tuple[Cause | None, datetime | None]]
+
+
+def apply(
+    conn: Connection, model: str, version: int, findings: Sequence[Finding], explain: Explain | None = None
+) -> None:
+    """Open, confirm or close the alerts that the findings are about. `explain` is asked what an alert comes of, and
+    since when, where the finding does not say: once a minute in its first minutes, since more of it comes, and for an
+    hour until it is known. Its last word counts; that it knows nothing, or fails, changes nothing."""
     for finding in findings:
         key = {"model": model, "version": version, "rule": finding.rule}
         if finding.state == "over":
@@ -182,8 +200,12 @@ def apply(conn: Connection, model: str, version: int, findings: Sequence[Finding
                     "silenced": silenced(conn, model, finding.rule),
                     "message": finding.message,
                     "details": Jsonb(dict(finding.details)),
+                    "cause": finding.cause,
+                    "began_at": finding.began_at,
                 },
             )
+            if finding.cause is None and explain is not None and row["to_explain"]:
+                row = {**row, **_explained(conn, key | row, explain)}
             if row["opened"]:
                 log.warning("alert: %s", finding.message)
             _tell_open(conn, key | row | {"message": finding.message})
@@ -197,6 +219,16 @@ def apply(conn: Connection, model: str, version: int, findings: Sequence[Finding
         ):
             log.info("alert closed for want of traffic: %s of %s:%d", finding.rule, model, version)
             _tell_over(conn, key | over)
+
+
+def _explained(conn: Connection, alert: Mapping[str, Any], explain: Explain) -> Mapping[str, Any]:
+    cause, began_at = None, None
+    try:
+        with conn.transaction():  # an alert opens whatever becomes of this
+            cause, began_at = explain(conn, alert)
+    except Exception:
+        log.exception("what %s of %s comes of was not found", alert["rule"], alert["model"])
+    return one(conn, SQL["explain"], {"id": alert["id"], "cause": cause, "began_at": began_at})
 
 
 def _tell_open(conn: Connection, alert: Mapping[str, Any]) -> None:
@@ -213,7 +245,7 @@ def _tell_over(conn: Connection, alert: Mapping[str, Any]) -> None:
 
 
 def _tell(conn: Connection, what: Literal["opened", "closed"], alert: Mapping[str, Any]) -> None:
-    names = ("model", "version", "rule", "severity", "message", "opened_at", "closed_at")
+    names = ("model", "version", "rule", "severity", "message", "cause", "began_at", "opened_at", "closed_at")
     data = {name: alert.get(name) for name in names} | {"url": notifications.page(f"/alerts/{alert['id']}")}
     body = {"type": f"alert.{what}", "timestamp": alert["closed_at" if what == "closed" else "opened_at"], "data": data}
     notifications.enqueue(conn, alert["model"], f"alert-{alert['id']}-{what}-{alert['severity']}", body)

@@ -1,15 +1,29 @@
 -- name: raise
-insert into alert (id, model, version, rule, severity, message, details)
-values (%(id)s, %(model)s, %(version)s, %(rule)s, %(severity)s, %(message)s, %(details)s)
+insert into alert (id, model, version, rule, severity, message, details, cause, began_at)
+values (%(id)s, %(model)s, %(version)s, %(rule)s, %(severity)s, %(message)s, %(details)s, %(cause)s, %(began_at)s)
 on conflict (model, coalesce(version, 0), rule) where closed_at is null do update
     set seen_at = now(), message = excluded.message, details = excluded.details,
+        cause = coalesce(excluded.cause, alert.cause),
+        -- A beginning is that of its cause, and the earliest that was found for it
+        began_at = case when excluded.cause is distinct from alert.cause and excluded.cause is not null
+                        then excluded.began_at else least(excluded.began_at, alert.began_at) end,
         -- An open alert gets worse, never better, so that a figure at the upper of two limits does not flicker
         (severity, told_at) = (
             select case when worse then excluded.severity else alert.severity end,
                    case when not worse or %(silenced)s then alert.told_at end
             from (select array_position(%(severities)s::text[], excluded.severity)
                          > array_position(%(severities)s::text[], alert.severity) as worse) compared)
-returning id, opened_at, told_at, severity, (xmax = 0) as opened
+returning id, opened_at, told_at, severity, cause, began_at, (xmax = 0) as opened,
+    -- Once a minute, while more of it comes, and for an hour where it was not found
+    coalesce(explained_at < now() - interval '1 minute'
+             and opened_at > now() - case when cause is null then interval '1 hour' else interval '15 minutes' end,
+             explained_at is null) as to_explain
+
+-- name: explain
+update alert set explained_at = now(), cause = coalesce(%(cause)s, cause),
+    began_at = case when %(cause)s::text is null then began_at else %(began_at)s end
+where id = %(id)s
+returning cause, began_at
 
 -- name: gateways
 -- Of each model: how many gateways follow it, and how many of them do not serve all that it says
@@ -25,21 +39,21 @@ update alert set told_at = now() where id = %(id)s
 -- name: close
 update alert set closed_at = now()
 where model = %(model)s and version = %(version)s and rule = %(rule)s and closed_at is null
-returning id, severity, message, opened_at, closed_at, told_at
+returning id, severity, message, cause, began_at, opened_at, closed_at, told_at
 
 -- name: close_silent
 -- Neither confirmed nor over for long: there is no traffic that could tell.
 update alert set closed_at = now()
 where model = %(model)s and version = %(version)s and rule = %(rule)s and closed_at is null
     and seen_at < now() - make_interval(secs => %(seconds)s)
-returning id, severity, message, opened_at, closed_at, told_at
+returning id, severity, message, cause, began_at, opened_at, closed_at, told_at
 
 -- name: close_retired
 -- Alerts of versions that hold no slot any more, and of rules that were taken out of the settings.
 update alert a set closed_at = now()
 where a.model = %(model)s and a.closed_at is null and a.version is not null
     and not (a.version = any(%(versions)s) and a.rule = any(%(rules)s))
-returning a.id, a.version, a.rule, a.severity, a.message, a.opened_at, a.closed_at, a.told_at
+returning a.id, a.version, a.rule, a.severity, a.message, a.cause, a.began_at, a.opened_at, a.closed_at, a.told_at
 
 -- name: silence
 insert into silence (model, rule, until, actor, reason)
@@ -57,7 +71,7 @@ select exists (
 select model, rule, until, actor, reason from silence where until > now() order by until
 
 -- name: list
-select id, model, version, rule, severity, message, details, opened_at, seen_at, closed_at
+select id, model, version, rule, severity, message, details, cause, began_at, opened_at, seen_at, closed_at
 from alert
 where (%(model)s::text is null or model = %(model)s)
     and (closed_at is null or (%(all)s and opened_at > now() - interval '30 days'))

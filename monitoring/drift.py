@@ -1,4 +1,5 @@
-"""Has a version's traffic moved away from what the version was made from? From windows, without any raw row.
+"""Has a version's traffic moved away from what the version was made from? From windows, without any raw row but for
+examples of what did.
 
 Each feature's live histogram is compared with the version's frozen profile. A feature has moved when its distance
 is larger than chance makes it, at the sizes of both, in one of a hundred quiet comparisons of all features
@@ -12,8 +13,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
-from functools import partial
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from psycopg.types.json import Jsonb
 
 from infra.db import Connection, load_queries, one
 from infra.errors import NotFound
-from monitoring import explain, statistics, windows
+from monitoring import attribution, explain, statistics, windows
 from monitoring.statistics import Statistic
 from registry.profile import FEATURE, FEATURES, Feature, Profile
 
@@ -62,18 +62,30 @@ class Moved:
             "value": round(self.value, 4),
             "threshold": round(self.threshold, 4),
             "drifted": self.drifted,
+            "also": {name: round(value, 4) for name, value in self.also().items()},
         }
+
+    def also(self) -> dict[str, float]:
+        """The same in measures that people know from elsewhere, by which nothing is decided here: PSI, and in the
+        feature's unit Wasserstein's distance, or of categories and flags the p-value of a chi-square test."""
+        a, b = statistics.array(self.before), statistics.array(self.now)
+        found = {"psi": float(statistics.psi(a, b))}
+        if self.feature.kind in ("category", "flag"):
+            return found | {"chi_square_p": statistics.chi_square_p(a, b)}
+        return found | {"wasserstein": float(statistics.wasserstein(a, b, self.feature.centres))}
 
 
 def compare(
     profile: Profile,
     live: Mapping[str, Sequence[int]],
     *,
+    effects: Mapping[str, float] | None = None,
     alpha: float = ALPHA,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> list[Moved]:
-    """Every feature that both sides have enough of, in the order of FEATURES; `live` holds histograms by name."""
+    """Every feature that both sides have enough of, in the order of FEATURES; `live` holds histograms by name, and
+    `effects` by how much bursts of like requests make them more uncertain (statistics.design_effect)."""
     pairs = [
         (feature, profile.histograms[feature.name], tuple(live[feature.name]))
         for feature in FEATURES
@@ -82,37 +94,47 @@ def compare(
         and sum(live.get(feature.name, ())) >= _MIN_ROWS
     ]
     return [
-        _compare(feature, before, now, tail=alpha / len(pairs), resamples=resamples, seed=seed + i)
+        _compare(
+            feature,
+            before,
+            now,
+            tail=alpha / len(pairs),
+            resamples=resamples,
+            seed=seed + i,
+            effect=(effects or {}).get(feature.name, 1.0),
+        )
         for i, (feature, before, now) in enumerate(pairs)
     ]
 
 
 def _compare(
-    feature: Feature, before: tuple[int, ...], now: tuple[int, ...], *, tail: float, resamples: int, seed: int
-) -> Moved:
+    feature: Feature, before: tuple[int, ...], now: tuple[int, ...], *, tail: float, resamples: int, seed: int,
+    effect: float,
+) -> Moved:  # fmt: skip
     # Bins that are empty on both sides change no statistic, and drawing them costs as much as any other.
     bins = [i for i in range(feature.bins) if before[i] or now[i]]
     a, b = statistics.array([before[i] for i in bins]), statistics.array([now[i] for i in bins])
-    name: Statistic
-    if feature.kind == "category":
-        name, distance = "js", statistics.js
-    elif feature.kind == "flag" or feature.side == "quality":
-        centres = tuple(feature.centres[i] for i in bins)
-        name, distance = "difference", partial(statistics.mean_difference, centres=centres, worse=feature.worse)
-    else:
-        name, distance = "ks", partial(statistics.ks, worse=feature.worse)
+    name, distance = statistics.of(feature, bins)
     return Moved(
         feature=feature,
         statistic=name,
         value=float(distance(a, b)),
-        threshold=max(feature.matters, statistics.noise(a, b, distance, tail=tail, resamples=resamples, seed=seed)),
+        threshold=max(
+            feature.matters,
+            statistics.noise(a, b, distance, tail=tail, resamples=resamples, seed=seed, effect=effect),
+        ),
         before=before,
         now=now,
     )
 
 
-def judge(conn: Connection, model: str, version: int, since: datetime, until: datetime) -> dict[str, Any]:
-    """The contract's `drift` object for what one version served between two times (to the minute).
+def judge(
+    conn: Connection, model: str, version: int, since: datetime, until: datetime,
+    *, before: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The contract's `drift` object for what one version served between two times (to the minute), and to what a drift
+    is attributed (`attribution`; null without one). A verdict shortly `before`, by which the same moved, saves finding
+    that out again.
 
     `too_few` when it answered fewer requests than the model's ``monitoring.min_requests`` (100 by default).
     Raises NotFound when there is no such version.
@@ -128,18 +150,21 @@ def judge(conn: Connection, model: str, version: int, since: datetime, until: da
     if sum(given["similarity"]) >= _MIN_FEEDBACK * window.answered:
         live["similarity"] = given["similarity"]
     compared: list[Moved] = []
+    found: attribution.Attribution | None = None
     if window.answered < least:
         verdict: Verdict = "too_few"
         text = explain.too_few(model, version, window.answered, least)
-    elif not (compared := compare(profile, live)):
+    elif not (compared := compare(profile, live, effects=_effects(conn, model, version, since, until))):
         verdict, text = "too_few", explain.no_profile(model, version)
     else:
         moved = [m for m in compared if m.drifted]
         verdict = "drift" if moved else "stable"
-        keeps_text = bool(row["settings"].get("monitoring", {}).get("keep_text", False))
+        if moved:
+            found = _known(before, moved) or _attribute(conn, model, version, moved, given["score"], since, until)
         text = explain.verdict(
-            model, version, window.answered, len(compared), moved, _new_words(window), keeps_text=keeps_text
-        )
+            model, version, window.answered, len(compared), moved, _new_words(window),
+            keeps_text=bool(row["settings"].get("monitoring", {}).get("keep_text", False)), found=found,
+        )  # fmt: skip
     return {
         "model": model,
         "version": version,
@@ -148,7 +173,43 @@ def judge(conn: Connection, model: str, version: int, since: datetime, until: da
         "verdict": verdict,
         "features": [m.to_json() for m in compared],
         "explanation": text,
+        "attribution": found and found.to_json(),
     }
+
+
+def _effects(conn: Connection, model: str, version: int, since: datetime, until: datetime) -> dict[str, float]:
+    """Of each feature that windows hold, by how much bursts of like requests make its histogram more uncertain."""
+    span = until - since
+    grain: windows.Grain = "minute" if span <= timedelta(hours=3) else "hour" if span <= timedelta(days=14) else "day"
+    points = windows.series(conn, model, [version], since, until, grain)
+    return {
+        feature.name: statistics.design_effect(
+            statistics.array([p.window.histogram(feature.name) for p in points]).reshape(len(points), feature.bins)
+        )
+        for feature in FEATURES
+        if feature.side != "quality"
+    }
+
+
+def _known(before: Mapping[str, Any] | None, moved: Sequence[Moved]) -> attribution.Attribution | None:
+    """What an earlier verdict was attributed to, if the same features had moved."""
+    if before is None or not before.get("attribution"):
+        return None
+    if {f["name"] for f in before["features"] if f["drifted"]} != {m.feature.name for m in moved}:
+        return None
+    return attribution.Attribution.from_json(before["attribution"])
+
+
+def _attribute(
+    conn: Connection, model: str, version: int, moved: Sequence[Moved], scores: Sequence[int],
+    since: datetime, until: datetime,
+) -> attribution.Attribution:  # fmt: skip
+    was_liked = False
+    if [m.feature.name for m in moved] == ["score"]:
+        earlier = Profile(histograms={"score": tuple(attribution.earlier_scores(conn, model, version, since))})
+        was_liked = any(m.drifted for m in compare(earlier, {"score": scores}))
+    cause = attribution.cause_of(moved, was_liked=was_liked)
+    return attribution.explain(conn, model, version, moved, cause, since, until)
 
 
 def quality(conn: Connection, model: str, version: int, since: datetime, until: datetime) -> dict[str, list[int]]:

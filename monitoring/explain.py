@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from monitoring.attribution import Attribution, Cause
     from monitoring.drift import Moved
 
 _MAX_SENTENCES = 5
@@ -39,9 +41,10 @@ def verdict(
     new_words: Sequence[str],
     *,
     keeps_text: bool,
+    found: Attribution | None,
 ) -> str:
-    """The explanation of a verdict from enough requests."""
-    if not moved:
+    """The explanation of a verdict from enough requests; `found` says what it comes of, if anything `moved`."""
+    if found is None:
         return (
             f"The {answered} requests that {model}:{version} answered look like what it was made from: none of the "
             f"{compared} features compared has moved. Nothing to do."
@@ -55,8 +58,15 @@ def verdict(
         f"Over {answered} requests to {model}:{version}, {len(moved)} of {compared} features moved: "
         + "; ".join(sentences)
         + ". "
-        + _advice(model, moved)
+        + (f"It began about {at(found.since)}. " if found.since else "")
+        + _advice(model, found.cause, moved)
     )
+
+
+def at(time: datetime) -> str:
+    """A time in a sentence, to the minute."""
+    time = time.astimezone(UTC)
+    return f"{time:%H:%M} UTC on {time.day} {time:%B}"
 
 
 def _without_repeats(moved: Sequence[Moved]) -> list[Moved]:
@@ -65,19 +75,24 @@ def _without_repeats(moved: Sequence[Moved]) -> list[Moved]:
     return [m for m in moved if m.feature.name not in hidden]
 
 
-def _advice(model: str, moved: Sequence[Moved]) -> str:
-    sides = {m.feature.side for m in moved}
-    if "input" in sides:
+def _advice(model: str, cause: Cause, moved: Sequence[Moved]) -> str:
+    if cause == "input":
         return (
             "People ask for other things than the version was trained on, so going back to an older one would not "
             f"help: send corrections for such requests (POST /v1/feedback) and retrain (`tunesmith retrain {model}`)."
         )
-    if "quality" in sides:
+    if cause == "judge":
+        return (
+            "The requests and the answers are as they were, but people like the answers less than they did, though it "
+            "is the same version: look at who scores, such as a judge's model or prompt that changed, or another team, "
+            "and leave the version as it is until that is known."
+        )
+    if any(m.feature.side == "quality" for m in moved):
         corrected = any(m.feature.name == "similarity" for m in moved)
         what, which = (
             ("correct the answers more than the evaluation promised", "corrected")
             if corrected
-            else ("like the answers less than they did", "disliked")
+            else ("like the answers less than those given before", "disliked")
         )
         return (
             f"The requests are the same, but people {what}: look at {which} requests, then retrain "
@@ -92,8 +107,11 @@ def _advice(model: str, moved: Sequence[Moved]) -> str:
 
 def _sentence(m: Moved, new_words: Sequence[str], *, keeps_text: bool) -> str:
     name, feature = m.feature.name, m.feature
-    if name == "topic":
-        return "the mix of topics is another"
+    if name in _MIXES:
+        return _MIXES[name]
+    if name == "language":
+        live, known = (_languages(feature.names, counts) for counts in (m.now, m.before))
+        return f"requests are in other languages ({live} now, {known} before)"
     if name == "unseen_word_share":
         return _unseen(m, new_words, keeps_text=keeps_text)
     if name in _LENGTHS:
@@ -126,6 +144,13 @@ def _length(m: Moved, what: str, unit: str) -> str:
     return f"the lengths of {what} are spread differently ({figures})"
 
 
+def _languages(names: Sequence[str], counts: Sequence[int]) -> str:
+    """The two most frequent ones with their shares."""
+    most = sorted(range(len(counts)), key=lambda place: -counts[place])[:2]
+    shares = [(names[place], counts[place] / sum(counts)) for place in most if counts[place]]
+    return " and ".join(f"{name} {_percent(share)}" for name, share in shares)
+
+
 def _percent(share: float) -> str:
     return f"{share * 100:.0f} %" if share >= 0.1 or share == 0 else f"{share * 100:.1f} %"
 
@@ -142,6 +167,7 @@ _LENGTHS = {
     "completion_tokens": ("answers", "tokens"),
     "answer_characters": ("answers", "characters"),
 }
+_MIXES = {"topic": "the mix of topics is another", "answer_mix": "the mix of answers is another"}
 _SHARES = {
     "digit_share": "digits make up {now} of requests",
     "punctuation_share": "punctuation makes up {now} of requests",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,11 @@ def consider(
     version: int,
     verdict: uuid.UUID,
     settings: Mapping[str, Any],
-    features: Sequence[Mapping[str, Any]],
+    body: Mapping[str, Any],
 ) -> None:
     """Ask for a retraining because of a drift verdict on the champion, or say once what stands against it.
 
-    Guards: ``retrain.on`` is drift; nothing was asked in this episode; what moved, of the verdict's `features`, is
+    Guards: ``retrain.on`` is drift; nothing was asked in this episode; what the verdict's `body` says it comes of is
     something that training helps against; no run of the model is in progress; the last request is at least
     ``retrain.cooldown`` ago; at least ``retrain.min_rows`` corrections of kept requests came since it.
     """
@@ -50,8 +50,7 @@ def consider(
     if last_asked is not None and last_asked >= opened_at:
         return
     against = _against(conn, model, policy, last_asked)
-    if not any(f["drifted"] and (f["side"] != "output" or f["name"] == "mean_logprob") for f in features):
-        against = "Only the answers changed, not what is asked nor what people say of them: look at version and engine."
+    against = _no_help(body) or against
     newest = conn.execute(SQL["newest"], {"model": model}).fetchone()
     waiting = newest if newest and newest["state"] == "refused" and newest["at"] >= opened_at else None
     if against is None:
@@ -63,6 +62,15 @@ def consider(
         log.info("no retraining of %s yet: %s", model, against)
     elif waiting["reason"] != against:
         conn.execute(SQL["update_reason"], {"id": waiting["id"], "reason": against})
+
+
+def _no_help(body: Mapping[str, Any]) -> str | None:
+    """Why training does not help against a drift, in a sentence; None where it may."""
+    if body["attribution"]["cause"] == "judge":
+        return "Only the scores changed, of like answers to like requests by the same version: look at who scores."
+    if not any(f["drifted"] and (f["side"] != "output" or f["name"] == "mean_logprob") for f in body["features"]):
+        return "Only the answers changed, not what is asked nor what people say of them: look at version and engine."
+    return None
 
 
 def _against(conn: Connection, model: str, policy: Mapping[str, Any], last_asked: Any) -> str | None:

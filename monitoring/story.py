@@ -1,20 +1,25 @@
-"""What goes with an alert on errors, latency or cost: what changed shortly before, which part grew, and what to do.
+"""What goes with an alert on errors, latency or cost: what it comes of, what changed shortly before, which part grew,
+and what to do.
 
 Counted from windows: the version's, from shortly before the alert opened until it was over, beside those of all that
-the model answered in the hours before. A part has grown when it is a quarter larger; what is told is what was measured,
-and that the alert comes of it is for a person to say.
+the model answered in the hours before. A part has grown when it is a quarter larger, and what grew most is the cause:
+more or longer requests (input), longer answers (model), else what requests go through (system). Errors are the
+system's, unless the version that fails had just begun to serve.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
 from infra.db import Connection
-from monitoring import drift, windows
+from monitoring import drift, statistics, windows
 from monitoring.alerts import NOT_SERVING, RECENT
+from monitoring.attribution import Cause
 from monitoring.windows import Window
 from registry import deployments
 from registry.deployments import Entry
@@ -27,9 +32,12 @@ _FEWEST = 20  # requests on either side
 
 @dataclass(frozen=True, kw_only=True)
 class Story:
-    """`sentences` say what is known, `advice` what to do; `changes` are the ledger's entries shortly before, the newest
-    first, and `since` is from when on the alert's requests are."""
+    """`cause` is what it comes of, None where too little came to tell, and `began_at` since when; `sentences` say what
+    is known, `advice` what to do; `changes` are the ledger's entries shortly before, the newest first, and `since` is
+    from when on the alert's requests are."""
 
+    cause: Cause | None
+    began_at: datetime | None
     sentences: Sequence[str]
     advice: Sequence[str]
     changes: Sequence[Entry]
@@ -39,9 +47,10 @@ class Story:
 def of(conn: Connection, alert: Mapping[str, Any], now: datetime) -> Story:
     """The story of a row of ``alert``."""
     model, version, opened = alert["model"], alert["version"], alert["opened_at"]
-    until, since = alert["closed_at"] or now, opened - RECENT
     entries = deployments.history(conn, model, opened)
     changes = [e for e in reversed(entries) if e.at > opened - _SHORTLY and e.slot != "shadow"]
+    cause, began, since = alert["cause"], alert["began_at"], alert["began_at"] or opened - RECENT
+    kept = (cause, began) if cause else None
     sentences: list[str] = []
     advice: list[str] = []
     if changes:
@@ -59,20 +68,62 @@ def of(conn: Connection, alert: Mapping[str, Any], now: datetime) -> Story:
     if alert["rule"] == "drift" or version is None:
         advice.append("What moved, and what to do, stands in the message; the drift page shows it feature by feature.")
     elif alert["rule"] == NOT_SERVING:
+        cause = "system"
         advice.append("A gateway's `/readyz`, asked with a key, and its log say why it does not follow.")
-    elif until < now - timedelta(days=windows.MINUTE_DAYS):
+    elif opened < now - timedelta(days=windows.MINUTE_DAYS) + BEFORE:
         sentences.append("What came by the minute is not kept from that long ago.")
     else:
+        until = alert["closed_at"] or now
+        series = partial(windows.series, conn, model, grain="minute", features=False)
+        around = series(versions=[version], since=opened - _SHORTLY, until=min(until, opened + _SHORTLY))
+        began = _began(around, alert["rule"])
+        since = began or opened - RECENT
         others = drift.versions_with_traffic(conn, model, since - BEFORE, since)
-        told, todo = _of_traffic(
+        earlier = series(versions=others, since=since - BEFORE, until=windows.floor(since, "minute"))
+        cause, told, todo = _of_traffic(
             model,
             alert["rule"],
-            _of_points(windows.series(conn, model, [version], since, min(until, since + BEFORE), "minute")),
-            _of_points(windows.series(conn, model, others, since - BEFORE, windows.floor(since, "minute"), "minute")),
+            _of_points(series(versions=[version], since=since, until=min(until, since + BEFORE))),
+            _of_points(earlier),
+            new=any(e.to_version == version and e.action != "rollback" for e in changes)
+            and not any(point.version == version for point in earlier),
         )
         sentences += told
         advice += todo
-    return Story(sentences=sentences, advice=advice, changes=changes, since=since)
+    if kept is not None:  # as it was told
+        cause, began = kept
+    return Story(cause=cause, began_at=began, sentences=sentences, advice=advice, changes=changes, since=since)
+
+
+def cause_of(conn: Connection, alert: Mapping[str, Any], *, now: datetime) -> tuple[Cause | None, datetime | None]:
+    """What an alert comes of, and since when, as far as can be told."""
+    told = of(conn, {"closed_at": None, **alert, "cause": None, "began_at": None}, now)
+    return told.cause, told.began_at
+
+
+def _began(points: Sequence[windows.Point], rule: str) -> datetime | None:
+    """From which minute on a rule's figure was another, None where that does not show."""
+    if rule.startswith("error_rate"):
+        columns = [[p.window.requests - p.window.errors, p.window.errors] for p in points]
+        place = statistics.change_point(
+            statistics.array(columns), partial(statistics.mean_difference, centres=(0.0, 1.0), worse="up")
+        )
+    elif rule.startswith("cost"):
+        return None
+    else:
+        times = [_coarse(p.window.ttft_ms if "ttft" in rule else p.window.latency_ms) for p in points]
+        buckets = sorted({bucket for counts in times for bucket in counts})
+        columns = [[counts[bucket] for bucket in buckets] for counts in times]
+        place = statistics.change_point(statistics.array(columns), partial(statistics.ks, worse="up"))
+    return None if place is None else points[place].start
+
+
+def _coarse(counts: windows.Counts) -> Counter[int]:
+    """Four buckets in one, which are as wide as a change that anybody would tell of."""
+    found: Counter[int] = Counter()
+    for bucket, n in counts.items():
+        found[bucket // 4] += n
+    return found
 
 
 @dataclass(frozen=True)
@@ -103,10 +154,14 @@ def _of_points(points: Sequence[windows.Point]) -> _Traffic:
     return _Traffic(windows.total(p.window for p in points), len({p.start for p in points}))
 
 
-def _of_traffic(model: str, rule: str, during: _Traffic, before: _Traffic) -> tuple[list[str], list[str]]:
-    """What grew, and what to do about it."""
+def _of_traffic(
+    model: str, rule: str, during: _Traffic, before: _Traffic, *, new: bool
+) -> tuple[Cause | None, list[str], list[str]]:
+    """What it comes of, what grew, and what to do about it; `new` says that the version had just begun to serve."""
+    cause: Cause | None = None
     told, todo = [], []
     if rule.startswith("error_rate"):
+        cause = "model" if new else "system"
         errors = {status: n for status, n in sorted(during.window.status.items()) if status >= 500}
         if errors:
             told.append(
@@ -120,13 +175,16 @@ def _of_traffic(model: str, rule: str, during: _Traffic, before: _Traffic) -> tu
     answered = during.window.answered, before.window.answered
     if min(answered) < _FEWEST:
         told.append(f"{answered[1]} answers before and {answered[0]} since are too few to say what else changed.")
-        return told, todo
+        return cause, told, todo
     grown = [part for part in _parts(model) if _of(part, during) > _GROWN * _of(part, before) > 0]
     for part in grown:
         now, then = _of(part, during), _of(part, before)
         told.append(f"{part.what.format(times=f'{now / then:.1f}')}: {now:.1f} {part.unit}, {then:.1f} before.")
         todo.append(part.advice)
+    if grown and cause is None:
+        cause = max(grown, key=lambda part: _of(part, during) / _of(part, before)).cause
     if not grown and ("latency" in rule or "ttft" in rule):
+        cause = "system"
         told.append(
             "Requests are no more and no longer than before, nor are answers, and the engine takes as long for a token."
         )
@@ -136,14 +194,15 @@ def _of_traffic(model: str, rule: str, during: _Traffic, before: _Traffic) -> tu
             f"If this is what it may cost, raise the limit in `monitoring.alerts`; `tunesmith limit model:{model} "
             "--usd-per-day N` ends it at an amount."
         )
-    return told, todo
+    return cause, told, todo
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
-    """Something that a request's time and cost are made of: a property of `_Traffic`."""
+    """Something that a request's time and cost are made of: a property of `_Traffic`, and where it comes from."""
 
     name: str
+    cause: Cause
     what: str
     unit: str
     advice: str
@@ -153,24 +212,28 @@ def _parts(model: str) -> list[_Part]:
     return [
         _Part(
             name="rate",
+            cause="input",
             what="{times} times as many requests come",
             unit="a minute",
             advice=f"Are they wanted? `tunesmith limit model:{model} --requests-per-minute N` bounds them.",
         ),
         _Part(
             name="asked",
+            cause="input",
             what="Questions are {times} times as long",
             unit="tokens",
             advice="Look at the longest requests: an application may have begun to send more with them.",
         ),
         _Part(
             name="said",
+            cause="model",
             what="Answers are {times} times as long",
             unit="tokens",
             advice="Compare with the version before, which may say it shorter; `generation.max_tokens` bounds them.",
         ),
         _Part(
             name="token_ms",
+            cause="system",
             what="The engine takes {times} times as long for a token",
             unit="ms",
             advice="Look at the machine: what else works on it, its memory, and the engine's log.",

@@ -26,7 +26,7 @@ from infra.db import Connection, load_queries, one, transaction
 from infra.durations import parse_duration
 from infra.errors import Conflict, TunesmithError, Unreachable
 from infra.settings import get_settings
-from monitoring import alerts, canaries, drift, feedback, retraining, windows
+from monitoring import alerts, canaries, drift, feedback, retraining, story, windows
 from registry import leases, mlflow, notifications, rollouts
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
@@ -253,17 +253,17 @@ def _judge(conn: Connection, row: Mapping[str, Any], now: datetime) -> None:
     """One version: its verdict, kept when it says something new, and what follows from it."""
     model, version, settings = row["model"], int(row["version"]), row["settings"]
     span = parse_duration(settings.get("monitoring", {}).get("window", "24h"))
-    body = drift.judge(conn, model, version, now - span, now)
     last = drift.last(conn, model, version)
-    if last is None or last["verdict"] != body["verdict"] or now - last["at"] >= KEEP_VERDICT_EVERY:
+    lately = last is not None and now - last["at"] < KEEP_VERDICT_EVERY
+    body = drift.judge(conn, model, version, now - span, now, before=last["body"] if last and lately else None)
+    if last is None or last["verdict"] != body["verdict"] or not lately:
         identifier = drift.keep(conn, body)
     else:
         identifier = last["id"]
-    alerts.apply(
-        conn, model, version, [alerts.of_verdict(body), *alerts.look(conn, model, version, settings, now, span)]
-    )
+    found = [alerts.of_verdict(body), *alerts.look(conn, model, version, settings, now, span)]
+    alerts.apply(conn, model, version, found, explain=partial(story.cause_of, now=now))
     if row["slot"] == "champion" and body["verdict"] == "drift":
-        retraining.consider(conn, model, version, identifier, settings, body["features"])
+        retraining.consider(conn, model, version, identifier, settings, body)
 
 
 def _expected(error: Exception) -> bool:

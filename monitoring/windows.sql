@@ -60,6 +60,14 @@ where model = %(model)s and version = any(%(versions)s) and grain = %(grain)s
     and start >= %(since)s and start < %(until)s
 order by start, version
 
+-- name: series_of_figures
+select version, start, requests, errors,
+       sketches || '{"features": {}, "new_words": {"counts": {}, "error": 0}}' as sketches
+from traffic_window
+where model = %(model)s and version = any(%(versions)s) and grain = %(grain)s
+    and start >= %(since)s and start < %(until)s
+order by start, version
+
 -- name: profiles
 select model, number, profile
 from version

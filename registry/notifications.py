@@ -110,7 +110,9 @@ def in_words(body: Mapping[str, Any]) -> str:
         return _escaped(text) + _link(page(f"/models/{data['model']}"), "the model")
     over = " is over" if body["type"] == "alert.closed" else ""
     severity, rule = data["severity"].upper(), data["rule"]
-    return f"*{severity}*{over} ({_escaped(rule)}) {_escaped(data['message'])}" + _link(data["url"], "what happened")
+    cause = f", cause: {data['cause']}" if data.get("cause") else ""
+    text = f"*{severity}*{over} ({_escaped(rule)}{cause}) {_escaped(data['message'])}"
+    return text + _link(data["url"], "what happened")
 
 
 def page(path: str) -> str | None:

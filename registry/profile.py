@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from registry import languages
+
 Side = Literal["input", "output", "quality"]
 Kind = Literal["number", "share", "flag", "category"]
 Messages = Sequence[Mapping[str, Any]]
@@ -59,7 +61,8 @@ class Feature:
 
     `label` completes a sentence about the requests or answers. `matters` is the smallest move that is worth
     telling anybody, however certain it is: in the units of the statistic its kind is compared by
-    (monitoring/drift.py). `worse` says that only moves in that direction count.
+    (monitoring/drift.py). `worse` says that only moves in that direction count; `names` are those of categories that
+    have some.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Feature:
     label: str
     matters: float = 0.1
     worse: Literal["up", "down"] | None = None
+    names: tuple[str, ...] = ()
 
     @property
     def bins(self) -> int:
@@ -128,6 +132,7 @@ FEATURES: tuple[Feature, ...] = (
         kind="share",
         edges=_SHARE,
         label="share of words the training data never had",
+        matters=0.08,
         worse="up",
     ),
     Feature(
@@ -136,6 +141,7 @@ FEATURES: tuple[Feature, ...] = (
         kind="category",
         edges=tuple(i + 0.5 for i in range(TOPICS)),
         label="the mix of topics",
+        matters=0.15,
     ),
     Feature(name="completion_tokens", side="output", kind="number", edges=_COUNT, label="answer length in tokens"),
     Feature(name="answer_characters", side="output", kind="number", edges=_LENGTH, label="answer length in characters"),
@@ -177,10 +183,30 @@ FEATURES: tuple[Feature, ...] = (
         matters=0.05,
         worse="down",
     ),
+    # From here on in the order in which they came: events hold values by place
+    Feature(
+        name="language",
+        side="input",
+        kind="category",
+        edges=tuple(i + 0.5 for i in range(languages.PLACES - 1)),
+        label="the language of requests",
+        names=languages.NAMES + ("another",) * (languages.PLACES - len(languages.NAMES)),
+    ),
+    Feature(
+        name="answer_mix",
+        side="output",
+        kind="category",
+        edges=tuple(i + 0.5 for i in range(TOPICS)),
+        label="the mix of answers",
+        matters=0.25,  # the reference is of test rows, which may be another mix than traffic's
+    ),
 )
 FEATURE: Mapping[str, Feature] = {f.name: f for f in FEATURES}
 _INPUTS = tuple(f for f in FEATURES if f.side == "input")
 _OUTPUTS = tuple(f for f in FEATURES if f.side == "output")
+_INPUT_PLACES = tuple(place for place, f in enumerate(FEATURES) if f.side == "input")
+_OUTPUT_PLACES = tuple(place for place, f in enumerate(FEATURES) if f.side == "output")
+_LANGUAGE = {name: float(place) for place, name in enumerate(languages.NAMES)}
 
 _WORD = re.compile(r"[^\W\d_]{2,40}")
 _REFUSAL = re.compile(
@@ -252,11 +278,12 @@ class Extractor:
         text = input_text(messages)
         found = words(text)
         unseen = sum(word not in self._known for word in found) if self._known else 0
-        return _as_float32(
-            _input_features(text, found, unseen, prompt_tokens)
-            + _output_features(answer)
-            + [_UNKNOWN] * (len(FEATURES) - len(_INPUTS) - len(_OUTPUTS))
-        )
+        values = [_UNKNOWN] * len(FEATURES)
+        for place, value in zip(_INPUT_PLACES, _input_features(text, found, unseen, prompt_tokens), strict=True):
+            values[place] = value
+        for place, value in zip(_OUTPUT_PLACES, _output_features(answer), strict=True):
+            values[place] = value
+        return _as_float32(values)
 
     def new_words(self, messages: Messages) -> list[str]:
         """The request's distinct words that the profile does not know, in their order; none without a vocabulary."""
@@ -340,12 +367,14 @@ def _input_features(text: str, found: list[str], unseen: int, prompt_tokens: int
         (len(seen) - len(ascii_only)) / size,
         unseen / len(found) if found else 0.0,
         _topic(found),
+        _LANGUAGE[languages.guess(seen)],
     ]
 
 
 def _topic(found: list[str]) -> float:
     """A coarse topic: the bucket of the longest word, which in most languages carries the subject; needs no
-    vocabulary, so training data and traffic are bucketed without a bias."""
+    vocabulary, so training data and traffic are bucketed without a bias. Of short answers, such as labels, it tells
+    which they are."""
     return float(zlib.crc32(max(found, key=len).encode()) % TOPICS) if found else float(TOPICS)
 
 
@@ -360,4 +389,5 @@ def _output_features(answer: Answer) -> list[float]:
         float(_REFUSAL.search(answer.text, 0, 300) is not None),
         float(answer.finish_reason == "length"),
         float(not answer.text.strip()),
+        _topic(found),
     ]

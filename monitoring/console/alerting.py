@@ -13,7 +13,7 @@ from starlette.responses import Response
 from infra.db import transaction
 from infra.errors import NotFound
 from monitoring import story
-from monitoring.console import traffic
+from monitoring.console import examples, traffic
 from monitoring.console.model import pictures
 from monitoring.console.render import RANGES, SQL, Visit, draw
 from registry import deployments
@@ -40,6 +40,7 @@ def show(visit: Visit) -> Response:
             raise NotFound("There is no such alert any more.", hint="See /alerts.")
         model = alert["model"]
         told = story.of(conn, alert, now)
+        shown_requests = examples.read(conn, visit, model, alert["version"], alert["details"].get("requests", []))
         # The smallest range that begins before it opened
         shown = next((name for name, span in RANGES.items() if now - span < told.since), "30d")
         flow = traffic.read(conn, model, RANGES[shown])
@@ -52,6 +53,7 @@ def show(visit: Visit) -> Response:
         story=told,
         shown=shown,
         chart=drawn[_chart(alert["rule"])] if flow.total.requests else None,
+        examples=shown_requests,
         requests=_requests(alert, shown),
     )
 

@@ -14,7 +14,7 @@ from infra.db import Connection, one, transaction
 from infra.durations import parse_duration
 from infra.errors import NotFound
 from monitoring import drift, windows
-from monitoring.console import charts, figures, strips
+from monitoring.console import charts, examples, figures, strips
 from monitoring.console.model import look
 from monitoring.console.render import RANGES, SQL, Visit, draw, whole
 from monitoring.console.svg import Write
@@ -47,6 +47,8 @@ def show(visit: Visit) -> Response:
         live = _live(conn, name, number, window, begin, until)
         known = Profile.from_json(profile["profile"] if profile else {})
         reference = drift.reference(conn, known, name, begin)
+        found = report["attribution"]
+        shown = examples.read(conn, visit, name, number, found["requests"]) if found else []
     features, features_at = report["features"], None
     for verdict in reversed(verdicts):  # too few requests to compare now: what they last showed
         if not features and (features := verdict["body"].get("features", [])):
@@ -70,8 +72,10 @@ def show(visit: Visit) -> Response:
         judged=len(verdicts),
         wanted=wanted,
         distribution=_distribution(wanted, reference, live, number),
+        measures=next((f["also"] for f in features if f["name"] == wanted and "also" in f), {}),
         new_words=_new_words(window),
         retrains=[r for r in retrains if r["version"] == number],
+        examples=shown,
     )
 
 
@@ -159,7 +163,7 @@ def _distribution(name: str, reference: Profile, live: Mapping[str, Sequence[int
 def _groups(feature: Feature, counts: Sequence[int]) -> list[tuple[int, int]]:
     """Neighbouring bins (first, last), from the first used bin to the last one."""
     if feature.kind in ("flag", "category"):
-        return [(i, i) for i in range(feature.bins)]
+        return [(i, i) for i in range(feature.bins) if counts[i] or not feature.names]
     used = [i for i, n in enumerate(counts) if n] or [0]
     size = math.ceil((used[-1] - used[0] + 1) / _BINS)
     return [(i, min(i + size - 1, used[-1])) for i in range(used[0], used[-1] + 1, size)]
@@ -174,7 +178,7 @@ def _bin_label(feature: Feature, first: int, last: int) -> str:
     if feature.kind == "flag":
         return "no" if first == 0 else "yes"
     if feature.kind == "category":
-        return f"{first + 1}"
+        return feature.names[first] if feature.names else f"{first + 1}"
     write: Write = figures.percent if feature.kind == "share" else figures.number
     if first == 0 and feature.kind == "share" and last == 0:
         return "none"

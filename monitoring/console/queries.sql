@@ -38,12 +38,13 @@ select name from model order by name
 
 -- name: versions
 select v.number, v.created_at, v.bundle_digest, v.base_digest, v.dataset_digest, v.method, v.study, v.run_id,
-       v.mlflow_run_id, v.metrics, v.evaluation, b.id as base, b.parameters,
+       v.mlflow_run_id, j.metrics, j.evaluation, b.id as base, b.parameters,
        g.body as gate, e.body -> 'metrics' as estimates, (e.body ->> 'rows')::int as rows
 from version v
+join judged j using (model, number)
 join base b on b.digest = v.base_digest
-left join evidence g on g.digest = v.gate
-left join evidence e on e.digest = v.evaluation
+left join evidence g on g.digest = j.gate
+left join evidence e on e.digest = j.evaluation
 where v.model = %(model)s and (%(number)s::int is null or v.number = %(number)s)
 order by v.number desc
 
@@ -54,9 +55,10 @@ select number from version where model = %(model)s order by number desc
 select v.*, b.id as base, b.revision, b.parameters, b.dtype, g.body as gate_body, e.body as evaluation_body,
        s.counts, s.sources, s.parent as dataset_parent
 from version v
+join judged j using (model, number)
 join base b on b.digest = v.base_digest
-left join evidence g on g.digest = v.gate
-left join evidence e on e.digest = v.evaluation
+left join evidence g on g.digest = j.gate
+left join evidence e on e.digest = j.evaluation
 left join dataset s on s.digest = v.dataset_digest
 where v.model = %(model)s and v.number = %(number)s
 
@@ -124,6 +126,12 @@ limit 200
 
 -- name: alert
 select * from alert where id = %(id)s
+
+-- name: examples
+select e.id, left(e.messages -> -1 ->> 'content', 300) as asked, e.features,
+       (select dataset_digest from version where model = %(model)s and number = %(version)s) as dataset
+from request_event e
+join unnest(%(ids)s::uuid[], %(ats)s::timestamptz[]) as wanted (id, at) on e.at = wanted.at and e.id = wanted.id
 
 -- name: alerts_closed
 select * from alert where closed_at is not null order by closed_at desc limit 50

@@ -19,6 +19,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from deploy.auth import Identity, NotAuthenticated, Role, require
 from infra.db import load_queries, transaction
 from infra.errors import NotFound, TunesmithError, UsageError
+from monitoring import attribution
 from monitoring.console import figures
 
 SQL = load_queries(Path(__file__).with_name("queries.sql"))
@@ -92,7 +93,7 @@ def _environment() -> Environment:
         *(figures.metric, figures.words, figures.stamp, figures.ago, figures.digest, figures.plural, figures.marked),
     ):
         env.filters[write.__name__] = write
-    env.globals.update({"RANGES": tuple(RANGES), "DASH": figures.DASH})
+    env.globals.update({"RANGES": tuple(RANGES), "DASH": figures.DASH, "CAUSES": attribution.LABELS})
     env.globals["parts"] = env.get_template("parts.html").module
     return env
 

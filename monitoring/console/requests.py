@@ -134,5 +134,5 @@ def _write(feature: Feature, value: float) -> str:
     if feature.kind == "flag":
         return "yes" if value >= 0.5 else "no"
     if feature.kind == "category":
-        return f"topic {int(value) + 1}"
+        return feature.names[int(value)] if feature.names else f"group {int(value) + 1}"
     return figures.percent(value) if feature.kind == "share" else figures.number(value)

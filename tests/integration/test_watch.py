@@ -148,9 +148,9 @@ def test_from_quiet_traffic_to_a_retrained_version(
     code, body = drift_json("m", "--exit-code")
     assert code == 3
     assert set(body) == {
-        "model", "version", "since", "until", "verdict", "features", "explanation", "versions"
+        "model", "version", "since", "until", "verdict", "features", "explanation", "attribution", "versions"
     }  # fmt: skip
-    assert set(body["features"][0]) == {"name", "side", "statistic", "value", "threshold", "drifted"}
+    assert set(body["features"][0]) == {"name", "side", "statistic", "value", "threshold", "drifted", "also"}
     assert body["versions"] == [{"version": 1, "slot": "champion", "verdict": "drift"}]
     assert any(word in body["explanation"] for word in ("`axis`", "`dtype`", "`ndarray`", "`numpy`", "`tensor`"))
     assert [r["state"] for r in requests()] == ["refused"]
@@ -348,6 +348,9 @@ def test_scores_are_compared_with_those_given_before(
     _, body = drift_json("m:1")
     assert [f["name"] for f in body["features"] if f["drifted"]] == ["score"]
     assert "people like the answers less than they did" in body["explanation"]
+    assert body["attribution"]["cause"] == "judge", "the same version was liked with the same answers"
+    assert [r["state"] for r in requests()] == ["refused"]
+    assert requests()[0]["reason"].startswith("Only the scores changed")
     watcher.release()
 
 

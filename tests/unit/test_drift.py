@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -11,7 +12,12 @@ from scipy import stats
 from scipy.spatial.distance import jensenshannon
 
 from monitoring import drift, explain, statistics
+from monitoring.attribution import Attribution, Cause
 from registry.profile import FEATURE, FEATURES
+
+
+def attributed(cause: Cause) -> Attribution:
+    return Attribution(cause=cause, features=[], since=datetime(2026, 1, 2, 3, 4, tzinfo=UTC), requests=[])
 
 
 def drifted(moved: list[drift.Moved]) -> set[str]:
@@ -33,6 +39,39 @@ def test_distances_equal_scipy(seed: int) -> None:
     assert float(statistics.js(x, y)) == pytest.approx(float(jensenshannon(a, b, base=2)), abs=1e-12)
     centres = tuple(float(i) for i in range(20))
     assert float(statistics.mean_difference(x, y, centres, "up")) == pytest.approx(right.mean() - left.mean())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_measures_that_people_know_equal_scipy(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    a, b = random.multinomial(400, random.dirichlet([1.0] * 20)), random.multinomial(150, [0.05] * 20)
+    x, y = statistics.array(a), statistics.array(b)
+    centres = np.sort(random.lognormal(2, 1, 20))
+    expected = stats.wasserstein_distance(centres, centres, a, b)
+    assert float(statistics.wasserstein(x, y, tuple(centres))) == pytest.approx(expected, rel=1e-9)
+    used = (a + b) > 0
+    tested = stats.chi2_contingency([a[used], b[used]], correction=False)
+    assert statistics.chi_square_p(x, y) == pytest.approx(tested.pvalue, rel=1e-6)
+    p, q = (a + 1) / (a + 1).sum(), (b + 1) / (b + 1).sum()  # no empty bins: Jeffreys' divergence
+    jeffreys = stats.entropy(p, q) + stats.entropy(q, p)
+    assert float(statistics.psi(statistics.array(a + 1), statistics.array(b + 1))) == pytest.approx(jeffreys)
+    assert float(statistics.psi(x, 7 * x)) == pytest.approx(0, abs=1e-12)
+
+
+def test_wasserstein_from_bins_is_as_near_to_the_raw_values_own_as_said() -> None:
+    random = np.random.default_rng(0)
+    feature = FEATURE["characters"]
+    left, right = random.lognormal(4, 1, 500), random.lognormal(4.5, 1, 300)
+    a, b = ([feature.bin(v) for v in side] for side in (left, right))
+    raw = stats.wasserstein_distance(left, right)
+    counts = [statistics.array(np.bincount(side, minlength=feature.bins)) for side in (a, b)]
+    binned = float(statistics.wasserstein(counts[0], counts[1], feature.centres))
+    error = sum(
+        float(np.mean([abs(v - feature.centres[n]) for v, n in zip(values, bins, strict=True)]))
+        for values, bins in ((left, a), (right, b))
+    )
+    assert abs(binned - raw) <= error
+    assert binned == pytest.approx(raw, rel=0.1)
 
 
 def test_binned_ks_is_at_most_the_raw_values_own() -> None:
@@ -77,10 +116,12 @@ def test_the_story_of_the_demo_on_real_text() -> None:
         "the very rows it was trained on are no drift"
     )
 
-    text = explain.verdict("m", 1, 200, len(foreign), [m for m in foreign if m.drifted], ["axis"], keeps_text=True)
+    text = explain.verdict("m", 1, 200, len(foreign), [m for m in foreign if m.drifted], ["axis"], keeps_text=True,
+                           found=attributed("input"))  # fmt: skip
     assert "of the words in requests are words the training data never had" in text
     assert "`axis`" in text
     assert "tunesmith retrain m" in text
+    assert "It began about 03:04 UTC on 2 January." in text
     print(text)
 
 
@@ -140,6 +181,7 @@ def test_every_feature_has_words() -> None:
         moved = drift.Moved(
             feature=feature, statistic="ks", value=1.0, threshold=0.1, before=tuple(before), now=tuple(now)
         )
-        text = explain.verdict("m", 1, 100, 1, [moved], [], keeps_text=False)
+        found = attributed("input" if feature.side == "input" else "model")
+        text = explain.verdict("m", 1, 100, 1, [moved], [], keeps_text=False, found=found)
         assert len(text) > 80, text
         assert not math.isnan(feature.mean(before))

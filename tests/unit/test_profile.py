@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from registry import languages
 from registry.profile import FEATURE, FEATURES, Answer, Extractor, Profile, build, input_text, words
 
 
@@ -23,7 +24,8 @@ def test_any_text_gives_the_same_storable_features_every_time(prompt: str, reply
     values = extractor.features(ask(prompt), answer, tokens)
     assert len(values) == len(FEATURES)
     again = Extractor(build([(ask("read the file"), 3)] * 3)).features(ask(prompt), answer, tokens)
-    assert struct.pack("19f", *values) == struct.pack("19f", *again)
+    layout = f"{len(FEATURES)}f"
+    assert struct.pack(layout, *values) == struct.pack(layout, *again)
     for feature, value in zip(FEATURES, values, strict=True):
         if value == value:
             assert 0 <= feature.bin(value) < feature.bins
@@ -78,3 +80,17 @@ def test_what_the_features_say() -> None:
     assert math.isnan(got["similarity"])
     loop = Answer(text="go on and " * 30, completion_tokens=90)
     assert dict(zip(FEATURE, Extractor(profile).features(ask("x"), loop, 1), strict=True))["repetition"] > 0.9
+
+
+def test_languages_and_answers_are_features() -> None:
+    profile = build([(ask("where is my parcel"), 4)] * 9 + [(ask("wo ist mein Paket"), 4)])
+    assert set(languages.NAMES) == {languages.UNKNOWN, *languages._COMMON, *languages._SCRIPTS.values()}
+    assert len(languages.NAMES) <= languages.PLACES
+    shares = {languages.NAMES[n]: count for n, count in enumerate(profile.histograms["language"]) if count}
+    assert shares == {"English": 9, "German": 1}
+
+    def mix(text: str) -> float:
+        values = Extractor(profile).features(ask("?"), Answer(text=text, completion_tokens=2), 1)
+        return values[FEATURES.index(FEATURE["answer_mix"])]
+
+    assert mix("order_status") == mix("order status") != mix("card declined")
