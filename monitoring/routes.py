@@ -14,7 +14,7 @@ from starlette.routing import BaseRoute, Route
 from deploy.auth import Identity, needs, require
 from infra.db import transaction
 from infra.errors import UsageError
-from monitoring import events, feedback
+from monitoring import events, feedback, gauges
 
 _REPLICA = uuid.UUID(int=0)  # events of other gateways belong to none of our replicas
 
@@ -24,6 +24,7 @@ def routes() -> list[BaseRoute]:
     return [
         Route("/v1/feedback", post_feedback, methods=["POST"]),
         Route("/v1/events", post_events, methods=["POST"]),
+        Route("/metrics/models", model_metrics),
     ]
 
 
@@ -55,6 +56,17 @@ async def post_events(request: Request) -> Response:
 def _store(found: list[events.Foreign]) -> int:
     with transaction() as conn:
         return events.store(conn, _REPLICA, found)
+
+
+@needs("viewer")
+async def model_metrics(request: Request) -> Response:
+    """Prometheus text: what serves, open alerts, drift, and today's traffic and cost."""
+    return Response(await asyncio.to_thread(_gauges), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _gauges() -> bytes:
+    with transaction() as conn:
+        return gauges.text(conn)
 
 
 def _json(body: bytes) -> Any:
