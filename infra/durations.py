@@ -1,9 +1,11 @@
-"""Durations as people write them: 90s, 15m, 24h, 7d, 2w, and sums such as 1h30m."""
+"""Durations as people write them: 90s, 15m, 24h, 7d, 2w, and sums such as 1h30m; and times."""
 
 from __future__ import annotations
 
 import re
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+
+from infra.errors import UsageError
 
 _SECONDS = {"w": 604_800, "d": 86_400, "h": 3_600, "m": 60, "s": 1}
 
@@ -17,6 +19,21 @@ def parse_duration(text: str) -> timedelta:
     if total > 3_650 * 86_400:
         raise ValueError(f"{text!r} is longer than ten years")
     return timedelta(seconds=total)
+
+
+def parse_time(option: str, text: str, *, before: datetime | None = None) -> datetime:
+    """A time as RFC 3339, or a duration before another time, given by a command's `option`. Raises UsageError."""
+    if before is not None:
+        try:
+            return before - parse_duration(text)
+        except ValueError:
+            pass
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError:
+        accepted = "24h, or 2026-11-23T08:00:00Z" if before is not None else "2026-11-23T08:00:00Z"
+        raise UsageError(f"{option} {text[:80]!a} is no time.", hint=f"Such as {accepted}.") from None
+    return at.replace(tzinfo=at.tzinfo or UTC)
 
 
 def format_duration(duration: timedelta) -> str:

@@ -1,11 +1,10 @@
-"""The commands of this package."""
+"""Commands that say what happened: traffic, drift, cost, alerts, and a candidate beside the champion."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -14,54 +13,8 @@ from infra.console import err, json_option, out, print_json, safe
 
 if TYPE_CHECKING:
     from infra.db import Connection
-    from monitoring.feedback import Item, Rejected
 
 F = TypeVar("F", bound=Callable[..., Any])
-_CHUNK = 500
-
-
-# ---------------------------------------------------------------- processes
-
-
-@click.command()
-@click.option("--host", help="Where to listen; by default as in the settings.")
-@click.option("--port", type=click.IntRange(1, 65535), help="By default as in the settings (8080).")
-def serve(host: str | None, port: int | None) -> None:
-    """The gateway and the console, one process, until SIGTERM."""
-    from deploy import gateway
-    from infra import log
-    from infra.db import refuse_other_schema
-    from infra.settings import get_settings
-    from monitoring.console.app import console_routes
-    from monitoring.routes import routes
-
-    log.setup()
-    refuse_other_schema()
-    settings = get_settings()
-    changes = {"host": host or settings.host, "port": port or settings.port}
-    settings = settings.model_copy(update=changes)
-    gateway.serve(gateway.create_app(settings, routes=[*routes(), *console_routes()]), settings)
-
-
-@click.command()
-def watch() -> None:
-    """The watcher, one process, until SIGTERM. A second one stands by to take over."""
-    import signal
-    import threading
-
-    from infra import log
-    from infra.db import refuse_other_schema
-    from monitoring import watch as watcher
-
-    log.setup()
-    refuse_other_schema()
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    watcher.run(stop)
-
-
-# ---------------------------------------------------------------- what happened
 
 
 def _span_options(function: F) -> F:
@@ -118,31 +71,14 @@ def _asked(conn: Connection, ref: str, since: str, until: str | None) -> _Asked:
 
 
 def _span(since: str, until: str | None) -> tuple[datetime, datetime]:
+    from infra.durations import parse_time
     from infra.errors import UsageError
 
-    end = _time("--until", until) if until else datetime.now(UTC)
-    begin = _time("--since", since, before=end)
+    end = parse_time("--until", until) if until else datetime.now(UTC)
+    begin = parse_time("--since", since, before=end)
     if begin >= end:
         raise UsageError("--since is not before --until.")
     return begin, end
-
-
-def _time(option: str, text: str, *, before: datetime | None = None) -> datetime:
-    """A time as RFC 3339, or a duration before another time. Raises UsageError."""
-    from infra.durations import parse_duration
-    from infra.errors import UsageError
-
-    if before is not None:
-        try:
-            return before - parse_duration(text)
-        except ValueError:
-            pass
-    try:
-        at = datetime.fromisoformat(text)
-    except ValueError:
-        accepted = "24h, or 2026-11-23T08:00:00Z" if before is not None else "2026-11-23T08:00:00Z"
-        raise UsageError(f"{option} {text[:80]!a} is no time.", hint=f"Such as {accepted}.") from None
-    return at.replace(tzinfo=at.tzinfo or UTC)
 
 
 @click.command()
@@ -221,8 +157,13 @@ def _show_drift(result: Mapping[str, Any], asked: _Asked) -> None:
 
     colour = {"drift": "red", "stable": "green", "too_few": "yellow"}
     verdict = result["verdict"]
-    out.print(f"{_name(asked.model, asked.version, asked.slots.get(asked.version))}: [{colour[verdict]}]{verdict}[/]")
+    found = result["attribution"]
+    cause = f", cause: {found['cause']}" if found else ""
+    name = _name(asked.model, asked.version, asked.slots.get(asked.version))
+    out.print(f"{name}: [{colour[verdict]}]{verdict}[/]{cause}")
     out.print(escape(safe(result["explanation"])))
+    if found and found["requests"]:
+        out.print(f"such as the requests {', '.join(found['requests'])}")
     if result["features"]:
         table = Table("feature", "side", "statistic", "value", "threshold", "", box=None)
         for f in sorted(result["features"], key=lambda f: -f["value"] / f["threshold"]):
@@ -322,7 +263,9 @@ def alerts(model: str | None, closed: bool, as_json: bool) -> None:
     for alert in found:
         state = "open" if alert["closed_at"] is None else f"over since {alert['closed_at'].astimezone(UTC):%H:%M:%SZ}"
         opened = f"{alert['opened_at'].astimezone(UTC):%Y-%m-%d %H:%M:%SZ}"
-        out.print(f"{opened}  {alert['severity']:8}  {state}  {escape(safe(alert['message']))}")
+        began = f" since {alert['began_at'].astimezone(UTC):%H:%MZ}" if alert["began_at"] else ""
+        cause = f"cause: {alert['cause']}{began}  " if alert["cause"] else ""
+        out.print(f"{opened}  {alert['severity']:8}  {state}  {cause}{escape(safe(alert['message']))}")
 
 
 @click.command()
@@ -416,139 +359,6 @@ def replay(version: str, since: str, until: str | None, limit: int, shadow: bool
 def _line(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= 160 else line[:159] + "…"
-
-
-@click.command()
-@click.argument("user")
-@click.option("--reason", required=True, help="Why, such as the request's number; it stays on record. No names.")
-@json_option
-def erase(user: str, reason: str, as_json: bool) -> None:
-    """Erase the text of all requests that named this USER, and what was said about their answers."""
-    from infra.db import transaction
-    from monitoring import erasure
-    from registry import deployments
-
-    with transaction() as conn:
-        done = erasure.erase(conn, user, actor=deployments.actor_here(), reason=reason)
-    if as_json:
-        print_json(done)
-        return
-    out.print(f"Erased the text of {done['events']} requests and of {done['feedback']} pieces of feedback.")
-    if done["datasets"]:
-        names = ", ".join(f"{v['model']}:{v['version']} ({v['how']})" for v in done["versions"]) or "no version"
-        places = sorted({place["digest"] for place in done["datasets"]})
-        out.print(safe(f"Corrections of theirs are rows of {', '.join(places)}; {names} saw them."), markup=False)
-        out.print("Train again without them, then `tunesmith delete` those versions.")
-
-
-@click.command()
-@click.argument("name")
-@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--since", help="Only rows from then on: a duration, or a time (RFC 3339).")
-@click.option("--until", help="Only rows until then.")
-@json_option
-def table(name: str, file: Path, since: str | None, until: str | None, as_json: bool) -> None:
-    """Write the table NAME to FILE, whose ending says how: .csv or .parquet.
-
-    There are requests, windows, feedback, verdicts, alerts, ledger, versions, approvals, runs, studies, trials, and
-    keys (what each used, by day).
-    """
-    from infra.db import transaction
-    from monitoring import tables
-
-    end = _time("--until", until) if until else None
-    begin = _time("--since", since, before=end or datetime.now(UTC)) if since else None
-    with transaction() as conn:
-        count = tables.write(conn, name, file, since=begin, until=end)
-    if as_json:
-        print_json({"table": name, "file": str(file), "rows": count})
-    else:
-        out.print(safe(f"{count} rows of {name} in {file}"), markup=False)
-
-
-# ---------------------------------------------------------------- feedback
-
-
-@click.command()
-@click.argument("model")
-@click.argument("file", type=click.Path(path_type=Path))
-@json_option
-def feedback(model: str, file: Path, as_json: bool) -> None:
-    """Send corrections in bulk: JSON lines with request_id and score, label or correction.
-
-    Lines that are wrong are named and, while they are at most one in twenty, left out; else nothing is taken.
-    """
-    from infra.db import transaction
-    from infra.errors import UsageError
-    from monitoring import feedback as kept
-    from registry import deployments
-    from registry.names import check_model_name
-
-    check_model_name(model)
-    with transaction() as conn:
-        deployments.read(conn, model)
-    bad = [entry for _, entry in kept.read_lines(file) if isinstance(entry, kept.Rejected)]
-    lines = sum(1 for _ in kept.read_lines(file))
-    if len(bad) > kept.MAX_REJECTED * lines:
-        raise UsageError(
-            f"{file.name}: {len(bad)} of {lines} lines are not feedback, so nothing was taken: "
-            + "; ".join(f"line {b.line}: {b.reason}" for b in bad[:10]),
-            hint='A line is such as {"request_id": "...", "score": -1, "correction": "..."}.',
-            details={"rejected": [vars(b) for b in bad[:1000]]},
-        )
-    if not lines:
-        raise UsageError(f"{file.name} is empty, so nothing was taken.", hint="Write one JSON object a line.")
-    accepted = 0
-    for chunk in _chunks(kept.read_lines(file)):
-        taken, refused = _record(model, chunk)
-        accepted += taken
-        bad += refused
-    rejected_lines = [vars(b) for b in sorted(bad, key=lambda b: b.line)]
-    if not accepted:
-        raise UsageError(
-            f"{file.name}: none of its {lines} lines was taken: "
-            + "; ".join(f"line {b['line']}: {b['reason']}" for b in rejected_lines[:10]),
-            hint="Give ids of requests that this model answered.",
-            details={"rejected": rejected_lines[:1000]},
-        )
-    result = {"model": model, "accepted": accepted, "rejected": rejected_lines}
-    for rejected in rejected_lines:
-        err.print(f"{safe(file.name)}:{rejected['line']}: {safe(rejected['reason'])}", markup=False)
-    if as_json:
-        print_json(result)
-    else:
-        out.print(f"{accepted} accepted, {len(bad)} rejected")
-
-
-def _chunks(lines: Iterator[tuple[int, Item | Rejected]]) -> Iterator[list[tuple[int, Item]]]:
-    from monitoring.feedback import Item
-
-    chunk: list[tuple[int, Item]] = []
-    for number, entry in lines:
-        if isinstance(entry, Item):
-            chunk.append((number, entry))
-        if len(chunk) == _CHUNK:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
-def _record(model: str, chunk: list[tuple[int, Item]]) -> tuple[int, list[Rejected]]:
-    """Keep a chunk in one transaction; when a line of it cannot be kept, line by line."""
-    from infra.db import transaction
-    from infra.errors import NotFound, UsageError
-    from monitoring import feedback as kept
-
-    try:
-        with transaction() as conn:
-            kept.record(conn, [item for _, item in chunk], model=model)
-    except (NotFound, UsageError) as error:
-        if len(chunk) == 1:
-            return 0, [kept.Rejected(line=chunk[0][0], reason=error.message)]
-        parts = [_record(model, [entry]) for entry in chunk]
-        return sum(taken for taken, _ in parts), [rejected for _, refused in parts for rejected in refused]
-    return len(chunk), []
 
 
 def _name(model: str, version: int, slot: str | None) -> str:

@@ -16,7 +16,7 @@ from deploy import recorder
 from infra.db import one, transaction
 from infra.errors import NotFound, UsageError
 from infra.settings import Settings
-from monitoring import commands, feedback
+from monitoring import feedback, records
 
 PAIRS = [(f"os.path.join{i}(a, *p)", f"Join two or more pathname components, {i}.") for i in range(40)]
 PROFILE = traffic.profile(PAIRS, PAIRS)
@@ -130,7 +130,7 @@ def test_personal_data_in_corrections_is_redacted(model: str) -> None:
 
 
 def command(path: Path, *more: str) -> Result:
-    return CliRunner().invoke(commands.feedback, ["m", str(path), *more])
+    return CliRunner().invoke(records.feedback, ["m", str(path), *more])
 
 
 def test_a_bulk_file(model: str, tmp_path: Path) -> None:
@@ -162,20 +162,20 @@ def test_a_file_that_is_mostly_wrong_is_not_taken(model: str, tmp_path: Path) ->
         file.write(b'{"request_id": "' + b"x" * 3_000_000 + b'"}\n')
         file.write(b'{"request_id": "\\ud800", "score": 1}\n{"request_id": "y", "score": 9}\n\xff\n')
     with pytest.raises(UsageError, match="4 of 5 lines") as caught:
-        CliRunner().invoke(commands.feedback, ["m", str(path)], catch_exceptions=False)
+        CliRunner().invoke(records.feedback, ["m", str(path)], catch_exceptions=False)
     assert [r["line"] for r in caught.value.details["rejected"]] == [2, 3, 4, 5]
     with transaction() as conn:
         assert one(conn, "select count(*) as n from feedback")["n"] == 0
     with pytest.raises(NotFound):
-        CliRunner().invoke(commands.feedback, ["m", str(tmp_path / "none")], catch_exceptions=False)
+        CliRunner().invoke(records.feedback, ["m", str(tmp_path / "none")], catch_exceptions=False)
 
 
 def test_a_file_of_which_nothing_is_taken_fails(model: str, tmp_path: Path) -> None:
     path = tmp_path / "f.jsonl"
     path.write_text("\n \n")
     with pytest.raises(UsageError, match=r"f\.jsonl is empty"):
-        CliRunner().invoke(commands.feedback, ["m", str(path)], catch_exceptions=False)
+        CliRunner().invoke(records.feedback, ["m", str(path)], catch_exceptions=False)
     path.write_text('{"request_id": "nobody", "score": 1}\n\n{"request_id": "no-one", "score": 1}\n')
     with pytest.raises(UsageError, match="none of its 2 lines was taken: line 1: No request 'nobody'") as caught:
-        CliRunner().invoke(commands.feedback, ["m", str(path)], catch_exceptions=False)
+        CliRunner().invoke(records.feedback, ["m", str(path)], catch_exceptions=False)
     assert [r["line"] for r in caught.value.details["rejected"]] == [1, 3]

@@ -17,7 +17,7 @@ from deploy import recorder
 from infra.db import transaction
 from infra.errors import UsageError
 from infra.settings import Settings
-from monitoring import commands, tables, windows
+from monitoring import records, tables, windows
 
 PROFILE = traffic.profile([], [])
 PAIRS = [("f(x)", 'Return x, "quoted".\nTwice; ünï'), ("g(y)", "<b>,\t'")]
@@ -37,7 +37,7 @@ def events(database: Settings) -> list[str]:
 
 
 def write(name: str, file: Path, *more: str) -> int:
-    done = CliRunner().invoke(commands.table, [name, str(file), "--json", *more], catch_exceptions=False)
+    done = CliRunner().invoke(records.table, [name, str(file), "--json", *more], catch_exceptions=False)
     assert done.exit_code == 0
     rows: int = json.loads(done.stdout)["rows"]
     return rows
