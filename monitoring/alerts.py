@@ -170,7 +170,7 @@ def of_verdict(body: Mapping[str, Any]) -> Finding:
         message=str(body["explanation"]),
         details={
             "features": [f["name"] for f in body["features"] if f["drifted"]],
-            "requests": found["requests"] if found else [],
+            "examples": found["requests"] if found else [],
         },
         cause=found["cause"] if found else None,
         began_at=datetime.fromisoformat(found["since"]) if found and found["since"] else None,

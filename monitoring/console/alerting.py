@@ -40,7 +40,7 @@ def show(visit: Visit) -> Response:
             raise NotFound("There is no such alert any more.", hint="See /alerts.")
         model = alert["model"]
         told = story.of(conn, alert, now)
-        shown_requests = examples.read(conn, visit, model, alert["version"], alert["details"].get("requests", []))
+        shown_requests = examples.read(conn, visit, model, alert["version"], alert["details"].get("examples", []))
         # The smallest range that begins before it opened
         shown = next((name for name, span in RANGES.items() if now - span < told.since), "30d")
         flow = traffic.read(conn, model, RANGES[shown])

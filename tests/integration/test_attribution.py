@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 import traffic
 from click.testing import CliRunner
+from fastapi.testclient import TestClient
 
 from deploy import recorder
+from deploy.auth import create_key
+from deploy.gateway import create_app
 from infra.db import transaction
-from infra.settings import Settings
+from infra.settings import Settings, get_settings
 from monitoring import commands, feedback, neighbours, statistics, watch, windows
+from monitoring.console.app import console_routes
 from registry import datasets, deployments
 from registry.datasets import make_row
 from registry.profile import FEATURE, FEATURES, Extractor, Profile
@@ -97,8 +101,8 @@ def test_foreign_traffic_is_the_input(model: str, old: list[traffic.Pair], profi
     alert = looked("drift")
     assert alert["cause"] == "input"
     assert about(alert["began_at"], minutes_ago(30), within=5), alert["began_at"]
-    assert set(alert["details"]["requests"]) <= {str(e["id"]) for e in foreign}
-    assert len(alert["details"]["requests"]) == 5
+    assert set(alert["details"]["examples"]) <= {str(e["id"]) for e in foreign}
+    assert len(alert["details"]["examples"]) == 5
     assert "retrain (`tunesmith retrain m`)" in alert["message"]
     assert "It began about" in alert["message"]
 
@@ -123,7 +127,7 @@ def test_a_worse_version_is_the_model(model: str, old: list[traffic.Pair], profi
     alert = looked("drift")
     assert (alert["version"], alert["cause"]) == (2, "model")
     assert alert["began_at"] is None, "all of its time"
-    disliked = alert["details"]["requests"]
+    disliked = alert["details"]["examples"]
     assert len(disliked) == 5
     with transaction() as conn:
         scores = conn.execute("select score from feedback where request_id = any(%s)", (disliked,)).fetchall()
@@ -149,6 +153,15 @@ def test_a_slow_engine_is_the_system(model: str, old: list[traffic.Pair], profil
     alert = looked("p95_latency_ms above")
     assert alert["cause"] == "system"
     assert about(alert["began_at"], minutes_ago(12), within=2), alert["began_at"]
+    with transaction() as conn:
+        key = create_key(conn, name="v", role="viewer").key
+    with TestClient(create_app(get_settings(), routes=console_routes())) as client:
+        headers = {"authorization": f"Bearer {key}"}
+        page = client.get(f"/alerts/{alert['id']}", headers=headers)
+        listed = client.get("/alerts", headers=headers).text
+    assert page.status_code == 200
+    assert "What changed is <strong>what requests go through</strong>, since " in page.text
+    assert "cause: system" in listed
 
 
 def test_a_queue_that_more_requests_make_is_the_input(model: str, old: list[traffic.Pair], profile: Profile) -> None:
