@@ -177,12 +177,13 @@ def _of_traffic(
         told.append(f"{answered[1]} answers before and {answered[0]} since are too few to say what else changed.")
         return cause, told, todo
     grown = [part for part in _parts(model) if _of(part, during) > _GROWN * _of(part, before) > 0]
+    grown.sort(key=lambda part: _of(part, before) / _of(part, during))  # what grew most comes first
     for part in grown:
         now, then = _of(part, during), _of(part, before)
         told.append(f"{part.what.format(times=f'{now / then:.1f}')}: {now:.1f} {part.unit}, {then:.1f} before.")
         todo.append(part.advice)
     if grown and cause is None:
-        cause = max(grown, key=lambda part: _of(part, during) / _of(part, before)).cause
+        cause = grown[0].cause
     if not grown and ("latency" in rule or "ttft" in rule):
         cause = "system"
         told.append(
