@@ -254,7 +254,10 @@ class _Coordinator:
 
     def _budget(self, row: Mapping[str, Any], jobs: Sequence[studies.Job]) -> str | None:
         """The budget that is used up: minutes that the search has gone on for, tokens trained on (also by trials that
-        failed), and what machines cost that were at work for all of that time, more of them where guests help."""
+        failed), and what machines cost that were at work for all of that time, more of them where guests help. None
+        before a trial has come to anything, since a search ends with what it has."""
+        if not any(j.state in ("done", "failed") for j in jobs):
+            return None
         seconds = sum(j.seconds or 0.0 for j in jobs)
         spec, workers = self.spec, max(1, self.crew.wanted)
         if spec.max_minutes is not None and row["seconds"] >= spec.max_minutes * 60:
