@@ -29,6 +29,7 @@ Cause = Literal["input", "model", "judge", "system"]
 
 # A time that is looked at by the minute; one that is by the hour, then around the change; a longer one by the day
 _SHORT, _MIDDLE = timedelta(hours=3), timedelta(days=14)
+_FEW_HOURS = 6  # with traffic, that are looked at by the minute too
 _SAID = 10_000  # pieces of feedback, at most
 _COLUMNS = 160  # that any time is looked at in, at most
 _EXAMPLES = 5
@@ -120,6 +121,8 @@ def _began_in_windows(
     if until - since > _MIDDLE:
         return _began(columns(since, until, "day"), worst)
     hours = columns(since, until, "hour")
+    if by_minute and len(hours) < _FEW_HOURS:
+        return _began(columns(since, until, "minute"), worst)
     if (hour := _began(hours, worst)) is None or not by_minute:
         return hour
     low, high = max(since, hour - timedelta(hours=1)), min(until, hour + timedelta(hours=1))

@@ -1,6 +1,6 @@
 """Does drift keep what it promises, and what does it cost?
 
-    .venv/bin/python tests/benchmarks/drift.py [--short] [--intents FOLDER] [--part a|b|c] [--evidently PYTHON]
+    .venv/bin/python tests/benchmarks/drift.py [--short] [--days N] [--intents FOLDER] [--part a|b|c] [--evidently PYTHON]
 
 (a) Quiet days: held-out real requests, in blocks of a few of one kind, in a rhythm of the day, are judged each hour as
 the watcher does, over the last day. At most 67 of 1,000 days (binomial, 99 %, of the promised 5 %) may see an alarm.
@@ -263,6 +263,7 @@ def _timed(work: object) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--short", action="store_true", help="less of everything")
+    parser.add_argument("--days", type=int, default=DAYS, help="quiet days of (a)")
     parser.add_argument("--intents", type=Path, help="a folder with the files of CLINC150")
     parser.add_argument("--part", choices=["a", "b", "c"], action="append", help="only this one; may be repeated")
     parser.add_argument("--evidently", help="a Python that has Evidently")
@@ -272,7 +273,7 @@ def main() -> None:
         world = make_world(asked.intents)
         print(f"{len(world.held):,} held-out requests of {len(world.kinds)} kinds, {len(world.foreign):,} foreign ones")
         if "a" in parts:
-            holds = quiet_days(world, 40 if asked.short else DAYS)
+            holds = quiet_days(world, min(40, asked.days) if asked.short else asked.days)
         if "b" in parts:
             holds = detection(world, 4 if asked.short else RUNS) and holds
     if "c" in parts:
