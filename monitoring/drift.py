@@ -115,14 +115,15 @@ def _compare(
     bins = [i for i in range(feature.bins) if before[i] or now[i]]
     a, b = statistics.array([before[i] for i in bins]), statistics.array([now[i] for i in bins])
     name, distance = statistics.of(feature, bins)
+    span = feature.centres[bins[-1]] - feature.centres[bins[0]]
+    noise = statistics.noise_at_most(name, sum(before), sum(now) / effect, bins=len(bins), span=span, tail=tail)
+    if noise > feature.matters:
+        noise = statistics.noise(a, b, distance, tail=tail, resamples=resamples, seed=seed, effect=effect)
     return Moved(
         feature=feature,
         statistic=name,
         value=float(distance(a, b)),
-        threshold=max(
-            feature.matters,
-            statistics.noise(a, b, distance, tail=tail, resamples=resamples, seed=seed, effect=effect),
-        ),
+        threshold=max(feature.matters, noise),
         before=before,
         now=now,
     )

@@ -1,6 +1,7 @@
 """Does drift keep what it promises, and what does it cost?
 
-    .venv/bin/python tests/benchmarks/drift.py [--short] [--days N] [--intents FOLDER] [--part a|b|c] [--evidently PYTHON]
+    .venv/bin/python tests/benchmarks/drift.py [--short] [--days N] [--intents FOLDER] [--part a|b|c]
+        [--evidently PYTHON]
 
 (a) Quiet days: held-out real requests, in blocks of a few of one kind, in a rhythm of the day, are judged each hour as
 the watcher does, over the last day. At most 67 of 1,000 days (binomial, 99 %, of the promised 5 %) may see an alarm.

@@ -99,6 +99,21 @@ def test_noise_is_what_two_samples_of_one_source_show() -> None:
     assert again == threshold, "the same windows give the same verdict"
 
 
+@pytest.mark.parametrize("name", ["words", "topic", "unseen_word_share", "refusal", "score"])
+def test_noise_is_never_more_than_its_bound(name: str) -> None:
+    feature, random = FEATURE[name], np.random.default_rng(4)
+    for n, m in ((60, 40), (900, 200), (5000, 3000)):
+        for _ in range(3):
+            shares = random.dirichlet([0.5] * feature.bins)
+            a, b = (statistics.array(random.multinomial(size, shares)) for size in (n, m))
+            used = [i for i in range(feature.bins) if a[i] or b[i]]
+            statistic, distance = statistics.of(feature, used)
+            drawn = statistics.noise(a[used], b[used], distance, tail=0.001, resamples=4000, seed=0)
+            span = feature.centres[used[-1]] - feature.centres[used[0]]
+            bound = statistics.noise_at_most(statistic, n, m, bins=len(used), span=span, tail=0.001)
+            assert drawn <= bound <= 6 * drawn + 0.01
+
+
 def test_the_story_of_the_demo_on_real_text() -> None:
     old, new = (traffic.shuffled(world, 3) for world in traffic.worlds())
     first = traffic.profile(old[:900], old[900:1060])
