@@ -315,6 +315,21 @@ def test_corrections_join_old_rows_without_leaks(old: tuple[PipelineConfig, Data
     assert after.counts["superseded"] == 1
 
 
+def test_corrections_of_what_was_taught_long_ago_are_for_training_only(old: tuple[PipelineConfig, Dataset]) -> None:
+    """Of a second retraining: the champion began from a version whose rows are not all in its own data set."""
+    config, before = old
+    extra = [correction(n) for n in range(1000, 1200)]
+    taught = [correction(n) for n in range(1000, 1100)]
+    free, bound = build(config, extra=extra, old=before), build(config, extra=extra, old=before, taught=taught)
+    assert free.digest != bound.digest
+    known = prompts(taught)
+    assert prompts([*free.rows("test"), *free.rows("validation")]) & known
+    assert not prompts([*bound.rows("test"), *bound.rows("validation")]) & known
+    assert known <= prompts(bound.rows("train"))
+    grown = datasets.keep({"train": taught}, counts={}, sources=[], recipe={})
+    assert of_dataset(bound, [grown])["rows"] == 0 < of_dataset(free, [grown])["rows"]
+
+
 def test_too_few_rows_leave_nothing_behind(tmp_path: Path, home: Path) -> None:
     with pytest.raises(UsageError, match="Too few rows"):
         build(pipeline(tmp_path, train=some(5)))
