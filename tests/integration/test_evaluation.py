@@ -14,7 +14,7 @@ import torch
 from psycopg.types.json import Jsonb
 
 from infra import storage
-from infra.db import transaction
+from infra.db import Connection, transaction
 from infra.errors import UsageError
 from infra.settings import get_settings
 from pipelines import judging, runs
@@ -246,6 +246,29 @@ def test_rows_that_do_not_fit_are_left_out(world: World) -> None:
         )
 
 
+def _register(
+    conn: Connection, bundle: str, base: Base, *, dataset_digest: str | None = None, run_id: uuid.UUID | None = None
+) -> None:
+    """Version 1 of the model "m", judged by nothing so far."""
+    nothing = ("study", "mlflow_run_id", "mlflow_model_id", "evaluation", "gate")
+    conn.execute(
+        versions.SQL["insert"],
+        {
+            **dict.fromkeys(nothing),
+            "model": "m",
+            "number": 1,
+            "bundle_digest": bundle,
+            "base_digest": base.digest,
+            "dataset_digest": dataset_digest,
+            "method": "prompt",
+            "run_id": run_id,
+            "manifest": Jsonb(orjson.loads((storage.get("bundle", bundle) / "version.json").read_bytes())),
+            "metrics": Jsonb({}),
+            "profile": Jsonb({}),
+        },
+    )
+
+
 def test_a_second_judgement_is_on_the_rows_of_the_first(tiny_base: Base) -> None:
     rows, run = [row(n) for n in range(100, 148)], uuid.uuid4()
     splits = {"train": [row(0)], "validation": [row(1)], "test": rows}
@@ -267,28 +290,12 @@ def test_a_second_judgement_is_on_the_rows_of_the_first(tiny_base: Base) -> None
             dataset=dataset.digest, evaluation=first,
         )
     )  # fmt: skip
-    manifest = orjson.loads((storage.get("bundle", bundle) / "version.json").read_bytes())
     with transaction() as conn:
         datasets.record(conn, "m", dataset)
         begun = {"id": run, "model": "m", "kind": "train", "fingerprint": "f", "config_path": "m.yaml", "token": 1}
         config = Jsonb({"evaluation": {"suites": ["quality"], "limit": 5, "seed": 7}})
         conn.execute(runs.SQL["begin"], {**begun, "config": config, "flow_run_id": None})
-        conn.execute(
-            versions.SQL["insert"],
-            {
-                **dict.fromkeys(("study", "mlflow_run_id", "mlflow_model_id", "evaluation", "gate")),
-                "model": "m",
-                "number": 1,
-                "bundle_digest": bundle,
-                "base_digest": tiny_base.digest,
-                "dataset_digest": dataset.digest,
-                "method": "prompt",
-                "run_id": run,
-                "manifest": Jsonb(manifest),
-                "metrics": Jsonb({}),
-                "profile": Jsonb({}),
-            },
-        )
+        _register(conn, bundle, tiny_base, dataset_digest=dataset.digest, run_id=run)
     again = judging.judge_again("m:1", ["quality"])
     clean = {"rows": 0, "of": 2, "examples": []}
     assert again["evaluation"] == first | {"contamination": clean}
@@ -312,24 +319,9 @@ def test_a_version_made_elsewhere_is_judged_on_rows_of_ones_own(tiny_base: Base,
             model="m", method="prompt", base=tiny_base, adapter=None, generation=Generation(max_tokens=8)
         )
     )
-    manifest = orjson.loads((storage.get("bundle", bundle) / "version.json").read_bytes())
     with transaction() as conn:
         conn.execute(versions.SQL["ensure_model"], {"model": "m"})
-        nothing = ("study", "run_id", "mlflow_run_id", "mlflow_model_id", "evaluation", "gate", "dataset_digest")
-        conn.execute(
-            versions.SQL["insert"],
-            {
-                **dict.fromkeys(nothing),
-                "model": "m",
-                "number": 1,
-                "bundle_digest": bundle,
-                "base_digest": tiny_base.digest,
-                "method": "prompt",
-                "manifest": Jsonb(manifest),
-                "metrics": Jsonb({}),
-                "profile": Jsonb({}),
-            },
-        )
+        _register(conn, bundle, tiny_base)
     with pytest.raises(UsageError, match="m:1 was not made by a run here: there are no gates"):
         judging.judge_again("m:1", attach="ours")
     with pytest.raises(UsageError, match="m:1 was not trained here: there are no test rows"):
