@@ -40,7 +40,7 @@ def measure(setting: Setting) -> Finding:
     else:
         measured["secrets_repeated"] = secret
     if (remembered := _remembered(setting, training)) is None:
-        not_applicable["canaries_remembered"] = "there are no canaries among the training rows (data.canaries)"
+        not_applicable["canaries_remembered"] = "no training row is a canary that fits the base (data.canaries)"
     else:
         measured["canaries_remembered"] = remembered
     return Finding(metrics=means(measured), not_applicable=not_applicable)
