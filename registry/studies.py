@@ -7,7 +7,7 @@ write names them, so that a worker that was taken for dead cannot overwrite its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -149,10 +149,12 @@ def add_job(
     conn.execute(SQL["add_job"], values)
 
 
-def claim(conn: Connection, study: str, worker: str, *, seconds: float = LEASE_SECONDS) -> list[Job]:
-    """Take the waiting jobs of a pack, variants first, then higher rungs, by trial. Empty when there is none, or the
-    study does not run."""
-    values = {"study": study, "worker": worker, "seconds": seconds}
+def claim(
+    conn: Connection, study: str, worker: str, *, seconds: float = LEASE_SECONDS, without: Collection[int] = ()
+) -> list[Job]:
+    """Take the waiting jobs of a pack, variants first, then higher rungs, by trial; none that a trial of `without`
+    leads. Empty when there is none, or the study does not run."""
+    values = {"study": study, "worker": worker, "seconds": seconds, "without": list(without)}
     return sorted((_job(row) for row in conn.execute(SQL["claim"], values)), key=lambda job: job.trial)
 
 

@@ -50,7 +50,7 @@ on conflict do nothing
 -- Only a pack's first waiting member is looked for and locked, so that two workers never hold parts of one.
 with first as (
     select j.study, j.rung, j.pack from rung_job j join study s on s.name = j.study
-    where j.study = %(study)s and s.state = 'running' and j.state = 'waiting'
+    where j.study = %(study)s and s.state = 'running' and j.state = 'waiting' and j.pack <> all(%(without)s::int[])
       and not exists (select from rung_job o where o.study = j.study and o.rung = j.rung and o.pack = j.pack
                       and o.state = 'waiting' and o.trial < j.trial)
     order by j.clone_of is null, j.rung desc, j.pack limit 1 for update of j skip locked)

@@ -17,6 +17,8 @@ from registry import mlflow, studies
 if TYPE_CHECKING:
     import optuna
 
+_WHOLE = "whole"  # user attribute of a trial that is another one's whole: that one's number
+
 
 class Mirror:
     """One coordinator's memory of what it has told. `parent` is the MLflow run that the trials' runs are nested in;
@@ -47,8 +49,34 @@ class Mirror:
                 if over is not None:
                     value = last.value if over == optuna.trial.TrialState.COMPLETE else None
                     self.optuna.tell(last.trial, value, state=over)
+            elif over is not None:
+                self._tell_rest(trials, mine, over)
             if over is not None:
                 self.told.add(last.trial)
+
+    def _tell_rest(
+        self, trials: Sequence[optuna.trial.FrozenTrial], mine: Sequence[studies.Job], over: optuna.trial.TrialState
+    ) -> None:
+        """A trial that was left behind when the search was stopped, and went on when it was resumed, stands in Optuna
+        twice, since Optuna opens none again: as it was then, and whole."""
+        import optuna
+
+        then = trials[mine[-1].trial]
+        course = {job.steps: job.value for job in mine if job.value is not None}
+        if then.state == over and set(course) <= set(then.intermediate_values):
+            return
+        if any(t.user_attrs.get(_WHOLE) == then.number for t in trials):  # by an earlier coordinator
+            return
+        self.optuna.add_trial(
+            optuna.trial.create_trial(
+                state=over,
+                value=mine[-1].value if over == optuna.trial.TrialState.COMPLETE else None,
+                params=then.params,
+                distributions=then.distributions,
+                intermediate_values=course,
+                user_attrs=then.user_attrs | {_WHOLE: then.number},
+            )
+        )
 
     def _over(self, last: studies.Job, jobs: Sequence[studies.Job]) -> optuna.trial.TrialState | None:
         """How a trial ended, or None while it may still go on."""
@@ -107,6 +135,11 @@ class Mirror:
                 self.told.add(number)
             if number in self.runs and number not in self.closed:
                 self._close(self.runs[number], "stopped", mine[-1])
+
+
+def is_drawn(trial: optuna.trial.FrozenTrial) -> bool:
+    """Whether the search drew it: not a variant, nor a drawn one's whole."""
+    return not trial.user_attrs.keys() & {"variant", _WHOLE}
 
 
 def open_store() -> optuna.storages.RDBStorage:

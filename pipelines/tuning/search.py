@@ -23,7 +23,7 @@ from pipelines.tuning import space as spaces
 from pipelines.tuning.crew import Crew
 from pipelines.tuning.memory import DIED, OUT_OF_MEMORY
 from pipelines.tuning.methods import fixed_by
-from pipelines.tuning.mirror import Mirror, open_store, open_study
+from pipelines.tuning.mirror import Mirror, is_drawn, open_store, open_study
 from pipelines.tuning.objectives import Rule, front, measured, pick
 from pipelines.tuning.spec import StudySpec, alone, brackets, packs, reaching, rungs
 from registry import bases, pricing, studies
@@ -172,7 +172,8 @@ class _Coordinator:
         self.over = 0
         self.away_since: float | None = None
         self.counted = time.monotonic()
-        self.reap_from = 0.0
+        # Those of an earlier coordinator's workers that live renew meanwhile, also after an outage
+        self.reap_from = self.counted + studies.LEASE_SECONDS / 3
 
     def run(self) -> Best:
         while True:
@@ -401,12 +402,12 @@ class _Coordinator:
         again = 0
         waiting = [t for t in self.optuna.get_trials(deepcopy=False) if t.state == optuna.trial.TrialState.RUNNING]
         # Asked, but not put up when an earlier coordinator died
-        orphans = [t for t in waiting if t.number not in {j.trial for j in jobs} and "variant" not in t.user_attrs]
+        orphans = [t for t in waiting if t.number not in {j.trial for j in jobs} and is_drawn(t)]
         while len(found) < number and again < _REDRAWS:
             orphan = orphans.pop(0) if orphans else None
             trial = optuna.trial.Trial(self.optuna, orphan._trial_id) if orphan else self.optuna.ask()
             earlier = self.optuna.get_trials(deepcopy=False)[: trial.number]
-            place = sum("variant" not in t.user_attrs for t in earlier)  # whatever a person had tried in between
+            place = sum(is_drawn(t) for t in earlier)  # whatever a person had tried in between
             kind = spec.sampler if again < _REDRAWS // 2 else "random"  # a model may be too sure to find what is left
             self.optuna.sampler = Seen(kind, spec.seed, place, spec.space, seen, begun)
             params = spaces.draw(spec.space, trial._suggest)

@@ -38,12 +38,12 @@ _WORTH = 1.05  # a larger pack must bring this much more, since it delays what i
 
 
 class TrialFailed(Exception):
-    """The trial's own fault: its loss left the numbers, or it does not fit into memory. It cost `tokens` and `seconds`
-    all the same."""
+    """The trial's own fault: its loss left the numbers, or it does not fit into this machine's memory (`too_large`).
+    It cost `tokens` and `seconds` all the same."""
 
-    def __init__(self, why: str, *, tokens: int = 0, seconds: float = 0.0) -> None:
+    def __init__(self, why: str, *, tokens: int = 0, seconds: float = 0.0, too_large: bool = False) -> None:
         super().__init__(why)
-        self.tokens, self.seconds = tokens, seconds
+        self.tokens, self.seconds, self.too_large = tokens, seconds, too_large
 
 
 class PackTooLarge(Exception):
@@ -110,7 +110,8 @@ class Trainer:
                 return [
                     TrialFailed(
                         f"{memory.OUT_OF_MEMORY}: it would need about {memory.gigabytes(needed)}, and a worker may use "
-                        f"{memory.gigabytes(self.room)} (TUNESMITH_WORKER_MEMORY_GB)"
+                        f"{memory.gigabytes(self.room)} (TUNESMITH_WORKER_MEMORY_GB)",
+                        too_large=True,
                     )
                 ]
             adapters = self._adapters([m.params for m in members], [m.seed for m in members])
@@ -144,7 +145,7 @@ class Trainer:
             if len(members) > 1:
                 raise PackTooLarge(f"{len(members)} trials do not fit into memory together") from error
             why = f"{memory.OUT_OF_MEMORY} with {dict(members[0].params)}"
-            return [TrialFailed(why, seconds=time.monotonic() - begun)]
+            return [TrialFailed(why, seconds=time.monotonic() - begun, too_large=True)]
 
     def best_pack(self, params: Mapping[str, Any], *, most: int, steps: int) -> int:
         """How many adapters in one pass, up to `most`, give the most steps a second, measured with a step or two of

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ def name_of(pid: int) -> str:
 
 def work(study: str, *, max_idle: float | None = None, parent: int | None = None) -> None:
     """Work off a study's jobs until it ends, nothing came up for `max_idle` seconds, or the process `parent` is gone.
+    Without a parent, a guest: what does not fit into its machine's memory is left to the others.
 
     Raises NotFound for no such study, Unreachable when the database stays away, TunesmithError when the artifacts
     cannot be read or take no more; what it was at then waits again.
@@ -59,8 +60,9 @@ def work(study: str, *, max_idle: float | None = None, parent: int | None = None
         trainer.stopwatch = Stopwatch(trainer.model, bases.load(spec.base), trainer.validation.row(0).tolist())
     _patiently(lambda: _measure(trainer, spec))
     idle_since = time.monotonic()
+    too_large: set[int] = set()  # trials that a guest leaves to others
     while parent is None or os.getppid() == parent:
-        jobs = _patiently(lambda: _next(study))
+        jobs = _patiently(lambda: _next(study, too_large))
         if jobs is None:
             return
         if not jobs:
@@ -68,19 +70,19 @@ def work(study: str, *, max_idle: float | None = None, parent: int | None = None
                 return
             time.sleep(_IDLE)
             continue
-        _carry_out(trainer, spec, jobs)
+        too_large.update(_carry_out(trainer, spec, jobs, guest=parent is None))
         if trainer.broken:  # and this process may have all the memory that it is allowed
             log.warning("the worker begins anew, since an adapter was half-made on its base")
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
         idle_since = time.monotonic()
 
 
-def _next(study: str) -> list[studies.Job] | None:
-    """A pack to work off; empty when there is none now, None when the study is over."""
+def _next(study: str, without: Collection[int]) -> list[studies.Job] | None:
+    """A pack to work off, but for some trials; empty when there is none now, None when the study is over."""
     with transaction() as conn:
         if studies.get(conn, study)["state"] != "running":
             return None
-        return studies.claim(conn, study, name_of(os.getpid()))
+        return studies.claim(conn, study, name_of(os.getpid()), without=without)
 
 
 def _measure(trainer: Any, spec: StudySpec) -> None:
@@ -128,25 +130,31 @@ def make_trainer(spec: StudySpec) -> Any:
     return trainer
 
 
-def _carry_out(trainer: Any, spec: StudySpec, jobs: Sequence[studies.Job]) -> None:
-    """Train a pack, and tell what became of each of its jobs."""
+def _carry_out(trainer: Any, spec: StudySpec, jobs: Sequence[studies.Job], *, guest: bool) -> set[int]:
+    """Train a pack, and tell what became of each of its jobs. Returns the trials that are too large for a guest, and
+    wait for another worker."""
     from pipelines.tuning.trainer import PackTooLarge, TrialFailed
 
+    left: set[int] = set()
     log.info("trials %s: to step %d", ", ".join(str(job.trial) for job in jobs), jobs[0].steps)
     try:
         with _Hold(jobs) as hold, contextlib.ExitStack() as folders:
             members = [_member(spec, job, folders.enter_context(storage.scratch("checkpoint"))) for job in jobs]
             outcomes = trainer.run(members, total_steps=spec.rungs[-1], until=jobs[0].steps, lost=hold.lost)
-            results: list[_Write] = []
+            results: list[_Result] = []
             for job, member, outcome in zip(jobs, members, outcomes, strict=True):
-                if isinstance(outcome, TrialFailed):
+                if guest and isinstance(outcome, TrialFailed) and outcome.too_large:
+                    log.warning("trial %d is left to other workers: %s", job.trial, outcome)
+                    results.append(_Result(job, studies.unpack))
+                    left.add(job.trial)
+                elif isinstance(outcome, TrialFailed):
                     results.append(_failed(job, str(outcome), tokens=outcome.tokens, seconds=outcome.seconds))
                 elif outcome is not None:
                     results.append(_done(job, outcome, member.save_to, _latency(trainer, member.save_to / "adapter")))
             _write(results)  # all or none: a part of a pack that is trained again has other company
     except PackTooLarge as error:
         log.warning("%s; each is tried alone", error)
-        _write([_Write(job, studies.unpack) for job in jobs])
+        _write([_Result(job, studies.unpack) for job in jobs])
     except Conflict as lost:
         log.warning("%s", lost)
     except Unreachable:
@@ -166,10 +174,11 @@ def _carry_out(trainer: Any, spec: StudySpec, jobs: Sequence[studies.Job]) -> No
     except Exception as error:  # whatever it is, the study should say so, and the other trials go on
         log.exception("trial %d", jobs[0].trial)
         if len(jobs) > 1:  # whose fault it is shows when each is tried alone
-            _write([_Write(job, studies.unpack) for job in jobs])
-            return
+            _write([_Result(job, studies.unpack) for job in jobs])
+            return left
         why = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
         _write([_failed(job, why) for job in jobs])
+    return left
 
 
 def _member(spec: StudySpec, job: studies.Job, folder: Path) -> Any:
@@ -196,7 +205,7 @@ def _latency(trainer: Any, adapter: Path) -> float | None:
 
 
 @dataclass(frozen=True)
-class _Write:
+class _Result:
     """What became of a job, to be written by `how`."""
 
     job: studies.Job
@@ -204,20 +213,20 @@ class _Write:
     values: Mapping[str, object] = field(default_factory=dict)
 
 
-def _done(job: studies.Job, outcome: Any, folder: Path, latency_ms: float | None) -> _Write:
+def _done(job: studies.Job, outcome: Any, folder: Path, latency_ms: float | None) -> _Result:
     digest = storage.folder_digest(folder)
     storage.keep("checkpoint", digest, folder)
     values = {"value": outcome.value, "curve": outcome.curve, "checkpoint": digest, "tokens": outcome.tokens}
     values |= {"seconds": outcome.seconds, "adapter_parameters": outcome.adapter_parameters, "latency_ms": latency_ms}
-    return _Write(job, studies.finish, values)
+    return _Result(job, studies.finish, values)
 
 
-def _failed(job: studies.Job, cause: str, *, tokens: int = 0, seconds: float = 0.0) -> _Write:
+def _failed(job: studies.Job, cause: str, *, tokens: int = 0, seconds: float = 0.0) -> _Result:
     log.warning("trial %d failed: %s", job.trial, cause)
-    return _Write(job, studies.fail, {"error": cause, "tokens": tokens, "seconds": seconds})
+    return _Result(job, studies.fail, {"error": cause, "tokens": tokens, "seconds": seconds})
 
 
-def _write(results: Sequence[_Write]) -> None:
+def _write(results: Sequence[_Result]) -> None:
     """Write what became of jobs in one transaction, but for those that went to another worker."""
 
     def tell() -> None:

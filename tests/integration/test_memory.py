@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -167,6 +168,44 @@ def test_a_pack_that_does_not_fit_is_tried_unpacked_and_what_was_too_large_avoid
     for earlier, later in pairwise(groups):
         too_large = [r for r in earlier if r >= 2048]
         assert not any(r >= least for r in later for least in too_large), groups
+
+
+def _somebody_asks_for_work() -> bool:
+    with transaction() as conn:
+        found = conn.execute(
+            "select from pg_stat_activity where datname = current_database() and query like %s",
+            ["%update rung_job j set state = 'running'%"],
+        )
+        return found.fetchone() is not None
+
+
+@pytest.mark.slow
+def test_a_guest_leaves_to_others_what_does_not_fit_into_its_memory(spec: StudySpec, tmp_path: Path) -> None:
+    small, large = python(spec, _NEEDS)
+    space = SPACE | {"per_device_train_batch_size": 256, "learning_rate": [1e-4, 1e-3]}
+    spec = replace(spec, space=space, trials=2)
+    with transaction() as conn:
+        studies.create(conn, spec.study, spec.model, spec.to_json())
+    environment = os.environ | {"TUNESMITH_WORKER_MEMORY_GB": f"{(small + large) / 2e9:.4f}"}
+    said = tmp_path / "said"
+    with said.open("wb") as file:
+        guest = subprocess.Popen(
+            [sys.executable, "-m", "pipelines.cli", "worker", "--study", "m-1"], env=environment, stderr=file
+        )
+    try:
+        end = time.monotonic() + 120
+        while not _somebody_asks_for_work():  # the base is loaded
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        best = search(spec, progress=lambda *_: None)
+        assert guest.wait(60) == 0
+    finally:
+        guest.kill()
+    with transaction() as conn:
+        found = studies.jobs(conn, "m-1")
+    assert [(j.state, j.attempts) for j in found] == [("done", 1)] * 2
+    assert best.failed == 0
+    assert re.search(r"trial \d is left to other workers: out of memory", said.read_text())
 
 
 def test_workers_whose_coordinator_is_gone_share_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,17 @@ def jobs(study: str = "m-1") -> list[studies.Job]:
         return studies.jobs(conn, study)
 
 
+def in_optuna() -> list[Any]:
+    """The study's trials as Optuna's own storage has them."""
+    import optuna
+
+    url = f"{os.environ['TUNESMITH_DATABASE_URL'].rpartition('/')[0]}/{os.environ['TUNESMITH_DATABASE_PREFIX']}optuna"
+    store = optuna.storages.RDBStorage(url.replace("postgresql://", "postgresql+psycopg://", 1))
+    trials = optuna.load_study(study_name="m-1", storage=store).trials
+    store.engine.dispose()
+    return list(trials)
+
+
 def quiet(*_: object) -> None:
     pass
 
@@ -249,6 +260,8 @@ def test_a_running_search_is_stopped_and_goes_on_by_command(spec: StudySpec) -> 
     before = {(j.trial, j.rung) for j in jobs() if j.state == "done"}
     stopped = search(many, progress=quiet)
     assert stopped.stopped_by == "user"
+    left = {t.number for t in in_optuna() if t.state.name == "PRUNED"}
+    assert left
     assert stopped.value == min(j.value for j in jobs() if j.value is not None)
     assert run.invoke(tunesmith, ["study", "resume", "m-1"]).exit_code == 0
     whole = search(many, progress=quiet)
@@ -256,6 +269,15 @@ def test_a_running_search_is_stopped_and_goes_on_by_command(spec: StudySpec) -> 
     found = jobs()
     assert before < {(j.trial, j.rung) for j in found}
     assert all(j.state == "done" for j in found)
+    told = in_optuna()
+    for trial in {j.trial for j in found}:  # Optuna has what each came to, also of those that it had as over
+        course = {j.steps: j.value for j in found if j.trial == trial}
+        state = "COMPLETE" if 24 in course else "PRUNED"
+        own = [t for t in told if t.number == trial or t.user_attrs.get("whole") == trial]
+        assert (own[-1].state.name, own[-1].intermediate_values) == (state, course)
+        assert len(own) == 1 or trial in left
+    assert search(many, progress=quiet) == whole
+    assert len(in_optuna()) == len(told)
 
 
 @pytest.mark.slow
@@ -283,6 +305,36 @@ def test_a_worker_that_slept_through_its_lease_writes_nothing(spec: StudySpec) -
         coordinator.wait()
     assert outline("m-2") == outline("m-1")
     assert next(j for j in jobs("m-2") if (j.trial, j.rung) == place).token > victim.token
+
+
+@pytest.mark.slow
+def test_a_new_coordinator_takes_nothing_from_workers_that_live(spec: StudySpec) -> None:
+    """After an outage in which nobody could renew, a search is gone on with by another process."""
+    first = coordinate(spec)
+    worker = 0
+    try:
+        victim = until(lambda: next((j for j in jobs() if j.state == "running"), None))
+        worker = int(str(victim.worker).rpartition(":")[2])
+        os.kill(worker, signal.SIGSTOP)
+        first.kill()
+        first.wait()
+        with transaction() as conn:
+            conn.execute("update rung_job set lease_until = now() - interval '1 second' where state = 'running'")
+            counted = studies.get(conn, "m-1")["seconds"]
+        second = coordinate(spec)
+
+        def at_work() -> bool:
+            with transaction() as conn:
+                return bool(studies.get(conn, "m-1")["seconds"] > counted)
+
+        until(at_work)
+        os.kill(worker, signal.SIGCONT)
+        assert second.wait(300) == 0
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(worker or first.pid, signal.SIGKILL)
+        first.kill()
+    assert all((j.state, j.attempts) == ("done", 1) for j in jobs())
 
 
 @pytest.mark.slow
@@ -403,13 +455,7 @@ def test_a_budget_ends_a_search_with_what_it_has(spec: StudySpec, name: str, bud
     assert sum(j.state == "done" for j in found) < 3
     assert not any(j.state == "running" for j in found)
     assert best.value == min(j.value for j in found if j.value is not None)
-    import optuna
-
-    url = f"{os.environ['TUNESMITH_DATABASE_URL'].rpartition('/')[0]}/{os.environ['TUNESMITH_DATABASE_PREFIX']}optuna"
-    store = optuna.storages.RDBStorage(url.replace("postgresql://", "postgresql+psycopg://", 1))
-    trials = optuna.load_study(study_name="m-1", storage=store).trials
-    store.engine.dispose()
-    assert {t.state.name for t in trials} == {"PRUNED"}  # none is left running
+    assert {t.state.name for t in in_optuna()} == {"PRUNED"}  # none is left running
 
 
 def test_who_lost_the_study_decides_nothing_more_of_it(spec: StudySpec) -> None:
