@@ -23,11 +23,13 @@ $(STAMP): pyproject.toml $(LOCK)
 demo: install
 	$(BIN)/tunesmith demo $(ARGS)
 
+# Two files at a time, whatever the machine: each side has PostgreSQL, MLflow and perhaps a stack of its own.
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
-test-all: install
-	$(BIN)/python -m pytest
+# What is slow measures, or fills the machine, and so runs alone.
+test-all: test
+	$(BIN)/python -m pytest -m slow
 
 check: install
 	$(BIN)/ruff format --check .
