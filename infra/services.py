@@ -95,8 +95,12 @@ def resolve(own: Settings, chosen: Mapping[str, int], cluster: Cluster | None) -
 
 
 def environment(settings: Settings, mark: str) -> dict[str, str]:
-    """What every child gets: all settings of the stack, one thread, no telemetry, no proxy for loopback."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("TUNESMITH_")}
+    """What every child gets: all settings of the stack, one thread, no telemetry, no proxy for loopback.
+
+    OpenTelemetry's variables are the watcher's alone: Prefect and MLflow heed them too, and would tell a collector
+    things that nobody asked for.
+    """
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("TUNESMITH_", "OTEL_"))}
     for name in Settings.model_fields.keys() - {"url", "api_key"}:  # a person's, for commands
         value = getattr(settings, name)
         if value is not None:
@@ -247,9 +251,10 @@ def gateway(settings: Settings, env: Mapping[str, str]) -> Service:
 
 def watcher(env: Mapping[str, str]) -> Service:
     home = Path(env["TUNESMITH_HOME"])
+    collector = {name: value for name, value in os.environ.items() if name.startswith("OTEL_")}
     return Service(
         name="watcher",
-        start=partial(_spawn, [*TUNESMITH, "watch"], env, home),
+        start=partial(_spawn, [*TUNESMITH, "watch"], {**env, **collector}, home),
         ready=lambda: True,
         settle=2,
         needs=("postgres", "mlflow", "gateway"),

@@ -26,7 +26,7 @@ from infra.db import Connection, load_queries, one, transaction
 from infra.durations import parse_duration
 from infra.errors import Conflict, TunesmithError, Unreachable
 from infra.settings import get_settings
-from monitoring import alerts, canaries, drift, feedback, retraining, story, windows
+from monitoring import alerts, canaries, drift, feedback, otlp, retraining, story, windows
 from registry import leases, mlflow, notifications, rollouts
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
@@ -78,6 +78,7 @@ class Watcher:
     def __init__(self, holder: str) -> None:
         self.holder = holder
         self.lease: leases.Lease | None = None
+        self.exports = otlp.signals()
         self._touched: set[tuple[str, int]] = set()
         self._judged: dict[tuple[str, int], float] = {}
         self._failing: dict[str, str] = {}  # model or version -> why it cannot be judged
@@ -147,7 +148,7 @@ class Watcher:
         while True:
             with transaction() as conn:
                 self._check(conn)
-                closed = windows.close(conn)
+                closed = windows.close(conn, export=bool(self.exports))
             self._touched |= closed.versions
             if not closed.events:
                 return
@@ -273,7 +274,10 @@ def _expected(error: Exception) -> bool:
 def run(stop: threading.Event) -> None:
     """Watch until `stop` is set. Outlives restarts of the database and of everything else it talks to."""
     watcher = Watcher(leases.this_process("watch"))
+    exporter = otlp.Exporter(lambda: watcher.lease, watcher.exports) if watcher.exports else None
     failures = 0
+    if exporter is not None:
+        exporter.start()
     try:
         while not stop.wait(TURN if not failures else min(_MAX_BACK_OFF, 0.5 * 2**failures)):
             try:
@@ -284,6 +288,8 @@ def run(stop: threading.Event) -> None:
                 level = logging.WARNING if failures == 1 else logging.DEBUG
                 log.log(level, "the watcher waits: %s", error, exc_info=not _expected(error))
     finally:
+        if exporter is not None:
+            exporter.close()
         try:
             watcher.release()
         except TunesmithError as error:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 from psycopg.types.json import Jsonb
 
 from infra.db import Connection, load_queries
+from monitoring import batches
 from registry.profile import FEATURE, FEATURES, Extractor, Profile
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
@@ -39,10 +40,7 @@ _WORDS = 512
 _WORDS_PER_REQUEST = 16
 _NANO = 1_000_000_000
 _MICRO = 1_000_000
-# A batch's events lie near its own time; where they do not (late, foreign clocks), wider bounds follow.
-_LOOK_BACK = (timedelta(minutes=2), timedelta(days=1))
 MINUTE_DAYS, _HOUR_DAYS = 8, 400  # how long minutes and hours are kept; days stay
-_BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
 
 Counts = Mapping[int, int]
 
@@ -291,19 +289,18 @@ def floor(at: datetime, grain: Grain) -> datetime:
 # ---------------------------------------------------------------- in the database
 
 
-def close(conn: Connection, *, rows: int = 10_000) -> Closed:
+def close(conn: Connection, *, rows: int = 10_000, export: bool = False) -> Closed:
     """Merge the events of batches that are in no window yet into their minutes, hours and days; the oldest batches
-    with together about `rows` events a call.
+    with together about `rows` events a call. With `export` they then wait for monitoring.otlp.
 
     Windows and batches' marks change in this one transaction, and closers wait for each other, so every event is
     counted exactly once however often a batch is replayed, and however late it comes.
     """
     conn.execute(SQL["lock_closing"])
-    batches = conn.execute(SQL["open_batches"], {"rows": rows}).fetchall()
-    if not batches:
+    open_batches = conn.execute(SQL["open_batches"], {"rows": rows}).fetchall()
+    if not open_batches:
         return Closed()
-    ids = [batch["id"] for batch in batches]
-    events = _events(conn, ids, sum(b["rows"] for b in batches), min(b["created_at"] for b in batches))
+    events = batches.events(conn, SQL["events"], open_batches)
     extractors = _extractors(conn, {(e["model"], e["version"]) for e in events if e["messages"] is not None})
     sums: dict[tuple[str, int, datetime], _Sum] = {}
     keys: dict[tuple[str, int, str, date], Counter[str]] = {}
@@ -333,18 +330,8 @@ def close(conn: Connection, *, rows: int = 10_000) -> Closed:
                 for model, version, key, day in sorted(keys)
             ],
         )
-    conn.execute(SQL["mark_windowed"], {"batches": ids})
+    conn.execute(SQL["mark_windowed"], {"batches": [batch["id"] for batch in open_batches], "export": export})
     return Closed(events=len(events), versions=frozenset((model, version) for model, version, _ in sums))
-
-
-def _events(conn: Connection, batches: Sequence[Any], rows: int, created_at: datetime) -> list[Any]:
-    """The batches' events. `rows` says how many there are, unless retention or an erasure took some."""
-    found: list[Any] = []
-    for since in (*(created_at - back for back in _LOOK_BACK), _BEGINNING):
-        found = conn.execute(SQL["events"], {"batches": batches, "since": since}).fetchall()
-        if len(found) >= rows:
-            break
-    return found
 
 
 def _extractors(conn: Connection, versions: Iterable[tuple[str, int | None]]) -> dict[tuple[str, int], Extractor]:

@@ -10,14 +10,14 @@ from (
 where before < %(rows)s
 
 -- name: events
--- The bound on `at` keeps this to the newest pages of the newest partition.
+-- The bounds on `at` keep this to a few pages of a partition.
 select e.model, e.version, e.at, e.slot, e.key_id, e.status, e.prompt_tokens, e.completion_tokens, e.ttft_ms, e.latency_ms,
     e.engine_seconds, e.cost_usd, e.features, e.messages
 from request_event e
-where e.batch = any(%(batches)s) and e.at >= %(since)s
+where e.batch = any(%(batches)s) and e.at between %(since)s and %(until)s
 
 -- name: mark_windowed
-update event_batch set windowed_at = now() where id = any(%(batches)s)
+update event_batch set windowed_at = now(), to_export = %(export)s where id = any(%(batches)s)
 
 -- name: get_windows
 select model, version, grain, start, requests, errors, sketches

@@ -37,6 +37,7 @@ _ALIASES, _TAG = ("champion", "challenger", "shadow"), "tunesmith.deployment"
 _LOGIN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 _ENVIRONMENT = {  # read by MLflow's client at import or at each call; what the user set stays
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_OTLP_EXPORTER": "false",  # a collector that is named is the watcher's (monitoring/otlp.py)
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4",  # about 8 seconds: a server that restarts, not one that is down

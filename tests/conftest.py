@@ -27,7 +27,7 @@ from tests.stacks import Stack, new_folder, tunesmith
 hypothesis.settings.register_profile("steady", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("steady")
 
-FOREIGN = ("TUNESMITH_", "MLFLOW_", "PREFECT_", "PG")
+FOREIGN = ("TUNESMITH_", "MLFLOW_", "PREFECT_", "OTEL_", "PG")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -41,6 +41,22 @@ def test_children_get_settings_no_proxy_for_loopback_and_no_telemetry(
     assert env["MLFLOW_DISABLE_TELEMETRY"] == "true"
 
 
+def test_the_watcher_alone_is_told_of_a_collector(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector.example:4318")
+    monkeypatch.setenv("TUNESMITH_DATABASE_URL", "postgresql://u:p@h:1")
+    chosen = {"gateway": 8099, "mlflow": 1, "prefect": 2}
+    settings = services.resolve(own_settings(), chosen, None)
+    told = {
+        service.name
+        for service in [
+            *services.fixed(settings, chosen, None, "mark"),
+            services.engine(settings, "sha256:b", 3, "mark"),
+        ]
+        if "OTEL_EXPORTER_OTLP_ENDPOINT" in service.start.args[1]  # type: ignore[attr-defined]
+    }
+    assert told == {"watcher"}
+
+
 def test_a_taken_port_is_refused_when_asked_for_and_avoided_when_not(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
