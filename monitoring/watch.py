@@ -27,7 +27,7 @@ from infra.durations import parse_duration
 from infra.errors import Conflict, TunesmithError, Unreachable
 from infra.settings import get_settings
 from monitoring import alerts, canaries, drift, feedback, retraining, story, windows
-from registry import leases, mlflow, notifications, rollouts
+from registry import aliases, leases, notifications, rollouts
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
 log = logging.getLogger(__name__)
@@ -218,7 +218,7 @@ class Watcher:
         """MLflow's aliases follow the deployment rows."""
         with transaction() as conn:
             self._check(conn)
-            mlflow.deliver(conn)
+            aliases.deliver(conn)
 
     def notify(self) -> None:
         """The webhook is told of changes, if there is one."""
@@ -243,10 +243,10 @@ class Watcher:
             feedback.drop_old(conn, days)
             alerts.drop_old(conn, max(days, 90))
             drift.drop_old(conn, max(days, 90))
-            mlflow.drop_old(conn, days)
+            aliases.drop_old(conn, days)
             notifications.drop_old(conn, days)
             budgets.drop_old(conn)
-            mlflow.reconcile(conn)
+            aliases.reconcile(conn)
 
 
 def _judge(conn: Connection, row: Mapping[str, Any], now: datetime) -> None:
