@@ -10,10 +10,12 @@ import contextlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from infra.db import Connection, load_queries, one
 from infra.errors import NotFound, TunesmithError, Unreachable
+from registry import deployments
+from registry.deployments import Deployment
 from registry.mlflow import call, rest_client
 from registry.names import check_model_name
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
 log = logging.getLogger(__name__)
 
-_ALIASES, _TAG, _GATE = ("champion", "challenger", "shadow"), "tunesmith.deployment", "tunesmith.gate"
+_TAG, _GATE = "tunesmith.deployment", "tunesmith.gate"
 _SECONDS = 4.0  # for one answer; three tries must fit well into the watcher's lease
 
 
@@ -45,9 +47,9 @@ def deliver(conn: Connection, limit: int = 20) -> int:
         newest = one(conn, SQL["newest"], {"model": model})["id"]
         if newest is None:
             continue  # another process did it
-        slots = one(conn, SQL["slots"], {"model": model})  # read after `newest`: at least as new as all these rows
+        now = deployments.read(conn, model)  # after `newest`: at least as new as all these rows
         try:
-            gone = set_aliases(model, {name: slots[name] for name in _ALIASES}, tags={_TAG: _in_words(slots)})
+            gone = set_aliases(model, _aliases(now), tags={_TAG: _in_words(now)})
             _set_gates(model, {row["number"]: row["decision"] for row in conn.execute(SQL["gates"], {"model": model})})
         except Unreachable as error:
             log.warning("aliases wait, %s's and all others: %s", model, error)
@@ -78,10 +80,14 @@ def drop_old(conn: Connection, days: int) -> None:
     conn.execute(SQL["drop_old"], {"days": days})
 
 
-def _in_words(slots: Mapping[str, Any]) -> str:
-    share = f" at {100 * slots['challenger_share']:g} %"
-    held = [f"{name} {slots[name]}{share * (name == 'challenger')}" for name in _ALIASES if slots[name] is not None]
-    return f"generation {slots['generation']}: {', '.join(held) or 'nothing serves'}"
+def _aliases(now: Deployment) -> dict[str, int | None]:
+    return {"champion": now.champion, "challenger": now.challenger, "shadow": now.shadow}
+
+
+def _in_words(now: Deployment) -> str:
+    share = f" at {100 * now.challenger_share:g} %"
+    held = [f"{name} {n}{share * (name == 'challenger')}" for name, n in _aliases(now).items() if n is not None]
+    return f"generation {now.generation}: {', '.join(held) or 'nothing serves'}"
 
 
 def set_aliases(model: str, wanted: Mapping[str, int | None], *, tags: Mapping[str, str] | None = None) -> list[int]:

@@ -9,12 +9,6 @@ select pg_try_advisory_xact_lock(hashtextextended('mlflow_aliases:' || %(model)s
 -- name: newest
 select max(id) as id from outbox where model = %(model)s and kind = 'mlflow_aliases' and done_at is null
 
--- name: slots
--- Of a model that never served there is no row.
-select d.champion, d.challenger, coalesce(d.challenger_share, 0) as challenger_share, d.shadow,
-    coalesce(d.generation, 0) as generation
-from model m left join deployment d on d.model = m.name where m.name = %(model)s
-
 -- name: gates
 -- Of versions that were judged again; the others have what they were registered with.
 select distinct on (number) number, decision from judgement where model = %(model)s order by number, id desc
