@@ -274,7 +274,7 @@ def kill_ours(bench: Bench, size: Size) -> None:
 
     _until(lambda: taken() > size.killed / 2)
     with _restarted(bench):
-        _until(lambda: taken() > size.killed or writer.poll() is not None)
+        _until(lambda: stored("recorder") > 0)
         writer.kill()
         writer.wait()
         acknowledged, begun = taken(), stored("recorder")
@@ -323,7 +323,8 @@ def _restarted(bench: Bench) -> Iterator[None]:
     with suppress(psutil.TimeoutExpired):
         old.wait(30)
     cluster = postgres.prepare(bench.home)
-    server = cluster.start(bench.database_port)
+    with (bench.home / "postgres" / "server.log").open("ab") as log:
+        server = cluster.start(bench.database_port, output=log)
     try:
         cluster.wait(server, bench.database_port)
         yield
