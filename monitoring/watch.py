@@ -26,7 +26,7 @@ from infra.db import Connection, load_queries, one, transaction
 from infra.durations import parse_duration
 from infra.errors import Conflict, TunesmithError, Unreachable
 from infra.settings import get_settings
-from monitoring import alerts, canaries, drift, feedback, retraining, story, windows
+from monitoring import alerts, canaries, drift, feedback, golden, retraining, story, windows
 from registry import leases, mlflow, notifications, rollouts
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
@@ -243,6 +243,7 @@ class Watcher:
             feedback.drop_old(conn, days)
             alerts.drop_old(conn, max(days, 90))
             drift.drop_old(conn, max(days, 90))
+            golden.drop_old(conn, max(days, 90))
             mlflow.drop_old(conn, days)
             notifications.drop_old(conn, days)
             budgets.drop_old(conn)
