@@ -13,11 +13,13 @@ from typing import Any
 from psycopg.types.json import Jsonb
 
 from infra.db import Connection, load_queries, one
+from monitoring import alerts
 from registry.statistics import in_words
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
 
 LEVEL = 0.99  # of the difference's interval: a golden set is asked again and again
+_CLEAR = 0.5  # of the interval's reach above its middle, within which there must be no loss for an alert to close
 
 
 def keep(
@@ -62,6 +64,35 @@ def newest(conn: Connection, model: str, version: int, limit: int = 1) -> Sequen
 def drop_old(conn: Connection, days: int) -> None:
     """Forget rescorings older than `days`, but for what later ones are held against."""
     conn.execute(SQL["drop_old"], {"days": days})
+
+
+def state(difference: Mapping[str, Any] | None) -> alerts.State:
+    """`over` when a difference is a loss for sure, `calm` when even half of its interval has room for none, and between
+    these `between`; `unknown` where there is no interval."""
+    if difference is None or difference["high"] is None:
+        return "unknown"
+    if difference["high"] < 0:
+        return "over"
+    middle = difference["estimate"]
+    return "calm" if middle + _CLEAR * (difference["high"] - middle) >= 0 else "between"
+
+
+def look(conn: Connection, model: str, version: int) -> alerts.Finding:
+    """What a version's last rescoring means for its alert. A hosted model may be another one behind its name; of all
+    other versions the files are those that were judged, so that it is what they are served by."""
+    found = newest(conn, model, version)
+    if not found:
+        return alerts.Finding(rule=alerts.GOLDEN, state="unknown")
+    (rescoring,) = found
+    hosted = one(conn, SQL["hosted"], {"model": model, "version": version})["yes"]
+    return alerts.Finding(
+        rule=alerts.GOLDEN,
+        state=state(rescoring["difference"]),
+        message=in_a_sentence(rescoring),
+        details={name: rescoring[name] for name in ("metric", "rows", "failed", "score", "reference", "difference")},
+        cause="model" if hosted else "system",
+        began_at=rescoring["at"],
+    )
 
 
 def in_a_sentence(rescoring: Mapping[str, Any]) -> str:

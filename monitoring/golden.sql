@@ -14,6 +14,9 @@ select model, version, at, metric, rows, failed, score, reference, difference, c
 from rescoring where model = %(model)s and version = %(version)s
 order by id desc limit %(limit)s
 
+-- name: hosted
+select manifest ->> 'hosted' is not null as yes from version where model = %(model)s and number = %(version)s
+
 -- name: drop_old
 -- But for the answers that later ones are held against
 delete from rescoring where at < now() - make_interval(days => %(days)s) and answers is null

@@ -261,7 +261,8 @@ def _judge(conn: Connection, row: Mapping[str, Any], now: datetime) -> None:
         identifier = drift.keep(conn, body)
     else:
         identifier = last["id"]
-    found = [alerts.of_verdict(body), *alerts.look(conn, model, version, settings, now, span)]
+    found = [alerts.of_verdict(body), golden.look(conn, model, version)]
+    found += alerts.look(conn, model, version, settings, now, span)
     alerts.apply(conn, model, version, found, explain=partial(story.cause_of, now=now))
     if row["slot"] == "champion" and body["verdict"] == "drift":
         retraining.consider(conn, model, version, identifier, settings, body)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from deploy.auth import list_keys
 from infra.db import one, transaction
 from infra.errors import Conflict, NotFound, Unreachable, UsageError
 from infra.settings import Settings, get_settings
-from monitoring import golden, windows
+from monitoring import alerts, commands, golden, story, watch, windows
 from pipelines import rescoring
 from pipelines.evaluation.judgement import evaluate
 from registry import bases, datasets, deployments, leases
 from registry.bundle import Generation
 from registry.datasets import Dataset, Row, make_row
+from registry.statistics import mean_ci, paired_difference
 
 SAYS = "demo-v1 word0 word1"  # the peer, of version 1
 
@@ -119,6 +121,70 @@ def test_a_version_whose_judgement_kept_no_answers_is_held_against_its_first_one
         golden.drop_old(conn, 90)
         assert golden.first_answers(conn, "demo", 1) is not None
         assert len(golden.newest(conn, "demo", 1, limit=5)) == 1
+
+
+def looked() -> list[dict[str, Any]]:
+    """The open alerts after a watcher's turn."""
+    watcher = watch.Watcher("test")
+    watcher.turn()
+    watcher.release()
+    found = json.loads(CliRunner().invoke(commands.alerts, ["demo", "--json"]).stdout)["alerts"]
+    return [alert for alert in found if alert["rule"] == alerts.GOLDEN]
+
+
+def rescored(now: Sequence[float], then: Sequence[float]) -> None:
+    """As if version 1 had been asked again."""
+    with transaction() as conn:
+        golden.keep(
+            conn,
+            "demo",
+            1,
+            metric="token_f1",
+            rows=len(now),
+            failed=0,
+            score=mean_ci(now, higher_is_better=True).to_json(),
+            reference=mean_ci(then, higher_is_better=True).to_json(),
+            difference=paired_difference(now, then, higher_is_better=True, level=golden.LEVEL).to_json(),
+            changed={"worse": 0, "better": 0, "examples": []},
+            answers=None,
+        )
+
+
+def test_worse_answers_are_an_alert_until_they_are_as_good_again(stand: Stand) -> None:
+    rows = [asks(f"question {n}", SAYS if n < 8 else f"yes {n}") for n in range(24)]
+    serve(stand, rows, [SAYS] * 8 + [f"no {n}" for n in range(16)])
+    rescoring.again("demo")
+    assert looked() == [], "it is as good as it was"
+    serve(stand, rows, [row.answer for row in rows], number=2)
+    rescoring.again("demo")
+    (alert,) = looked()
+    assert (alert["version"], alert["cause"], alert["severity"]) == (2, "system", "warning")
+    assert "24 are worse, 0 better" in alert["message"]
+    assert alert["details"]["difference"]["high"] < 0
+    rescoring.again("demo")
+    assert [each["id"] for each in looked()] == [alert["id"]], "one alert, however often it is asked"
+    with transaction() as conn:
+        told = story.of(conn, conn.execute("select * from alert").fetchone() or {}, datetime.now(UTC))
+    assert any("tunesmith rollback demo" in line for line in told.advice)
+    promote(1)
+    assert looked() == [], "what serves no more"
+
+
+def test_an_alert_neither_flickers_nor_stays(database: Settings) -> None:
+    add_version("demo", 1, dataset=kept([asks("q", "a")]))
+    promote(1)
+    then = [1.0] * 40
+    rescored([0.0] * 12 + [1.0] * 28, then)
+    assert len(looked()) == 1
+    rescored([0.0] * 5 + [1.0] * 35, then)
+    with transaction() as conn:
+        (row,) = golden.newest(conn, "demo", 1)
+    assert row["difference"]["high"] > 0, "no loss for sure"
+    assert len(looked()) == 1, "but not as good as before either"
+    rescored([0.0] + [1.0] * 39, [0.0, 1.0, *then[2:]])
+    assert looked() == []
+    rescored([0.0] * 5 + [1.0] * 35, then)
+    assert looked() == [], "which alone opens none"
 
 
 def test_rows_without_an_answer_count_as_empty_ones_and_many_are_a_failure(stand: Stand) -> None:
