@@ -1,4 +1,4 @@
-"""The schedule of a golden set, in a real Prefect server."""
+"""The schedule of a golden set and its flow, with a real Prefect server."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import child, wait_for
+from serving import add_version, child, make_stand, wait_for
 
 from infra import ports
+from infra.db import transaction
 from infra.errors import NotFound
 from infra.prefect import call
 from infra.settings import Settings, get_settings
+from monitoring import golden
+from registry import datasets, deployments
 
 
 @pytest.fixture
@@ -45,11 +48,15 @@ def prefect(database: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         yield url
 
 
-def ensure(cron: str | None) -> None:
+def python(code: str) -> str:
     """In a process of its own, as a run is: Prefect reads its settings once."""
-    code = f"from pipelines import schedules; schedules.ensure_rescore('demo', {cron!r})"
     done = subprocess.run([sys.executable, "-c", code], env=dict(os.environ), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def ensure(cron: str | None) -> None:
+    python(f"from pipelines import schedules; schedules.ensure_rescore('demo', {cron!r})")
 
 
 def deployment() -> Any:
@@ -70,3 +77,23 @@ def test_a_schedule_follows_the_file_and_stays_paused_while_that_is_the_same(pre
     ensure(None)
     with pytest.raises(NotFound):
         deployment()
+
+
+def test_the_flow_asks_what_serves_and_waits_for_something_that_does(
+    prefect: str, database: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = "from pipelines import flows; print(flows.rescore('demo', return_state=True).type.value)"
+    assert python(run).split()[-1] == "CANCELLED"
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "demo-v1 word0 word1"}]
+    row = datasets.make_row(turns)
+    dataset = datasets.keep({"test": [row]}, counts={}, sources=[], recipe={})
+    add_version("demo", 1, dataset=dataset, evaluation={"metrics": {}, "answers": {row.id: row.answer}})
+    with transaction() as conn:
+        deployments.promote(conn, "demo", 1, actor="test", reason="test", force=True)
+    with make_stand(database.home) as stand, stand.running_engine(), stand.running_gateway():
+        stand.wait_ready()
+        monkeypatch.setenv("TUNESMITH_GATEWAY_URL", stand.url)
+        assert python(run).split()[-1] == "COMPLETED"
+    with transaction() as conn:
+        (kept,) = golden.newest(conn, "demo", 1)
+    assert (kept["rows"], kept["score"]["estimate"], kept["changed"]["worse"]) == (1, 1, 0)
