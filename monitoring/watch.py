@@ -26,7 +26,7 @@ from infra.db import Connection, load_queries, one, transaction
 from infra.durations import parse_duration
 from infra.errors import Conflict, TunesmithError, Unreachable
 from infra.settings import get_settings
-from monitoring import alerts, canaries, drift, feedback, retraining, story, windows
+from monitoring import alerts, canaries, drift, feedback, golden, retraining, story, windows
 from registry import aliases, leases, notifications, rollouts
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
@@ -243,6 +243,7 @@ class Watcher:
             feedback.drop_old(conn, days)
             alerts.drop_old(conn, max(days, 90))
             drift.drop_old(conn, max(days, 90))
+            golden.drop_old(conn, max(days, 90))
             aliases.drop_old(conn, days)
             notifications.drop_old(conn, days)
             budgets.drop_old(conn)
@@ -260,7 +261,8 @@ def _judge(conn: Connection, row: Mapping[str, Any], now: datetime) -> None:
         identifier = drift.keep(conn, body)
     else:
         identifier = last["id"]
-    found = [alerts.of_verdict(body), *alerts.look(conn, model, version, settings, now, span)]
+    found = [alerts.of_verdict(body), golden.look(conn, model, version)]
+    found += alerts.look(conn, model, version, settings, now, span)
     alerts.apply(conn, model, version, found, explain=partial(story.cause_of, now=now))
     if row["slot"] == "champion" and body["verdict"] == "drift":
         retraining.consider(conn, model, version, identifier, settings, body)

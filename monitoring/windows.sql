@@ -16,6 +16,9 @@ select e.model, e.version, e.at, e.slot, e.key_id, e.status, e.prompt_tokens, e.
 from request_event e
 where e.batch = any(%(batches)s) and e.at >= %(since)s
 
+-- name: our_keys
+select id from api_key where not watched
+
 -- name: mark_windowed
 update event_batch set windowed_at = now() where id = any(%(batches)s)
 

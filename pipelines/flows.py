@@ -30,7 +30,8 @@ from prefect.runtime import flow_run as current
 from prefect.schedules import Cron
 from prefect.states import Cancelled, Failed
 
-from pipelines import plans, runs, schedules, stages
+from monitoring import golden
+from pipelines import judging, plans, rescoring, runs, schedules, stages
 from pipelines.progress import report
 from pipelines.runs import Run
 from registry.statistics import in_words
@@ -65,6 +66,26 @@ def retrain(model: str, request: str | None = None) -> Any:
         request: id of the retrain request that a drift verdict wrote, for who reads the run; none when started by hand
     """
     return _told(lambda: _in_turn(plans.retrain(model)))
+
+
+@flow(name="rescore", flow_run_name="rescore {model}", persist_result=False, validate_parameters=True)
+def rescore(model: str) -> Any:
+    """Ask the version that serves a model its golden set again, and keep how well it did.
+
+    Args:
+        model: the model's name
+    """
+    return _told(lambda: _rescored(model))
+
+
+def _rescored(model: str) -> Any:
+    if reason := schedules.why_not(current.get_id()):
+        return Cancelled(message=reason)
+    if judging.champion_of(model) is None:
+        return Cancelled(message=f"No version of {model} serves yet.")
+    found = rescoring.again(model)
+    create_markdown_artifact(key=f"{model}-golden", markdown=golden.in_a_sentence(found))
+    return found
 
 
 def _told(work: Callable[[], Any]) -> Any:
@@ -144,6 +165,11 @@ def deploy_schedule(name: str, *, config: str, overrides: list[str], cron: str, 
 def deploy_retrain(model: str) -> None:
     """Create the Prefect deployment ``retrain/<model>``, which a drift verdict or a person starts."""
     _deploy("pipelines.flows.retrain", model, {"model": model, "request": None}, None)
+
+
+def deploy_rescore(model: str, cron: str) -> None:
+    """Create the Prefect deployment ``rescore/<model>``, or give it other times; the expression is checked."""
+    _deploy("pipelines.flows.rescore", model, {"model": model}, Cron(cron, timezone="UTC", slug="main"))
 
 
 def _deploy(entrypoint: str, name: str, parameters: dict[str, Any], schedule: Any) -> None:

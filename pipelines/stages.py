@@ -371,6 +371,7 @@ def register(
         outcome, refusal = _promote(plan, version, judged)
         if plan.config.retrain is not None:
             schedules.ensure_retrain(plan.config.model)
+        schedules.ensure_rescore(plan.config.model, plan.config.monitoring.rescore)
         _let_go_of_checkpoints(run.study)
         report("register", f"{version.name} {BECAME[outcome]}", 1, 1)
         return {

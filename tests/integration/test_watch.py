@@ -23,7 +23,7 @@ from infra import settings as infra_settings
 from infra.db import one, transaction
 from infra.settings import Settings
 from monitoring import alerts, commands, feedback, watch
-from registry import deployments, leases, mlflow
+from registry import aliases, deployments, leases
 from registry.profile import Profile
 
 SETTINGS = {
@@ -434,7 +434,7 @@ def test_an_mlflow_that_hangs_is_asked_for_one_model_a_turn(
 
         threading.Thread(target=accept, daemon=True).start()
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        monkeypatch.setattr(mlflow, "_ALIAS_SECONDS", 0.2)
+        monkeypatch.setattr(aliases, "_SECONDS", 0.2)
         infra_settings.get_settings.cache_clear()
         with transaction() as conn:
             for model in ("a", "b", "c"):
