@@ -150,7 +150,7 @@ def test_from_quiet_traffic_to_a_retrained_version(
     assert set(body) == {
         "model", "version", "since", "until", "verdict", "features", "explanation", "attribution", "versions"
     }  # fmt: skip
-    assert set(body["features"][0]) == {"name", "side", "statistic", "value", "threshold", "drifted", "also"}
+    assert set(body["features"][0]) == {"name", "side", "statistic", "value", "threshold", "drifted", "usual", "also"}
     assert body["versions"] == [{"version": 1, "slot": "champion", "verdict": "drift"}]
     assert any(word in body["explanation"] for word in ("`axis`", "`dtype`", "`ndarray`", "`numpy`", "`tensor`"))
     assert [r["state"] for r in requests()] == ["refused"]
