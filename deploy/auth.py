@@ -131,17 +131,18 @@ class Session:
 # ---------------------------------------------------------------- keys
 
 
-def create_key(conn: Connection, *, name: str, role: str, person: str | None = None) -> NewKey:
-    """Make a key, of a `person` by their user name, if it is anybody's. Raises UsageError for an unknown role, or for
-    names that are empty, long or not printable."""
+def create_key(conn: Connection, *, name: str, role: str, person: str | None = None, watched: bool = True) -> NewKey:
+    """Make a key, of a `person` by their user name, if it is anybody's. What it asks is no traffic unless it is
+    `watched`; of a name there is one such key, and making it anew ends the secret that it had. Raises UsageError for an
+    unknown role, or for names that are empty, long or not printable."""
     if role not in get_args(Role):
         raise UsageError(f"There is no role {role!r}.", hint=f"Roles: {', '.join(get_args(Role))}.")
     if not name.strip() or len(name) > 100 or not name.isprintable():
         raise UsageError("A key's name is 1 to 100 printable characters.", hint="Name who or what uses the key.")
     if person is not None and (not person.strip() or len(person) > 100 or not person.isprintable()):
         raise UsageError("A person is named by 1 to 100 printable characters.", hint="Give their user name.")
-    key_id, secret = secrets.token_hex(6), secrets.token_hex(32)
-    one(conn, SQL["insert_key"], {"id": key_id, "name": name, "role": role, "hash": _hash(secret), "person": person})
+    made, secret = {"name": name, "role": role, "person": person, "watched": watched}, secrets.token_hex(32)
+    key_id = one(conn, SQL["insert_key"], {**made, "id": secrets.token_hex(6), "hash": _hash(secret)})["id"]
     return NewKey(id=key_id, key=f"ts_{key_id}_{secret}", role=cast(Role, role), name=name)
 
 

@@ -1,6 +1,8 @@
 -- name: insert_key
-insert into api_key (id, name, role, hash, person) values (%(id)s, %(name)s, %(role)s, %(hash)s, %(person)s)
-returning created_at
+insert into api_key (id, name, role, hash, person, watched)
+values (%(id)s, %(name)s, %(role)s, %(hash)s, %(person)s, %(watched)s)
+on conflict (name) where not watched do update set hash = excluded.hash, role = excluded.role, revoked_at = null
+returning id
 
 -- name: list_keys
 select id, name, role, person, created_at, revoked_at from api_key order by created_at, id

@@ -51,6 +51,7 @@ class _Ask(BaseModel):
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     ignore_eos: bool = False  # vLLM's
+    priority: int = Field(default=0, ge=-(2**63), lt=2**63)  # vLLM's: lower goes first; above 0, it makes way
     presence_penalty: float = 0
     frequency_penalty: float = 0
     logit_bias: dict[str, float] = {}
@@ -247,13 +248,13 @@ class Answer:
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     def measured(self) -> dict[str, float | None]:
-        """Our own field: this request's share of the engine's busy time, its wait, its first token, and how sure
-        the model was (mean natural log-probability of the tokens)."""
+        """Our own field: this request's share of the engine's busy time, its wait (what it was set aside for included),
+        its first token, and how sure the model was (mean natural log-probability of the tokens)."""
         logprobs = [logprob for row in self.rows for logprob in row.logprobs]
         mean = sum(logprobs) / len(logprobs) if logprobs else math.nan
         return {
             "engine_seconds": round(sum(row.engine_seconds for row in self.rows), 6),
-            "queue_ms": round(max((row.joined_at - row.created_at) * 1000 for row in self.rows), 3),
+            "queue_ms": round(max((row.joined_at - row.created_at + row.aside_seconds) * 1000 for row in self.rows), 3),
             "ttft_ms": round(min((row.first_at - row.created_at) * 1000 for row in self.rows), 3),
             "mean_logprob": mean if math.isfinite(mean) else None,
         }

@@ -5,6 +5,9 @@ leaves when it is done. To join, its prompt runs, with those of others that join
 begin with (`deploy/prefixes.py`), and its keys and values are put beside those of the others (`deploy/memory.py`),
 padded on the left; to leave, the other rows are kept and columns that nobody uses any more are cut off. Answers are
 those of the request alone: in fp32 exactly, in bf16 up to the rounding that padding itself causes.
+
+A background request makes way: it joins by short passes, can be set aside with its keys and values at any time, and
+goes on later as if nothing had been (`deploy/scheduler.py` says when).
 """
 
 from __future__ import annotations
@@ -15,9 +18,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from deploy.adapters import Adapter, Adapters
+from deploy.joining import Cached, Joining, together
 from deploy.prefixes import Prefixes
 from deploy.sampling import Sampling, Text, draw
 from infra.errors import NotFound, TunesmithError, UsageError
@@ -27,15 +31,24 @@ if TYPE_CHECKING:
 
 Finish = Literal["stop", "length", "cancelled", "error"]
 _PASS_TOKENS = 1024  # that prompts may have together, padded, to be run in one pass
+_PART = 4  # background requests have a quarter of the rows and of their memory
+_SHORT_TOKENS = 32  # of a background request's prompt in one pass: who comes meanwhile waits for its end
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A prompt in tokens, the name of an adapter or None for the base alone, and how to sample."""
+    """A prompt in tokens, the name of an adapter or None for the base alone, and how to sample; a lower `priority`
+    goes first."""
 
     prompt: Sequence[int]
     adapter: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
+    priority: int = 0
+
+    @property
+    def background(self) -> bool:
+        """Whether nobody waits for it: it makes way for all that is not."""
+        return self.priority > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +78,8 @@ class Row:
         self.engine_seconds = 0.0
         self.created_at = time.perf_counter()
         self.joined_at = self.first_at = self.ended_at = 0.0
+        self.aside: Joining | None = None  # what it goes on from, of one that made way
+        self.aside_seconds = 0.0
         self._generator: torch.Generator | None = None
 
     @property
@@ -122,40 +137,11 @@ class Row:
         )
 
 
-class _CachedLayer(NamedTuple):
-    keys: torch.Tensor
-    values: torch.Tensor
-
-
-class _Cached(NamedTuple):
-    """What a cache is read for: a row's keys and values, a layer each."""
-
-    layers: list[_CachedLayer]
-
-
-@dataclass
-class _Joining:
-    """A row on its way into a batch: `known` tokens of its prompt are in `cache`, `rest` are to be run."""
-
-    row: Row
-    adapter: str
-    known: int
-    rest: int
-    cache: Any
-
-    @classmethod
-    def of(cls, row: Row, prefixes: Prefixes) -> _Joining:
-        row.joined_at = time.perf_counter()
-        adapter, prompt = row.adapter.digest if row.adapter else "", row.request.prompt
-        known, cache = prefixes.start(adapter, prompt)
-        return cls(row=row, adapter=adapter, known=known, rest=len(prompt) - known, cache=cache)
-
-
 class Batch:
     """The rows that decode together. Belongs to one thread.
 
     `rows` at most `max_rows`; rows times the longest row's final length at most `max_cells`, which bounds the memory
-    of keys and values.
+    of keys and values. Background rows have a part of both, or one row, and so have those that are set aside.
     """
 
     def __init__(
@@ -167,6 +153,7 @@ class Batch:
         self._ends = end_tokens(model, tokenizer)
         self._slides = getattr(model.config.get_text_config(), "sliding_window", None) is not None
         self._prefixes = Prefixes(max_cells // 16)
+        self._background_prefixes = Prefixes(max_cells // 16 // _PART)  # apart, to push nothing out
         self._memory: Any = None  # keys and values, given with the first row
         self._mask: torch.Tensor | None = None  # [rows, width], 1 where a column is the row's own
 
@@ -183,15 +170,16 @@ class Batch:
         return row
 
     def fits(self, row: Row, beside: Sequence[Row] = ()) -> bool:
-        """Whether the row can join now, together with those `beside` it."""
+        """Whether the row can join now, together with those `beside` it; one alone always can."""
         rows = len(self.rows) + len(beside) + 1
         width = max([row.most, *(other.most for other in (*self.rows, *beside))])
-        return rows <= self.max_rows and width * rows <= self.max_cells
+        part = _PART if row.request.background else 1
+        return rows == 1 or (rows <= self.max_rows // part and width * rows <= self.max_cells // part)
 
     def join(self, *rows: Row) -> None:
         """Run the rows' prompts, several in one pass, but for what prompts of their adapters begin with, and take their
         first tokens; those that this does not end are in the next steps."""
-        waiting = [_Joining.of(row, self._prefixes) for row in rows]
+        waiting = [Joining.of(row, self._prefixes) for row in rows]
         # Of like length together, so that little is padded; a pass reads all of the base's weights, however short
         waiting.sort(key=lambda joining: joining.rest)
         while waiting:
@@ -209,47 +197,62 @@ class Batch:
                 if joining.row.finish is None:
                     self._append(joining.row, joining.cache)
 
-    def _run(self, group: Sequence[_Joining]) -> None:
-        """The prompts of a group in one pass: each padded on the left, and so is what is known of it before."""
-        import torch
-        from transformers import DynamicCache
+    def join_shortly(self, row: Row) -> bool:
+        """One short pass of a background row's way into the batch: some of its prompt, or back as it was set aside.
+        Returns whether it is there; else it is set aside, and wants another pass."""
+        started = time.perf_counter()
+        joining = row.aside or Joining.of(row, self._background_prefixes)
+        row.aside_seconds += max(0.0, started - joining.since)
+        row.aside = joining if joining.rest > _SHORT_TOKENS else None
+        if row.aside is not None:
+            self._read(joining)
+        elif joining.rest:
+            self._run([joining])
+        if row.aside is None and row.finish is None:
+            self._append(row, joining.cache)
+        joining.since = time.perf_counter()
+        row.engine_seconds += joining.since - started
+        return row.aside is None
 
+    def _read(self, joining: Joining) -> None:
+        """The next tokens of a prompt, which predict nothing yet."""
+        import torch
+
+        now = joining.known + _SHORT_TOKENS
+        tokens = torch.tensor([joining.row.request.prompt[joining.known : now]], device=self.model.device)
+        with torch.inference_mode(), self.adapters.rows([joining.row.adapter]):
+            self.model(
+                input_ids=tokens,
+                attention_mask=tokens.new_ones(1, now),
+                position_ids=torch.arange(joining.known, now, device=tokens.device)[None],
+                past_key_values=joining.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        joining.known, joining.rest = now, joining.rest - _SHORT_TOKENS
+
+    def set_aside(self, rows: Sequence[Row]) -> None:
+        """Take rows out with their keys and values; `join_shortly` brings them back."""
+        import torch
+
+        for row in rows:
+            end = self._memory.layers[0].width
+            columns = torch.arange(end - row.length, end, device=self.model.device)
+            cache = Cached.of(self._memory, self.rows.index(row), columns)
+            adapter = row.adapter.digest if row.adapter else ""
+            row.aside = Joining(row=row, adapter=adapter, known=row.length, rest=0, cache=cache)
+        self._keep([i for i, row in enumerate(self.rows) if row not in rows])
+
+    def _run(self, group: Sequence[Joining]) -> None:
+        """The prompts of a group in one pass."""
         device = self.model.device
-        known, rest = (max(getattr(j, name) for j in group) for name in ("known", "rest"))
-        tokens = torch.zeros((len(group), rest), dtype=torch.long)
-        positions = torch.zeros_like(tokens)
-        mask = torch.zeros((len(group), known + rest), dtype=torch.long)
-        for i, joining in enumerate(group):
-            prompt = joining.row.request.prompt
-            tokens[i, rest - joining.rest :] = torch.tensor(prompt[joining.known :])
-            positions[i, rest - joining.rest :] = torch.arange(joining.known, len(prompt))
-            mask[i, known - joining.known : known] = 1
-            mask[i, known + rest - joining.rest :] = 1
-        cache = group[0].cache
-        if len(group) > 1:
-            cache = DynamicCache()
-            some = next((joining.cache for joining in group if joining.known), None)
-            for number, layer in enumerate(some.layers if some else ()):
-                parts = []
-                for name in ("keys", "values"):
-                    like = getattr(layer, name)
-                    whole = like.new_zeros(len(group), like.shape[1], known, like.shape[3])
-                    for i, joining in enumerate(group):
-                        if joining.known:
-                            whole[i, :, known - joining.known :] = getattr(joining.cache.layers[number], name)[0]
-                    parts.append(whole)
-                cache.update(*parts, number)
+        tokens, mask, positions, cache = together(group)
         self._forward([j.row for j in group], tokens.to(device), mask.to(device), positions.to(device), cache)
         for i, joining in enumerate(group):
             if len(group) > 1:
-                columns = mask[i].nonzero()[:, 0].to(device)
-                joining.cache = _Cached(
-                    [
-                        _CachedLayer(layer.keys[i : i + 1, :, columns], layer.values[i : i + 1, :, columns])
-                        for layer in cache.layers
-                    ]
-                )
-            self._prefixes.learn(joining.adapter, joining.row.request.prompt, joining.cache)
+                joining.cache = Cached.of(cache, i, mask[i].nonzero()[:, 0].to(device))
+            prefixes = self._background_prefixes if joining.row.request.background else self._prefixes
+            prefixes.learn(joining.adapter, joining.row.request.prompt, joining.cache)
 
     def step(self) -> list[Row]:
         """One more token for every row; returns the rows that took it. Those that ended have left the batch."""
@@ -313,7 +316,7 @@ class Batch:
         if self._memory is None:
             self._memory = Memory(self.max_cells, cache)
         self._memory.add(cache, max([row.most, *(other.most for other in self.rows)]))
-        mask = torch.ones((1, len(row.request.prompt)), dtype=torch.long, device=self.model.device)
+        mask = torch.ones((1, row.length), dtype=torch.long, device=self.model.device)
         if not self.rows:
             self._mask = mask
         else:

@@ -46,7 +46,7 @@ class Broken(TunesmithError):
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """`rows` decode at once, `queue` wait; `context` tokens a request at most, prompt and answer together;
-    `cache_bytes` for keys and values."""
+    `cache_bytes` for keys and values, and a quarter more for background requests that are set aside (or one's)."""
 
     rows: int = 16
     queue: int = 256
@@ -106,6 +106,7 @@ class Engine:
                     prompt=prompt,
                     adapter=None if ask.model == BASE_NAME else ask.model,
                     sampling=ask.sampling(self.context - len(prompt), default, choice),
+                    priority=ask.priority,
                 )
                 for prompt in prompts
                 for choice in range(ask.n)

@@ -240,6 +240,9 @@ def _metrics(engine: Engine) -> tuple[Any, Callable[[Row], None]]:
     name = "tunesmith_engine"
     Gauge(f"{name}_running", "Requests decoding now", registry=registry).set_function(lambda: scheduler.running)
     Gauge(f"{name}_waiting", "Requests in the queue", registry=registry).set_function(lambda: scheduler.waiting)
+    Gauge(f"{name}_background", "Background requests waiting or set aside", registry=registry).set_function(
+        lambda: scheduler.background
+    )
     Gauge(f"{name}_adapters", "Adapters loaded", registry=registry).set_function(lambda: len(engine.adapters.names()))
     Gauge(f"{name}_busy_seconds", "Time spent in the model since the start", registry=registry).set_function(
         lambda: scheduler.busy_seconds
@@ -248,13 +251,15 @@ def _metrics(engine: Engine) -> tuple[Any, Callable[[Row], None]]:
     requests = Counter(f"{name}_requests", "Requests ended", ["finish"], registry=registry)
     prompt = Counter(f"{name}_prompt_tokens", "Tokens read", registry=registry)
     completion = Counter(f"{name}_completion_tokens", "Tokens written", registry=registry)
-    first = Histogram(f"{name}_first_token_seconds", "From arrival to the first token", registry=registry)
+    first = Histogram(
+        f"{name}_first_token_seconds", "From arrival to the first token, not of background requests", registry=registry
+    )
 
     def count(row: Row) -> None:
         requests.labels(row.finish).inc()
         prompt.inc(len(row.request.prompt))
         completion.inc(len(row.tokens))
-        if row.first_at:
+        if row.first_at and not row.request.background:
             first.observe(row.first_at - row.created_at)
 
     return registry, count

@@ -10,23 +10,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import uuid
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import orjson
 from starlette.types import Receive, Scope, Send
-from uuid_utils.compat import uuid7
 
-from deploy.auth import Identity, NotAllowed, error_json
+from deploy.auth import NotAllowed, error_json
 from deploy.budgets import Budgets, OverLimit
+from deploy.call import Call
 from deploy.follower import Follower
 from deploy.metrics import Metrics
 from deploy.recorder import Event, Recorder
-from deploy.routing import Place, Served, Wanted, parse, pick
-from deploy.shapes import Asked, BadRequest, Kind, for_engine, parse_request
-from deploy.upstream import BadAnswer, Busy, LeftAlone, Upstream
+from deploy.routing import Place, Served, parse, pick
+from deploy.shapes import BACKGROUND, BadRequest, Kind, for_engine, parse_request
+from deploy.upstream import Busy, LeftAlone, Upstream
 from infra.errors import TunesmithError
 from infra.storage import text_digest
 from registry.privacy import redact
@@ -35,11 +34,11 @@ from registry.profile import FEATURES, Answer
 log = logging.getLogger(__name__)
 
 _PATHS = {"chat": "/chat/completions", "completion": "/completions"}
-_PREFIX = {"chat": "chatcmpl-", "completion": "cmpl-"}
 _NO_FEATURES = (float("nan"),) * len(FEATURES)
 _GONE = 499  # nginx's number for a client that closed the connection
 KEPT_CHARACTERS = 65_536  # of each message, where a model keeps text: redaction runs on the event loop
 SHADOWS = 8  # copies under way at once; more are dropped and counted
+SHADOW_SECONDS = 120.0  # that a copy may take in an engine, which others may keep busy all the time
 
 
 class TooLarge(BadRequest):
@@ -64,63 +63,6 @@ class Limits:
     body_seconds: float = 30.0  # for a request's body to arrive
     send_seconds: float = 30.0  # for a client to take a piece of its answer
     concurrent: int = 128
-
-
-class _Call:
-    """What is known of one request so far; becomes its event."""
-
-    def __init__(self, kind: Kind, identity: Identity, client_request_id: str | None) -> None:
-        self.id: uuid.UUID = uuid7()
-        self.started = time.perf_counter()
-        self.kind: Kind = kind
-        self.identity = identity
-        self.client_request_id = client_request_id
-        self.asked: Asked | None = None
-        self.wanted: Wanted | None = None
-        self.served: Served | None = None
-        self.slot: str = "none"
-        self.status = 0
-        self.error: str | None = None
-        self.sent = False  # whether the answer's head has gone out
-        self.first_at: float | None = None
-        self.text: list[str] = []
-        self.prompt_tokens = 0
-        self.completion_tokens = 0
-        self.engine_seconds = 0.0
-        self.mean_logprob: float | None = None
-        self.engine_ttft_ms: float | None = None
-        self.finish_reason: str | None = None
-
-    def take(self, piece: dict[str, Any]) -> None:
-        """Learn from an answer or a chunk of one, and put our name on it. Raises BadAnswer for one of another shape."""
-        try:
-            self._learn(piece)
-        except (AttributeError, TypeError, ValueError) as error:
-            raise BadAnswer("What answered is not OpenAI's shape.") from error
-        piece["id"] = f"{_PREFIX[self.kind]}{self.id}"
-        if self.served is not None:
-            piece["model"] = self.served.name
-
-    def _learn(self, piece: dict[str, Any]) -> None:
-        if (usage := piece.get("usage")) is not None:
-            self.prompt_tokens = _tokens(usage.get("prompt_tokens"))
-            self.completion_tokens = _tokens(usage.get("completion_tokens"))
-        if (extra := piece.pop("tunesmith", None)) is not None:
-            self.engine_seconds = float(extra.get("engine_seconds") or 0.0)
-            self.mean_logprob = extra.get("mean_logprob")
-            self.engine_ttft_ms = extra.get("ttft_ms")
-        for choice in piece.get("choices", ()):
-            if choice.get("index", 0) != 0:
-                continue
-            said = choice.get("delta") or choice.get("message") or choice
-            text = said.get("content") or said.get("text")
-            if text and not isinstance(text, str):
-                raise TypeError("text is no string")
-            if text:
-                if self.first_at is None:
-                    self.first_at = time.perf_counter()
-                self.text.append(text)
-            self.finish_reason = choice.get("finish_reason") or self.finish_reason
 
 
 class Inference:
@@ -156,7 +98,7 @@ class Inference:
 
     async def handle(self, kind: Kind, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
-        call = _Call(kind, scope["identity"], _clean(headers.get(b"x-request-id")))
+        call = Call(kind, scope["identity"], _clean(headers.get(b"x-request-id")))
         self._in_flight += 1
         self.metrics.in_flight.set(self._in_flight)
         try:
@@ -213,7 +155,7 @@ class Inference:
         except TimeoutError:
             raise TooSlow(f"The body did not arrive within {self.limits.body_seconds:g} seconds.") from None
 
-    async def _unless_gone(self, call: _Call, receive: Receive, answering: Any) -> None:
+    async def _unless_gone(self, call: Call, receive: Receive, answering: Any) -> None:
         """Answer, but stop as soon as the client goes away."""
         work = asyncio.ensure_future(answering)
         gone = asyncio.ensure_future(_gone(receive))
@@ -232,7 +174,7 @@ class Inference:
 
     # ------------------------------------------------------------ out
 
-    async def _answer(self, call: _Call, send: Send) -> None:
+    async def _answer(self, call: Call, send: Send) -> None:
         asked, wanted = call.asked, call.wanted
         assert asked is not None and wanted is not None  # noqa: S101, PT018
         table = self.follower.table
@@ -256,12 +198,13 @@ class Inference:
             call.take(answer)
             call.first_at = None  # the whole answer came at once; only the engine saw its first token
             call.status = 200
-            await self._send_whole(call, send, orjson.dumps(answer))
+            waited = ((b"x-tunesmith-queue-ms", b"%d" % round(call.queue_ms)),)
+            await self._send_whole(call, send, orjson.dumps(answer), waited)
         route = table.routes.get(wanted.model)
         if route is not None and route.shadow is not None and call.slot in ("champion", "challenger"):
             self._copy(call, route.shadow, table.places(route.shadow))
 
-    async def _stream(self, call: _Call, places: tuple[Place, ...], body: dict[str, Any], send: Send) -> None:
+    async def _stream(self, call: Call, places: tuple[Place, ...], body: dict[str, Any], send: Send) -> None:
         asked, served = call.asked, call.served
         assert asked is not None and served is not None  # noqa: S101, PT018
         async with aclosing(self.upstream.stream(places, served, _PATHS[call.kind], body)) as chunks:
@@ -286,7 +229,7 @@ class Inference:
             raise _Stalled from None
 
     async def _send_head(
-        self, call: _Call, send: Send, status: int, content_type: bytes, more: tuple[tuple[bytes, bytes], ...]
+        self, call: Call, send: Send, status: int, content_type: bytes, more: tuple[tuple[bytes, bytes], ...]
     ) -> None:
         limit = self.limits.concurrent
         places = {
@@ -306,13 +249,13 @@ class Inference:
         await send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def _send_whole(
-        self, call: _Call, send: Send, body: bytes, more: tuple[tuple[bytes, bytes], ...] = ()
+        self, call: Call, send: Send, body: bytes, more: tuple[tuple[bytes, bytes], ...] = ()
     ) -> None:
         length = ((b"content-length", b"%d" % len(body)), *more)
         await self._send_head(call, send, call.status, b"application/json", length)
         await send({"type": "http.response.body", "body": body})
 
-    async def _explain(self, call: _Call, send: Send, error: TunesmithError) -> None:
+    async def _explain(self, call: Call, send: Send, error: TunesmithError) -> None:
         """Tell the client what went wrong: an answer of its own, or the last piece of the stream it is reading."""
         body = orjson.dumps(error_json(error))
         if call.sent:
@@ -327,9 +270,12 @@ class Inference:
 
     # ------------------------------------------------------------ afterwards
 
-    def _record(self, call: _Call) -> None:
-        now = time.perf_counter()
+    def _record(self, call: Call) -> None:
         asked, served = call.asked, call.served
+        seconds = time.perf_counter() - call.started
+        ttft_ms = (call.first_at - call.started) * 1000 if call.first_at is not None else call.engine_ttft_ms
+        if call.background:
+            seconds, ttft_ms = max(0.0, seconds - call.queue_ms / 1000), None
         name = served.name if served else "none"
         self.metrics.requests.labels(name, call.slot, str(call.status)).inc()
         features, cost = _NO_FEATURES, 0.0
@@ -338,7 +284,7 @@ class Inference:
         kept: Any = None
         answer: str | None = None
         if served is not None:
-            self.metrics.latency.labels(name).observe(now - call.started)
+            self.metrics.latency.labels(name).observe(seconds)
             self.metrics.tokens.labels(name, "prompt").inc(call.prompt_tokens)
             self.metrics.tokens.labels(name, "completion").inc(completion)
             if call.first_at is not None:
@@ -377,8 +323,8 @@ class Inference:
                 stream=asked.stream if asked else False,
                 prompt_tokens=call.prompt_tokens,
                 completion_tokens=completion,
-                ttft_ms=(call.first_at - call.started) * 1000 if call.first_at is not None else call.engine_ttft_ms,
-                latency_ms=(now - call.started) * 1000,
+                ttft_ms=ttft_ms,
+                latency_ms=seconds * 1000,
                 engine_seconds=call.engine_seconds,
                 cost_usd=cost,
                 finish_reason=call.finish_reason,
@@ -389,8 +335,9 @@ class Inference:
             )
         )
 
-    def _copy(self, call: _Call, shadow: Served, places: tuple[Place, ...]) -> None:
-        """Ask the shadow version the same, after the client has its answer; only the event tells of it."""
+    def _copy(self, call: Call, shadow: Served, places: tuple[Place, ...]) -> None:
+        """Ask the shadow version the same, after the client has its answer and while the engine has nobody else's to
+        make; only the event tells of it."""
         if len(self._shadows) >= SHADOWS:
             self.metrics.shadow_dropped.inc()
             return
@@ -398,18 +345,22 @@ class Inference:
         self._shadows.add(task)
         task.add_done_callback(self._shadows.discard)
 
-    async def _ask_shadow(self, original: _Call, shadow: Served, places: tuple[Place, ...]) -> None:
+    async def _ask_shadow(self, original: Call, shadow: Served, places: tuple[Place, ...]) -> None:
         # Its event names the request it is a copy of as its client's id.
-        call = _Call(original.kind, original.identity, str(original.id))
+        call = Call(original.kind, original.identity, str(original.id))
         asked = original.asked
         assert asked is not None  # noqa: S101
         call.asked, call.wanted, call.served, call.slot = asked, original.wanted, shadow, "shadow"
         body = for_engine(asked, shadow)
         body.pop("stream", None)
         body.pop("stream_options", None)
+        body["priority"] = max(BACKGROUND, body.get("priority", 0))
         try:
-            call.take(await self.upstream.complete(places, shadow, _PATHS[call.kind], body))
+            async with asyncio.timeout(None if shadow.hosted else SHADOW_SECONDS):
+                call.take(await self.upstream.complete(places, shadow, _PATHS[call.kind], body))
             call.first_at, call.status = None, 200
+        except TimeoutError:
+            call.status, call.error = Busy.http_status, f"{Busy.code}: the engine had no time for it"
         except TunesmithError as error:
             call.status, call.error = error.http_status, f"{error.code}: {error.message}"
         except asyncio.CancelledError:
@@ -440,11 +391,6 @@ def _clean(header: bytes | None) -> str | None:
     if header is None:
         return None
     return "".join(c for c in header.decode("latin-1") if c.isprintable())[:128] or None
-
-
-def _tokens(value: Any) -> int:
-    """What a model says that it counted, as far as it can be."""
-    return min(max(int(value or 0), 0), 2**31 - 1)
 
 
 def _kept(text: str) -> str:

@@ -1,6 +1,11 @@
 """The thread that owns the model: takes requests from the event loop, steps the batch, hands pieces back.
 
 The event loop never waits for it, and nobody else touches the model.
+
+Of requests that wait the lowest priority number is begun first, in the order of their arrival. Those above 0 are
+background: each row in a batch makes every step longer, so they are decoded only while no other request waits or
+decodes, and are set aside when one comes, which waits for the step or the short pass (`Batch.join_shortly`) under way
+and never longer. While others keep the engine busy they stand still, and it is for their senders to give them up.
 """
 
 from __future__ import annotations
@@ -9,6 +14,7 @@ import asyncio
 import logging
 import threading
 import time
+from bisect import insort
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +27,8 @@ from infra.errors import TunesmithError, Unreachable
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
+# Background requests may wait beside the queue, a quarter as many as in it
+_BACKGROUND_PART = 4
 # Prompts that run between two steps, and their tokens (one prompt may be longer): those already decoding wait for few.
 JOINS_A_STEP = 8
 JOIN_TOKENS = 1024
@@ -68,7 +76,8 @@ class Ticket:
 
 
 class Scheduler(threading.Thread):
-    """First come, first served, into one `Batch`. `submit`, `cancel`, `call` and `stop` may be used by any thread."""
+    """By priority, then first come, first served, into one `Batch`. `submit`, `cancel`, `call` and `stop` may be used
+    by any thread."""
 
     def __init__(self, model: Any, tokenizer: Any, adapters: Adapters, *, max_rows: int, max_cells: int, queue: int):
         super().__init__(name="model", daemon=True)
@@ -78,7 +87,8 @@ class Scheduler(threading.Thread):
         )
         self._batch = self._new_batch()
         self._changed = threading.Condition()
-        self._waiting: deque[tuple[Ticket, int]] = deque()
+        self._waiting: list[tuple[Ticket, int]] = []  # by priority
+        self._aside: deque[tuple[Ticket, int]] = deque()  # background rows that have begun, and made way
         self._places: dict[Row, tuple[Ticket, int]] = {}  # rows in the batch
         self._calls: list[Callable[[], None]] = []
         self._stopping = False
@@ -90,7 +100,15 @@ class Scheduler(threading.Thread):
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        """How many wait that are not background."""
+        with self._changed:
+            return len(self._waiting) - self._waiting_background()
+
+    @property
+    def background(self) -> int:
+        """How many background requests wait, those that made way included."""
+        with self._changed:
+            return self._waiting_background() + len(self._aside)
 
     @property
     def running(self) -> int:
@@ -99,15 +117,21 @@ class Scheduler(threading.Thread):
     def submit(self, requests: Sequence[Request], loop: asyncio.AbstractEventLoop) -> Ticket:
         """Queue one client's requests; their pieces arrive in the ticket's queue until each has a finish.
 
-        Raises NotFound for an unknown adapter, UsageError for what can never fit, Full at the queue's bound.
+        Raises NotFound for an unknown adapter, UsageError for what can never fit, Full at the queue's bound; background
+        requests have a bound of their own, and take nobody's place.
         """
         ticket = Ticket([self._batch.row(request) for request in requests], loop)
         with self._changed:
             if self._stopping or not self.is_alive():
                 raise Unreachable("The engine is stopping.", hint="Try again in a few seconds.")
-            if len(self._waiting) + len(requests) > self.queue:
-                raise Full(f"{len(self._waiting)} requests are waiting, the most there may be.", hint="Try again soon.")
-            self._waiting.extend((ticket, index) for index in range(len(requests)))
+            background = self._waiting_background()
+            waiting, most, kind = len(self._waiting) - background, self.queue, ""
+            if requests[0].background:
+                waiting, most, kind = background, max(1, self.queue // _BACKGROUND_PART), "background "
+            if waiting + len(requests) > most:
+                raise Full(f"{waiting} {kind}requests are waiting; {most} may.", hint="Try again soon.")
+            for index in range(len(requests)):
+                insort(self._waiting, (ticket, index), key=lambda item: _request(item).priority)
             self._changed.notify()
         return ticket
 
@@ -145,6 +169,9 @@ class Scheduler(threading.Thread):
         if self.is_alive():
             self.join()
 
+    def _waiting_background(self) -> int:
+        return sum(_request(item).background for item in self._waiting)
+
     def _between_steps(self, function: Callable[[], None]) -> bool:
         with self._changed:
             if self._stopping:
@@ -167,7 +194,7 @@ class Scheduler(threading.Thread):
 
     def _turn(self) -> bool:
         with self._changed:
-            while not (self._calls or self._waiting or self._places or self._stopping):
+            while not (self._calls or self._waiting or self._aside or self._places or self._stopping):
                 self._changed.wait()
             if self._stopping:
                 return False
@@ -177,12 +204,20 @@ class Scheduler(threading.Thread):
         started = time.perf_counter()
         moved: list[Row] = []
         try:
-            while len(moved) < JOINS_A_STEP and (joining := self._next(moved)) is not None:
-                row = joining[0].rows[joining[1]]
-                self._places[row] = joining
-                moved.append(row)
-            self._batch.join(*moved)
-            moved += self._batch.step()
+            if self._others():
+                self._make_way()
+                while len(moved) < JOINS_A_STEP and (joining := self._next(moved)) is not None:
+                    moved.append(self._place(joining))
+                self._batch.join(*moved)
+                moved += self._batch.step()
+            elif (joining := self._next_background()) is not None:
+                row = self._place(joining)
+                if self._batch.join_shortly(row):
+                    moved.append(row)
+                else:
+                    self._aside.appendleft(self._places.pop(row))
+            else:
+                moved += self._batch.step()
         except Exception:
             log.exception("a step failed; the requests in it are given up")
             self._batch, places = self._new_batch(), list(self._places)
@@ -194,6 +229,38 @@ class Scheduler(threading.Thread):
         self._publish(dict.fromkeys(moved))
         return True
 
+    def _others(self) -> bool:
+        """Whether any request waits or decodes that is not background."""
+        with self._changed:
+            first = self._waiting[:1]
+        return any(not _request(item).background for item in (*first, *self._places.values()))
+
+    def _make_way(self) -> None:
+        """Set the background rows of the batch aside."""
+        rows = [row for row in self._batch.rows if row.request.background]
+        if rows:
+            self._batch.set_aside(rows)
+            self._aside.extend(self._places.pop(row) for row in rows)
+
+    def _place(self, joining: tuple[Ticket, int]) -> Row:
+        row = joining[0].rows[joining[1]]
+        self._places[row] = joining
+        return row
+
+    def _next_background(self) -> tuple[Ticket, int] | None:
+        """Whoever made way goes on first: together they had places. Then the first in the queue, if there is one."""
+        if self._aside:
+            return self._aside.popleft()
+        with self._changed:
+            if not self._waiting:
+                return None
+            ticket, index = self._waiting[0]
+            row = ticket.rows[index]
+            # One that came a moment ago and is not background waits for the next turn
+            if not row.request.background or not self._batch.fits(row):
+                return None
+            return self._waiting.pop(0)
+
     def _next(self, beside: Sequence[Row]) -> tuple[Ticket, int] | None:
         """The first in the queue, if there is a place for it beside those that join with it."""
         with self._changed:
@@ -202,9 +269,9 @@ class Scheduler(threading.Thread):
             ticket, index = self._waiting[0]
             row = ticket.rows[index]
             tokens = sum(len(joining.request.prompt) for joining in (*beside, row))
-            if (beside and tokens > JOIN_TOKENS) or not self._batch.fits(row, beside):
+            if row.request.background or (beside and tokens > JOIN_TOKENS) or not self._batch.fits(row, beside):
                 return None
-            return self._waiting.popleft()
+            return self._waiting.pop(0)
 
     def _publish(self, rows: dict[Row, None]) -> None:
         """Hand each row's news to its event loop, in one call a loop."""
@@ -227,7 +294,8 @@ class Scheduler(threading.Thread):
 
     def _cancel(self, ticket: Ticket) -> None:
         with self._changed:
-            self._waiting = deque(item for item in self._waiting if item[0] is not ticket)
+            self._waiting = [item for item in self._waiting if item[0] is not ticket]
+            self._aside = deque(item for item in self._aside if item[0] is not ticket)
         for row in ticket.rows:
             if row.finish is None:
                 self._batch.cancel(row)
@@ -236,8 +304,9 @@ class Scheduler(threading.Thread):
     def _fail_all(self) -> None:
         with self._changed:
             self._stopping = True
-            left, calls = list(self._waiting), self._calls
+            left, calls = [*self._waiting, *self._aside], self._calls
             self._waiting.clear()
+            self._aside.clear()
         for function in calls:
             function()
         for ticket, index in left:
@@ -245,6 +314,11 @@ class Scheduler(threading.Thread):
         for row in self._places:
             row.end("error")
         self._publish(dict.fromkeys(self._places))
+
+
+def _request(item: tuple[Ticket, int]) -> Request:
+    ticket, index = item
+    return ticket.rows[index].request
 
 
 def _deliver(pieces: list[tuple[Ticket, Piece]]) -> None:

@@ -19,6 +19,7 @@ Kind = Literal["chat", "completion"]
 MAX_N = 8
 MAX_TOKENS = 131_072
 MAX_MESSAGES = 2048
+BACKGROUND = 1  # priority of what nobody waits for, as copies: engines serve 0, all else, before it
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 
 
@@ -41,6 +42,11 @@ class Asked:
     stream: bool
     wants_usage: bool
     body: dict[str, Any]
+
+    @property
+    def background(self) -> bool:
+        """Whether it makes way for others in an engine."""
+        return bool(self.body.get("priority", 0))
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -166,6 +172,7 @@ _CHECKS: Mapping[str, Callable[[str, Any], None]] = {
     "stream": _boolean,
     "stream_options": _stream_options,
     "user": _user,
+    "priority": _integer(0, 1000),  # a client may stand back, never push forward
     "logit_bias": _table,
     "metadata": _table,
 }

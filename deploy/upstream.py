@@ -3,7 +3,8 @@
 A request that has not answered anything yet is tried again, at the next place where there is one, at most `ATTEMPTS`
 times, or once at each place where there are more; after its first token it is not, since the client has that token.
 Engines of one base take turns; hosted models are asked in the version's order. A place that keeps failing is left alone
-for a while (deploy/breaker.py).
+for a while (deploy/breaker.py). `priority` in a body, by which background requests make way for others, is vLLM's and
+our engine's, and told to engines only.
 """
 
 from __future__ import annotations
@@ -129,6 +130,7 @@ class Upstream:
         failure: BaseException | None = None
         failed = order[0]
         asked = dict.fromkeys(range(len(order)), 0)
+        background = not served.hosted and body.get("priority", 0) > 0
         since = time.monotonic()
         for attempt in range(max(ATTEMPTS, len(order))):
             if time.monotonic() - since > PATIENCE_SECONDS:
@@ -155,6 +157,8 @@ class Upstream:
                 self._well(place)
                 raise
             except (_TryAgain, BadAnswer, aiohttp.ClientError, OSError, TimeoutError) as error:
+                if background and isinstance(error, TimeoutError):  # others may have kept a place busy that is well
+                    raise Busy(f"{place.who} had no time for a background request.", hint="Try again later.") from error
                 failure = error.__cause__ if isinstance(error, _TryAgain) and error.__cause__ else error
                 failed = place
                 if isinstance(error, _TryAgain) and not error.sick:
@@ -211,6 +215,8 @@ class Upstream:
         self, place: Place, served: Served, path: str, body: Mapping[str, Any], *, stream: bool
     ) -> AsyncGenerator[Any, None]:
         asked = {**body, **place.options, "model": place.model}
+        if place.hosted and "priority" not in place.options:
+            asked.pop("priority", None)
         if None in place.options.values():
             asked = {name: value for name, value in asked.items() if value is not None}
         key = _key(place)

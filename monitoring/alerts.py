@@ -38,6 +38,7 @@ _STATES: Sequence[State] = ("over", "between", "unknown", "calm")  # which of se
 _SILENT = timedelta(hours=1)
 _GRACE = timedelta(seconds=30)  # that a gateway may take to follow a change
 NOT_SERVING = "not serving"
+GOLDEN = "golden set"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,7 +276,7 @@ def silences(conn: Connection) -> list[Mapping[str, Any]]:
 
 def close_retired(conn: Connection, model: str, versions: Sequence[int], settings: Mapping[str, Any]) -> None:
     """Close the alerts of versions that serve no more, and of rules that are gone from the settings."""
-    rules = ["drift", NOT_SERVING] + [
+    rules = ["drift", NOT_SERVING, GOLDEN] + [
         f"{r.metric} {'above' if r.above is not None else 'below'}" for r in rules_of(settings)
     ]
     for row in conn.execute(SQL["close_retired"], {"model": model, "versions": list(versions), "rules": rules}):

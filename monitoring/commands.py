@@ -173,7 +173,7 @@ def _show_drift(result: Mapping[str, Any], asked: _Asked) -> None:
                 f["statistic"],
                 f"{f['value']:.3f}",
                 f"{f['threshold']:.3f}",
-                "[red]moved[/]" if f["drifted"] else "",
+                "[red]moved[/]" if f["drifted"] else "usual at these hours" if f["usual"] else "",
             )
         out.print(table)
     for other in result.get("versions", ()):

@@ -4,8 +4,9 @@ examples of what did.
 Each feature's live histogram is compared with the version's frozen profile. A feature has moved when its distance
 is larger than chance makes it, at the sizes of both, in one of a hundred quiet comparisons of all features
 together (Bonferroni), and larger than what matters at all (registry.profile.Feature.matters): a million requests
-make any trifle certain. The watcher looks often, at overlapping spans, so a single look promises less than the
-five in a hundred that a quiet day may be wrong.
+make any trifle certain. Over less than a day, what has moved is compared with the version's usual hours too, so that
+the rhythm of the day is no drift (monitoring/rhythm.py has the rule). The watcher looks often, at overlapping spans, so
+a single look promises less than the five in a hundred that a quiet day may be wrong.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from psycopg.types.json import Jsonb
 
 from infra.db import Connection, load_queries, one
 from infra.errors import NotFound
-from monitoring import attribution, explain, statistics, windows
+from monitoring import attribution, explain, rhythm, statistics, windows
 from monitoring.statistics import Statistic
 from registry.profile import FEATURE, FEATURES, Feature, Profile
 
@@ -29,6 +30,7 @@ SQL = load_queries(Path(__file__).with_suffix(".sql"))
 
 ALPHA = 0.01
 RESAMPLES = 4000
+_OF_DAYS, _FEWER = 0.01, 500  # the level, of one feature, at which days and hours are let in, and resamples for it
 MIN_REQUESTS = 100
 _MIN_ROWS = 30  # on either side; below that, a histogram says nothing
 _MIN_FEEDBACK = 0.2  # share of answers with a correction; below, corrections are a choice of the bad ones
@@ -40,7 +42,8 @@ Verdict = Literal["drift", "stable", "too_few"]
 @dataclass(frozen=True, kw_only=True)
 class Moved:
     """One feature compared. `value` and `threshold` are in the statistic's unit; `before` and `now` are the two
-    histograms."""
+    histograms. With `usual_days`, `before` is of the same hours of so many days, and `from_reference` is how far it has
+    moved against the reference."""
 
     feature: Feature
     statistic: Statistic
@@ -48,10 +51,17 @@ class Moved:
     threshold: float
     before: tuple[int, ...]
     now: tuple[int, ...]
+    usual_days: int = 0
+    from_reference: float | None = None
 
     @property
     def drifted(self) -> bool:
         return self.value > self.threshold
+
+    @property
+    def usual(self) -> bool:
+        """Whether it differs from the reference as it usually does at these hours."""
+        return bool(self.usual_days) and not self.drifted
 
     def to_json(self) -> dict[str, Any]:
         """The contract's object."""
@@ -62,6 +72,9 @@ class Moved:
             "value": round(self.value, 4),
             "threshold": round(self.threshold, 4),
             "drifted": self.drifted,
+            "usual": {"days": self.usual_days, "from_reference": round(self.from_reference, 4)}
+            if self.from_reference is not None
+            else None,
             "also": {name: round(value, 4) for name, value in self.also().items()},
         }
 
@@ -108,25 +121,89 @@ def compare(
 
 
 def _compare(
-    feature: Feature, before: tuple[int, ...], now: tuple[int, ...], *, tail: float, resamples: int, seed: int,
-    effect: float,
+    feature: Feature, before: Sequence[float], now: Sequence[float], *, tail: float, resamples: int, seed: int,
+    effect: float, effect_before: float = 1.0, matters: float | None = None, only_whether: bool = False,
 ) -> Moved:  # fmt: skip
+    """`matters` is the feature's own unless given; `only_whether` it moved is wanted, and not a threshold that is
+    right where it did not."""
     # Bins that are empty on both sides change no statistic, and drawing them costs as much as any other.
     bins = [i for i in range(feature.bins) if before[i] or now[i]]
     a, b = statistics.array([before[i] for i in bins]), statistics.array([now[i] for i in bins])
+    a /= effect_before
+    least = feature.matters if matters is None else matters
     name, distance = statistics.of(feature, bins)
-    span = feature.centres[bins[-1]] - feature.centres[bins[0]]
-    noise = statistics.noise_at_most(name, sum(before), sum(now) / effect, bins=len(bins), span=span, tail=tail)
-    if noise > feature.matters:
+    value, noise = float(distance(a, b)), 0.0
+    if value > least or not only_whether:
+        n, m, span = float(a.sum()), float(b.sum()) / effect, feature.centres[bins[-1]] - feature.centres[bins[0]]
+        noise = statistics.noise_at_most(name, n, m, bins=len(bins), span=span, tail=tail)
+    if noise > least:
         noise = statistics.noise(a, b, distance, tail=tail, resamples=resamples, seed=seed, effect=effect)
     return Moved(
         feature=feature,
         statistic=name,
-        value=float(distance(a, b)),
-        threshold=max(feature.matters, noise),
-        before=before,
-        now=now,
+        value=value,
+        threshold=max(least, noise),
+        before=tuple(round(n) for n in before),
+        now=tuple(round(n) for n in now),
     )
+
+
+def beside_usual(
+    compared: Sequence[Moved],
+    days: rhythm.Rhythm,
+    *,
+    effects: Mapping[str, float] | None = None,
+    alpha: float = ALPHA,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> list[Moved]:
+    """The features as `compare` gave them, those that moved judged by the version's usual hours where it has some that
+    can tell: the rule of monitoring/rhythm.py. What people say is not of an hour, and stays as it is."""
+    return [
+        _by_usual(
+            m, days, tail=alpha / len(compared), resamples=resamples, seed=seed + i,
+            effect=(effects or {}).get(m.feature.name, 1.0),
+        )
+        if m.drifted and m.feature.side != "quality"
+        else m
+        for i, m in enumerate(compared)
+    ]  # fmt: skip
+
+
+def _by_usual(m: Moved, days: rhythm.Rhythm, *, tail: float, resamples: int, seed: int, effect: float) -> Moved:
+    def columns(hours: rhythm.Hours) -> list[list[int]]:
+        return [hour.histogram(m.feature.name) for hour in hours]
+
+    stricter = {"tail": _OF_DAYS, "resamples": _FEWER}
+
+    def moved(before: Sequence[float], now: Sequence[float], **by: Any) -> bool:
+        return _compare(m.feature, before, now, seed=seed, only_whether=True, **by).drifted
+
+    def day_moved(hours: Sequence[Sequence[int]], **by: Any) -> bool:
+        return moved(m.before, _added(hours), effect=statistics.design_effect(statistics.array(hours)), **by)
+
+    if day_moved(columns(days.today), tail=tail, resamples=resamples):
+        return m
+    usual: list[list[float]] = []
+    for day in map(columns, days.earlier):
+        same = _added([[part * n for n in hour] for part, hour in zip(days.parts, day, strict=True)])
+        if (
+            sum(same) >= _MIN_ROWS
+            and not day_moved(day, **stricter)
+            and not (usual and moved(_added(usual), same, effect=effect, effect_before=effect, **stricter))
+        ):
+            usual.append(same)
+    hours = _added(usual)
+    if len(usual) < rhythm.LEAST_DAYS or not moved(m.before, hours, effect=effect, matters=0.0, **stricter):
+        return m
+    beside = _compare(
+        m.feature, hours, m.now, tail=tail, resamples=resamples, seed=seed, effect=effect, effect_before=effect
+    )
+    return replace(beside, usual_days=len(usual), from_reference=m.value)
+
+
+def _added(histograms: Sequence[Sequence[float]]) -> list[float]:
+    return [sum(column) for column in zip(*histograms, strict=True)]
 
 
 def judge(
@@ -155,15 +232,15 @@ def judge(
     if window.answered < least:
         verdict: Verdict = "too_few"
         text = explain.too_few(model, version, window.answered, least)
-    elif not (compared := compare(profile, live, effects=_effects(conn, model, version, since, until))):
+    elif not (compared := _compared(conn, profile, live, model, version, since, until, least)):
         verdict, text = "too_few", explain.no_profile(model, version)
     else:
-        moved = [m for m in compared if m.drifted]
+        moved, usual = [m for m in compared if m.drifted], [m for m in compared if m.usual]
         verdict = "drift" if moved else "stable"
         if moved:
             found = _known(before, moved) or _attribute(conn, model, version, moved, given["score"], since, until)
         text = explain.verdict(
-            model, version, window.answered, len(compared), moved, _new_words(window),
+            model, version, window.answered, len(compared), moved, _new_words(window), usual=usual,
             keeps_text=bool(row["settings"].get("monitoring", {}).get("keep_text", False)), found=found,
         )  # fmt: skip
     return {
@@ -176,6 +253,18 @@ def judge(
         "explanation": text,
         "attribution": found and found.to_json(),
     }
+
+
+def _compared(
+    conn: Connection, profile: Profile, live: Mapping[str, Sequence[int]], model: str, version: int,
+    since: datetime, until: datetime, least: int,
+) -> list[Moved]:  # fmt: skip
+    effects = _effects(conn, model, version, since, until)
+    compared = compare(profile, live, effects=effects)
+    if until - since >= rhythm.DAY or not any(m.drifted for m in compared):
+        return compared
+    days = rhythm.read(conn, model, version, since, until, least=least)
+    return beside_usual(compared, days, effects=effects)
 
 
 def _effects(conn: Connection, model: str, version: int, since: datetime, until: datetime) -> dict[str, float]:

@@ -40,10 +40,18 @@ def verdict(
     moved: Sequence[Moved],
     new_words: Sequence[str],
     *,
+    usual: Sequence[Moved] = (),
     keeps_text: bool,
     found: Attribution | None,
 ) -> str:
-    """The explanation of a verdict from enough requests; `found` says what it comes of, if anything `moved`."""
+    """The explanation of a verdict from enough requests; `found` says what it comes of, if anything `moved`. What is
+    `usual` differs from the reference only by the rhythm of the day."""
+    if found is None and usual:
+        return (
+            f"The {answered} requests that {model}:{version} answered are as usual at these hours: none of the "
+            f"{compared} features compared has moved. As at the same hours of its first days they differ from what it "
+            f"was made from in {_labels(usual)}, which cancels out over a whole day. Nothing to do."
+        )
     if found is None:
         return (
             f"The {answered} requests that {model}:{version} answered look like what it was made from: none of the "
@@ -51,6 +59,7 @@ def verdict(
         )
     told = sorted(_without_repeats(moved), key=lambda m: -m.value / m.threshold)
     sentences = [_sentence(m, new_words, keeps_text=keeps_text) for m in told[:_MAX_SENTENCES]]
+    by_hours = [m for m in moved if m.usual_days]
     rest = len(told) - _MAX_SENTENCES
     if rest > 0:
         sentences.append(f"{rest} more moved less")
@@ -58,9 +67,17 @@ def verdict(
         f"Over {answered} requests to {model}:{version}, {len(moved)} of {compared} features moved: "
         + "; ".join(sentences)
         + ". "
+        + (f"Compared with the same hours of its first days: {_labels(by_hours)}. " if by_hours else "")
+        + (f"As usual at these hours: {_labels(usual)}. " if usual else "")
         + (f"It began about {at(found.since)}. " if found.since else "")
         + _advice(model, found.cause, moved)
     )
+
+
+def _labels(moved: Sequence[Moved]) -> str:
+    told = [m.feature.label for m in _without_repeats(moved)]
+    rest = len(told) - _MAX_SENTENCES
+    return ", ".join(told[:_MAX_SENTENCES]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def at(time: datetime) -> str:

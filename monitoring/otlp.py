@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-import os
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -47,25 +46,6 @@ _SPANS = 1000  # and told together: about half a megabyte
 _POLL_SECONDS = 1.0
 _MAX_BACK_OFF = 60.0
 _END_SECONDS = 3.0
-
-
-def signals() -> frozenset[str]:
-    """Of ``traces`` and ``metrics`` those that the environment names an endpoint for; none where it wants a protocol
-    that we do not speak."""
-    env = os.environ
-    if env.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
-        return frozenset()
-    found = set()
-    for signal in ("traces", "metrics"):
-        protocol, endpoint = (
-            env.get(f"OTEL_EXPORTER_OTLP_{signal.upper()}_{what}") or env.get(f"OTEL_EXPORTER_OTLP_{what}")
-            for what in ("PROTOCOL", "ENDPOINT")
-        )
-        if endpoint and protocol not in (None, "http/protobuf"):
-            log.warning("no %s are told: OTEL_EXPORTER_OTLP_PROTOCOL is %s, give http/protobuf", signal, protocol)
-        elif endpoint:
-            found.add(signal)
-    return frozenset(found)
 
 
 class Exporter:

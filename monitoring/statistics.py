@@ -129,7 +129,7 @@ def noise(
     a: Array, b: Array, distance: Distance, *, tail: float, resamples: int, seed: int, effect: float = 1.0
 ) -> float:
     """What `distance` exceeds with probability `tail` when nothing has moved; `effect` is b's `design_effect`, by which
-    its size is divided.
+    its size is divided; who compares with a likewise bursty a divides its counts themselves.
 
     Both sides are drawn anew from their pooled shares, each at its own size: the reference is as finite as the
     traffic, and its noise counts too (the parametric bootstrap of the two-sample problem; Efron and Tibshirani
@@ -140,7 +140,7 @@ def noise(
     random = np.random.default_rng(seed)
     pooled = _shares(a + b / effect)
     drawn = distance(
-        random.multinomial(int(a.sum()), pooled, resamples).astype(float),
+        random.multinomial(max(1, int(a.sum())), pooled, resamples).astype(float),
         random.multinomial(max(1, int(b.sum() / effect)), pooled, resamples).astype(float),
     )
     return float(np.quantile(drawn, 1 - tail, method="higher"))

@@ -18,7 +18,7 @@ from typing import Any
 
 from infra.db import Connection
 from monitoring import drift, statistics, windows
-from monitoring.alerts import NOT_SERVING, RECENT
+from monitoring.alerts import GOLDEN, NOT_SERVING, RECENT
 from monitoring.attribution import Cause
 from monitoring.windows import Window
 from registry import deployments
@@ -70,6 +70,15 @@ def of(conn: Connection, alert: Mapping[str, Any], now: datetime) -> Story:
     elif alert["rule"] == NOT_SERVING:
         cause = "system"
         advice.append("A gateway's `/readyz`, asked with a key, and its log say why it does not follow.")
+    elif alert["rule"] == GOLDEN:
+        sentences.append("The questions are those that the version was judged by, so it is not what people ask.")
+        advice += [
+            "The drift page shows the rows that changed, as they were answered then and now.",
+            f"`tunesmith rollback {model} --reason TEXT` brings back the version before, and then "
+            f"`tunesmith rescore {model}` says whether that answers as well as it did. If it does not either, look at "
+            "what both are served by: the engine's log, its packages, its machine, or the upstream.",
+            f"Once it is mended, `tunesmith rescore {model}` ends this alert.",
+        ]
     elif opened < now - timedelta(days=windows.MINUTE_DAYS) + BEFORE:
         sentences.append("What came by the minute is not kept from that long ago.")
     else:

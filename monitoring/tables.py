@@ -25,6 +25,7 @@ TABLES: Mapping[str, tuple[str, str]] = {
     "windows": ("traffic_window", "start"),
     "feedback": ("feedback", "at"),
     "verdicts": ("verdict", "at"),
+    "rescorings": ("rescoring", "at"),
     "alerts": ("alert", "opened_at"),
     "ledger": ("ledger", "at"),
     "versions": ("version", "created_at"),

@@ -26,8 +26,8 @@ from infra.db import Connection, load_queries, one, transaction
 from infra.durations import parse_duration
 from infra.errors import Conflict, TunesmithError, Unreachable
 from infra.settings import get_settings
-from monitoring import alerts, canaries, drift, feedback, otlp, retraining, story, windows
-from registry import leases, mlflow, notifications, rollouts
+from monitoring import alerts, canaries, drift, feedback, golden, retraining, signals, story, windows
+from registry import aliases, leases, notifications, rollouts
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class Watcher:
     def __init__(self, holder: str) -> None:
         self.holder = holder
         self.lease: leases.Lease | None = None
-        self.exports = otlp.signals()
+        self.exports = signals.wanted()
         self._touched: set[tuple[str, int]] = set()
         self._judged: dict[tuple[str, int], float] = {}
         self._failing: dict[str, str] = {}  # model or version -> why it cannot be judged
@@ -219,7 +219,7 @@ class Watcher:
         """MLflow's aliases follow the deployment rows."""
         with transaction() as conn:
             self._check(conn)
-            mlflow.deliver(conn)
+            aliases.deliver(conn)
 
     def notify(self) -> None:
         """The webhook is told of changes, if there is one."""
@@ -244,10 +244,11 @@ class Watcher:
             feedback.drop_old(conn, days)
             alerts.drop_old(conn, max(days, 90))
             drift.drop_old(conn, max(days, 90))
-            mlflow.drop_old(conn, days)
+            golden.drop_old(conn, max(days, 90))
+            aliases.drop_old(conn, days)
             notifications.drop_old(conn, days)
             budgets.drop_old(conn)
-            mlflow.reconcile(conn)
+            aliases.reconcile(conn)
 
 
 def _judge(conn: Connection, row: Mapping[str, Any], now: datetime) -> None:
@@ -261,7 +262,8 @@ def _judge(conn: Connection, row: Mapping[str, Any], now: datetime) -> None:
         identifier = drift.keep(conn, body)
     else:
         identifier = last["id"]
-    found = [alerts.of_verdict(body), *alerts.look(conn, model, version, settings, now, span)]
+    found = [alerts.of_verdict(body), golden.look(conn, model, version)]
+    found += alerts.look(conn, model, version, settings, now, span)
     alerts.apply(conn, model, version, found, explain=partial(story.cause_of, now=now))
     if row["slot"] == "champion" and body["verdict"] == "drift":
         retraining.consider(conn, model, version, identifier, settings, body)
@@ -274,9 +276,12 @@ def _expected(error: Exception) -> bool:
 def run(stop: threading.Event) -> None:
     """Watch until `stop` is set. Outlives restarts of the database and of everything else it talks to."""
     watcher = Watcher(leases.this_process("watch"))
-    exporter = otlp.Exporter(lambda: watcher.lease, watcher.exports) if watcher.exports else None
+    exporter = None
     failures = 0
-    if exporter is not None:
+    if watcher.exports:
+        from monitoring.otlp import Exporter
+
+        exporter = Exporter(lambda: watcher.lease, watcher.exports)
         exporter.start()
     try:
         while not stop.wait(TURN if not failures else min(_MAX_BACK_OFF, 0.5 * 2**failures)):

@@ -301,13 +301,15 @@ def close(conn: Connection, *, rows: int = 10_000, export: bool = False) -> Clos
     if not open_batches:
         return Closed()
     events = batches.events(conn, SQL["events"], open_batches)
+    ours = {row["id"] for row in conn.execute(SQL["our_keys"])}
     extractors = _extractors(conn, {(e["model"], e["version"]) for e in events if e["messages"] is not None})
     sums: dict[tuple[str, int, datetime], _Sum] = {}
     keys: dict[tuple[str, int, str, date], Counter[str]] = {}
     for event in events:
         if event["version"] is not None:  # refused before routing: no version's traffic
             key = (event["model"], event["version"], floor(event["at"], "minute"))
-            sums.setdefault(key, _Sum()).add(of_event(event, extractors.get(key[:2])))
+            if event["key_id"] not in ours:  # what we ask ourselves is nobody's traffic, but costs as much
+                sums.setdefault(key, _Sum()).add(of_event(event, extractors.get(key[:2])))
             if event["key_id"] is not None:
                 used = keys.setdefault((*key[:2], event["key_id"], event["at"].astimezone(UTC).date()), Counter())
                 used.update(

@@ -16,6 +16,9 @@ select e.model, e.version, e.at, e.slot, e.key_id, e.status, e.prompt_tokens, e.
 from request_event e
 where e.batch = any(%(batches)s) and e.at between %(since)s and %(until)s
 
+-- name: our_keys
+select id from api_key where not watched
+
 -- name: mark_windowed
 update event_batch set windowed_at = now(), to_export = %(export)s where id = any(%(batches)s)
 

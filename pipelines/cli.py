@@ -47,6 +47,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "monitor": ("monitoring.commands:monitor", "Latency, errors, tokens and cost."),
     "replay": ("monitoring.commands:replay", "Send a version what people asked the champion, and compare."),
     "drift": ("monitoring.commands:drift", "Has the traffic moved away from what the version knows?"),
+    "rescore": ("pipelines.rescoring:rescore", "Ask what serves its golden set again."),
     "cost": ("monitoring.commands:cost", "What a model costs."),
     "alerts": ("monitoring.commands:alerts", "Open alerts."),
     "erase": ("monitoring.records:erase", "Erase one person's data."),

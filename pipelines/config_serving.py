@@ -97,13 +97,27 @@ class Alert(Section):
 
 class Monitoring(Section):
     """What is kept of requests, and when the watcher speaks. `price` as in registry/pricing.py; without it, the
-    machine's hourly price of the settings."""
+    machine's hourly price of the settings. `rescore` is when what serves is asked its golden set again: a cron
+    expression, in UTC."""
 
     keep_text: bool = False
     min_requests: int = Field(default=100, ge=1)
     window: Duration = timedelta(hours=24)
     alerts: tuple[Alert, ...] = ()
     price: dict[str, float] | None = None
+    rescore: str | None = None
+
+    @field_validator("rescore")
+    @classmethod
+    def _times(cls, value: str | None) -> str | None:
+        if value is not None:
+            from pipelines.schedules import check_times
+
+            try:
+                check_times(value, "UTC")
+            except TunesmithError as error:
+                raise ValueError(error.message.rstrip(".")) from error
+        return value
 
     @field_validator("price")
     @classmethod

@@ -30,7 +30,8 @@ from prefect.runtime import flow_run as current
 from prefect.schedules import Cron
 from prefect.states import Cancelled, Failed
 
-from pipelines import runs, schedules, stages
+from monitoring import golden
+from pipelines import judging, plans, rescoring, runs, schedules, stages
 from pipelines.progress import report
 from pipelines.runs import Run
 from registry.statistics import in_words
@@ -53,7 +54,7 @@ def train(config: str, overrides: list[str] | None = None) -> Any:
         config: path of the pipeline file, read anew at each run
         overrides: settings such as `tuning.trials=4` that win over the file's
     """
-    return _told(lambda: _in_turn(stages.plan_train(Path(config), overrides or [])))
+    return _told(lambda: _in_turn(plans.train(Path(config), overrides or [])))
 
 
 @flow(name="retrain", flow_run_name="retrain {model}", persist_result=False, validate_parameters=True)
@@ -64,7 +65,27 @@ def retrain(model: str, request: str | None = None) -> Any:
         model: the model's name
         request: id of the retrain request that a drift verdict wrote, for who reads the run; none when started by hand
     """
-    return _told(lambda: _in_turn(stages.plan_retrain(model)))
+    return _told(lambda: _in_turn(plans.retrain(model)))
+
+
+@flow(name="rescore", flow_run_name="rescore {model}", persist_result=False, validate_parameters=True)
+def rescore(model: str) -> Any:
+    """Ask the version that serves a model its golden set again, and keep how well it did.
+
+    Args:
+        model: the model's name
+    """
+    return _told(lambda: _rescored(model))
+
+
+def _rescored(model: str) -> Any:
+    if reason := schedules.why_not(current.get_id()):
+        return Cancelled(message=reason)
+    if judging.champion_of(model) is None:
+        return Cancelled(message=f"No version of {model} serves yet.")
+    found = rescoring.again(model)
+    create_markdown_artifact(key=f"{model}-golden", markdown=golden.in_a_sentence(found))
+    return found
 
 
 def _told(work: Callable[[], Any]) -> Any:
@@ -77,7 +98,7 @@ def _told(work: Callable[[], Any]) -> Any:
         return Failed(message=f"{error.message} {error.hint}".strip())
 
 
-def _in_turn(plan: stages.Plan) -> Any:
+def _in_turn(plan: plans.Plan) -> Any:
     """What Prefect started waits for another run of the model to end; a person's command is refused by `begin`."""
     said = None
     while deployment.get_id() is not None:
@@ -92,7 +113,7 @@ def _in_turn(plan: stages.Plan) -> Any:
     return _carry_out(plan)
 
 
-def _carry_out(plan: stages.Plan) -> Any:
+def _carry_out(plan: plans.Plan) -> Any:
     with stages.begin(plan, flow_run_id=uuid.UUID(current.get_id())) as run:
         data = prepare(plan, run)
         best = search(plan, run, data)
@@ -144,6 +165,11 @@ def deploy_schedule(name: str, *, config: str, overrides: list[str], cron: str, 
 def deploy_retrain(model: str) -> None:
     """Create the Prefect deployment ``retrain/<model>``, which a drift verdict or a person starts."""
     _deploy("pipelines.flows.retrain", model, {"model": model, "request": None}, None)
+
+
+def deploy_rescore(model: str, cron: str) -> None:
+    """Create the Prefect deployment ``rescore/<model>``, or give it other times; the expression is checked."""
+    _deploy("pipelines.flows.rescore", model, {"model": model}, Cron(cron, timezone="UTC", slug="main"))
 
 
 def _deploy(entrypoint: str, name: str, parameters: dict[str, Any], schedule: Any) -> None:

@@ -1,4 +1,4 @@
-"""Schedules are Prefect deployments of the `train` flow; spoken to over plain HTTP, except for their creation."""
+"""Schedules are Prefect deployments of the flows `train` and `rescore`; made by Prefect, else spoken to over HTTP."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def add(name: str, config: str, overrides: list[str], cron: str, timezone: str) 
     """
     if not _NAME.fullmatch(name):
         raise UsageError(f"{name[:80]!r} cannot name a schedule.", hint=f"Names match {_NAME.pattern}.")
-    _check_times(cron, timezone)
+    check_times(cron, timezone)
     if _exists(f"/deployments/name/train/{name}"):
         raise Conflict(f"There is already a schedule {name}.", hint=f"`tunesmith schedule remove {name}` first.")
     from pipelines import flows  # Prefect's import costs a second
@@ -38,7 +38,8 @@ def add(name: str, config: str, overrides: list[str], cron: str, timezone: str) 
     return get(name)
 
 
-def _check_times(cron: str, timezone: str) -> None:
+def check_times(cron: str, timezone: str) -> None:
+    """Raises UsageError for a cron expression that is none or never comes, or no time zone."""
     from cronsim import CronSim, CronSimError
 
     example = 'Such as --cron "0 2 * * 1" --timezone Europe/Berlin.'
@@ -62,6 +63,21 @@ def ensure_retrain(model: str) -> None:
         from pipelines import flows
 
         flows.deploy_retrain(model)
+
+
+def ensure_rescore(model: str, cron: str | None) -> None:
+    """Have what serves a model asked its golden set again at these times (UTC), or no more. One that is there with the
+    same times stays as it is, paused or not."""
+    try:
+        there = call("GET", f"/deployments/name/rescore/{model}")
+    except NotFound:
+        there = None
+    if there is not None and cron is None:
+        call("DELETE", f"/deployments/{there['id']}")
+    elif cron is not None and (there is None or _describe(there)["cron"] != cron):
+        from pipelines import flows
+
+        flows.deploy_rescore(model, cron)
 
 
 def list_schedules() -> list[dict[str, Any]]:

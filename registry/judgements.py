@@ -24,7 +24,7 @@ def keep(
     conn: Connection, model: str, number: int, evaluation: Mapping[str, Any], decision: Decision, *, actor: str,
     reason: str,
 ) -> None:  # fmt: skip
-    """Have a version's gates speak by this judgement from now on. Raises UsageError without a reason."""
+    """Have a version's gates speak by this judgement from now on, in MLflow too. Raises UsageError without a reason."""
     conn.execute(
         SQL["keep"],
         {
@@ -38,6 +38,7 @@ def keep(
             "decision": decision.decision,
         },
     )
+    conn.execute(SQL["enqueue"], {"model": model})
 
 
 def newest(conn: Connection, model: str, number: int) -> Mapping[str, Any] | None:

@@ -1,8 +1,7 @@
-"""The only file that knows MLflow: runs, curves, versions, and the aliases that follow our deployments.
+"""MLflow's runs, curves and versions; registry/aliases.py has what follows our deployments there.
 
 MLflow is a projection that people browse; nothing that serves depends on it. Its loaders execute code, so nothing
-is ever loaded through them. Aliases go over plain REST, since whoever delivers them (the watcher) should not pay for
-MLflow's client.
+is ever loaded through them.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from infra import web
-from infra.db import Connection, load_queries, one
 from infra.errors import NotFound, TunesmithError, Unreachable
 from infra.settings import get_settings
 from registry.names import check_model_name
@@ -30,10 +28,8 @@ if TYPE_CHECKING:
     import httpx
     from mlflow import MlflowClient
 
-SQL = load_queries(Path(__file__).with_suffix(".sql"))
 log = logging.getLogger(__name__)
 
-_ALIASES, _TAG = ("champion", "challenger", "shadow"), "tunesmith.deployment"
 _LOGIN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 _ENVIRONMENT = {  # read by MLflow's client at import or at each call; what the user set stays
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -46,7 +42,6 @@ _ENVIRONMENT = {  # read by MLflow's client at import or at each call; what the 
 }
 _BATCH = 1000  # MLflow's limit of metrics in one log_batch
 _PARAMS = 100  # and of params
-_ALIAS_SECONDS = 4.0  # for one answer; three tries must fit well into the watcher's lease
 _TEXT = 5000  # MLflow keeps 6000 characters of a param, 5000 of a tag
 
 
@@ -228,13 +223,13 @@ def delete_version(model: str, number: int, model_id: str | None) -> None:
     """Delete a version and the logged model behind it, as MLflow does it: neither is listed any more, and its number
     is given to no other. What is not there is no error. Raises Unreachable."""
     check_model_name(model)
-    with _rest() as rest:
+    with rest_client() as rest:
         for path, body in (
             ("model-versions/delete", {"name": model, "version": str(number)}),
             *([(f"logged-models/{model_id}", {})] if model_id else []),
         ):
             with contextlib.suppress(NotFound):
-                _call(rest, "DELETE", path, body)
+                call(rest, "DELETE", path, body)
 
 
 def download_version(model: str, number: int, folder: Path) -> Path:
@@ -274,112 +269,14 @@ def download_from(url: str, model: str, number: int, folder: Path) -> Path:
 
 def run_url(run_id: str) -> str:
     """The address of a run's page."""
-    with _rest() as rest:
-        info = _call(rest, "GET", "runs/get", {"run_id": run_id})["run"]["info"]
+    with rest_client() as rest:
+        info = call(rest, "GET", "runs/get", {"run_id": run_id})["run"]["info"]
         return f"{_url()}/#/experiments/{info['experiment_id']}/runs/{run_id}"
 
 
 def version_url(model: str, number: int) -> str:
     """The address of a version's page."""
     return f"{_url()}/#/models/{check_model_name(model)}/versions/{number}"
-
-
-def deliver(conn: Connection, limit: int = 20) -> int:
-    """Set the aliases ``@champion``, ``@challenger`` and ``@shadow`` of models whose deployment changed, and a tag that
-    says of which generation they are; returns how many.
-
-    What is written is what the deployment row says now, under a lock per model, so neither order nor repetition
-    matters. What fails stays in the outbox and is tried again after 1, 2, 4 ... 300 seconds; nothing is raised for it.
-    When MLflow does not answer for one model, none of the others is tried now: this is a step of a loop that has more
-    to do. A version that somebody deleted in MLflow cannot be aliased: it is logged, and goes on serving from our own
-    store.
-    """
-    delivered = 0
-    for row in conn.execute(SQL["open_models"], {"limit": limit}).fetchall():
-        model = str(row["model"])
-        if not one(conn, SQL["lock_model"], {"model": model})["locked"]:
-            continue  # another process is at it
-        newest = one(conn, SQL["newest"], {"model": model})["id"]
-        if newest is None:
-            continue  # another process did it
-        slots = one(conn, SQL["slots"], {"model": model})  # read after `newest`: at least as new as all these rows
-        try:
-            gone = set_aliases(model, {name: slots[name] for name in _ALIASES}, tags={_TAG: _in_words(slots)})
-        except Unreachable as error:
-            log.warning("aliases wait, %s's and all others: %s", model, error)
-            conn.execute(SQL["postpone_all"], {"error": str(error)[:1000]})
-            break
-        except TunesmithError as error:
-            seconds = min(300.0, 2.0 ** min(row["attempts"], 9))
-            log.warning("aliases of %s wait %.0f s: %s", model, seconds, error)
-            conn.execute(
-                SQL["postpone"], {"model": model, "newest": newest, "error": str(error)[:1000], "seconds": seconds}
-            )
-            continue
-        for number in gone:
-            log.warning("%s:%d serves, but was deleted in MLflow; it goes on serving from the store", model, number)
-        error_text = f"not in MLflow any more: {gone}" if gone else None
-        conn.execute(SQL["done"], {"model": model, "newest": newest, "error": error_text})
-        delivered += 1
-    return delivered
-
-
-def reconcile(conn: Connection) -> None:
-    """Have `deliver` set all aliases again, for when a hand moved them in MLflow's page."""
-    conn.execute(SQL["enqueue_all"])
-
-
-def drop_old(conn: Connection, days: int) -> None:
-    """Forget what was delivered more than `days` days ago."""
-    conn.execute(SQL["drop_old"], {"days": days})
-
-
-def _in_words(slots: Mapping[str, Any]) -> str:
-    share = f" at {100 * slots['challenger_share']:g} %"
-    held = [f"{name} {slots[name]}{share * (name == 'challenger')}" for name in _ALIASES if slots[name] is not None]
-    return f"generation {slots['generation']}: {', '.join(held) or 'nothing serves'}"
-
-
-def set_aliases(model: str, wanted: Mapping[str, int | None], *, tags: Mapping[str, str] | None = None) -> list[int]:
-    """Make a registered model's aliases point where `wanted` says, None meaning nowhere, and set its `tags`; others are
-    left alone.
-
-    Returns the numbers that MLflow does not have. Raises Unreachable or TunesmithError.
-    """
-    check_model_name(model)
-    gone = []
-    with _rest(_ALIAS_SECONDS) as rest:
-        try:
-            found = _call(rest, "GET", "registered-models/get", {"name": model})["registered_model"]
-        except NotFound:
-            return [number for number in wanted.values() if number is not None]
-        there = {entry["alias"]: str(entry["version"]) for entry in found.get("aliases", [])}
-        for alias, number in wanted.items():
-            if number is None and alias in there:
-                _call(rest, "DELETE", "registered-models/alias", {"name": model, "alias": alias})
-            elif number is not None and there.get(alias) != str(number):
-                body = {"name": model, "alias": alias, "version": str(number)}
-                try:
-                    _call(rest, "POST", "registered-models/alias", body)
-                except NotFound:
-                    gone.append(number)
-                    if alias in there:  # rather no alias than one that names what does not serve
-                        _call(rest, "DELETE", "registered-models/alias", {"name": model, "alias": alias})
-            elif number is not None and not _exists(rest, model, number):
-                gone.append(number)
-        has = {entry["key"]: entry.get("value") for entry in found.get("tags", [])}
-        for key, value in (tags or {}).items():
-            if has.get(key) != value:
-                _call(rest, "POST", "registered-models/set-tag", {"name": model, "key": key, "value": value})
-    return gone
-
-
-def _exists(rest: httpx.Client, model: str, number: int) -> bool:
-    try:
-        _call(rest, "GET", "model-versions/get", {"name": model, "version": str(number)})
-    except NotFound:
-        return False
-    return True
 
 
 def _url() -> str:
@@ -435,7 +332,7 @@ def _our_login_kept_from(url: str) -> Iterator[None]:
 
 
 @contextmanager
-def _rest(seconds: float = 10) -> Iterator[httpx.Client]:
+def rest_client(seconds: float = 10) -> Iterator[httpx.Client]:
     import httpx
 
     url = _url()
@@ -453,7 +350,7 @@ def _rest(seconds: float = 10) -> Iterator[httpx.Client]:
         yield rest
 
 
-def _call(rest: httpx.Client, method: str, path: str, body: Mapping[str, str]) -> dict[str, Any]:
+def call(rest: httpx.Client, method: str, path: str, body: Mapping[str, str]) -> dict[str, Any]:
     """One REST call, tried three times when the connection breaks; all calls made here may be repeated."""
     import httpx
 

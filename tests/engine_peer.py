@@ -2,8 +2,8 @@
 
 It answers every request with words that begin with the adapter's name. The last message may ask for more:
 ``slow`` (50 words, 0.05 s each), ``flood`` (20 MB), ``garbage`` (not JSON), ``break`` (the connection ends in the
-middle), ``full`` (429), ``fail`` (500). ``GET /stats`` tells what it saw. Run as a process: ``python engine_peer.py
-PORT``.
+middle), ``full`` (429), ``fail`` (500), ``queued`` (it says that the request waited for an hour). ``GET /stats`` tells
+what it saw. Run as a process: ``python engine_peer.py PORT``.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class Peer:
             words += ["x" * 50_000] * 400
         pause = 0.05 if asked == "slow" else 0.0
         usage = {"prompt_tokens": 5, "completion_tokens": len(words), "total_tokens": 5 + len(words)}
-        extra = {"engine_seconds": 0.01, "queue_ms": 0.1, "ttft_ms": 2.0, "mean_logprob": -0.5}
+        queued = 3_600_000.0 if asked == "queued" else 0.1
+        extra = {"engine_seconds": 0.01, "queue_ms": queued, "ttft_ms": 2.0, "mean_logprob": -0.5}
         head = {"id": "x", "object": "chat.completion", "created": 1, "model": model}
         self.stats["active"] += 1
         try:

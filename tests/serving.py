@@ -24,8 +24,10 @@ from safetensors.numpy import save_file
 from deploy.auth import create_key
 from infra import ports, storage
 from infra.db import transaction
-from registry import bundle
+from registry import bundle, datasets
 from registry.bundle import BaseIdentity, Generation, Hosted, Manifest, Prompt
+from registry.datasets import Dataset
+from registry.evidence import keep_evidence
 
 BASE = "sha256:" + "b" * 64
 GATEWAY = """
@@ -70,6 +72,8 @@ def add_version(
     system: str | None = None,
     settings: dict[str, Any] | None = None,
     hosted: Hosted | None = None,
+    dataset: Dataset | None = None,
+    evaluation: dict[str, Any] | None = None,
 ) -> None:
     """A registered version, with a real adapter or one of random numbers, or none where hosted models answer."""
     add_base(base)
@@ -104,10 +108,21 @@ def add_version(
             " on conflict (name) do update set settings = excluded.settings",
             (model, Jsonb(settings or {})),
         )
+        if dataset is not None:
+            datasets.record(conn, model, dataset)
         conn.execute(
-            "insert into version (model, number, bundle_digest, base_digest, method, manifest, profile)"
-            " values (%s, %s, %s, %s, 'lora', %s, '{}')",
-            (model, number, digest, base, Jsonb(bundle.read(storage.get("bundle", digest)).model_dump(mode="json"))),
+            "insert into version"
+            " (model, number, bundle_digest, base_digest, method, manifest, profile, dataset_digest, evaluation)"
+            " values (%s, %s, %s, %s, 'lora', %s, '{}', %s, %s)",
+            (
+                model,
+                number,
+                digest,
+                base,
+                Jsonb(bundle.read(storage.get("bundle", digest)).model_dump(mode="json")),
+                dataset.digest if dataset is not None else None,
+                keep_evidence(conn, "evaluation", evaluation) if evaluation is not None else None,
+            ),
         )
 
 

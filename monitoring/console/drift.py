@@ -13,7 +13,7 @@ from starlette.responses import Response
 from infra.db import Connection, one, transaction
 from infra.durations import parse_duration
 from infra.errors import NotFound
-from monitoring import drift, windows
+from monitoring import drift, golden, windows
 from monitoring.console import charts, examples, figures, strips
 from monitoring.console.model import look
 from monitoring.console.render import RANGES, SQL, Visit, draw, whole
@@ -21,9 +21,11 @@ from monitoring.console.svg import Write
 from registry import deployments
 from registry.names import check_model_name
 from registry.profile import FEATURE, Feature, Profile
+from registry.statistics import in_words
 
 _COLUMNS = 24  # of the heat map
 _BINS = 24  # of a drawn distribution, at most
+_RESCORINGS = 10
 
 
 def show(visit: Visit) -> Response:
@@ -48,6 +50,7 @@ def show(visit: Visit) -> Response:
         known = Profile.from_json(profile["profile"] if profile else {})
         reference = drift.reference(conn, known, name, begin)
         found = report["attribution"]
+        rescorings = golden.newest(conn, name, number, _RESCORINGS)
         shown = examples.read(conn, visit, name, number, found["requests"]) if found else []
     features, features_at = report["features"], None
     for verdict in reversed(verdicts):  # too few requests to compare now: what they last showed
@@ -76,6 +79,8 @@ def show(visit: Visit) -> Response:
         new_words=_new_words(window),
         retrains=[r for r in retrains if r["version"] == number],
         examples=shown,
+        in_words=in_words,
+        rescorings=[{**r, "state": golden.state(r["difference"])} for r in rescorings],
     )
 
 

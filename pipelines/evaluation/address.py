@@ -57,16 +57,24 @@ class Client:
     `counts` has the requests that were ``answered``, and those that in the end ``timed_out``, were ``limited`` (429) or
     ``failed`` otherwise, and how often one was ``tried_again``.
 
+    `key` is given where the address names no variable that holds it.
+
     Raises Unavailable, at once where an address, a model or the key is missing.
     """
 
-    def __init__(self, address: config_address.Address, *, wait: Callable[[float], object] = time.sleep) -> None:
+    def __init__(
+        self,
+        address: config_address.Address,
+        *,
+        key: str | None = None,
+        wait: Callable[[float], object] = time.sleep,
+    ) -> None:
         if address.url is None or address.model is None:
             raise Unavailable(f"no {'address' if address.url is None else 'model'} is named")
         self.url, self.model, self.options = address.url, address.model, address.options
         self.parallel = address.parallel
         self.counts: Counter[str] = Counter()
-        self._key = _key(address.key_env)
+        self._key = key or _key(address.key_env)
         self._wait, self._lock = wait, threading.Lock()
         self._not_before = 0.0  # of the monotonic clock: what a 429 asked all requests for
         self._in_a_row = 0

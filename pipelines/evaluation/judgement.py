@@ -10,7 +10,8 @@
      "doubted": {name: "why no gate may pass by it"},
      "slices": {"source=train": {the same as metrics}, "label=refund": {the same}, ...},
      "rows": 200, "suites": ["quality", "latency"], "about": {suite: what else it has to say},
-     "examples": [{"messages", "expected", "candidate", "base", "champion"}]}
+     "examples": [{"messages", "expected", "candidate", "base", "champion"}],
+     "answers": {row's id: the candidate's answer}}
 """
 
 from __future__ import annotations
@@ -174,6 +175,10 @@ def evaluate(
             "suites": list(names),
             "about": about,
             "examples": _examples(setting),
+            "answers": {
+                case.row.id: answer.text.replace("\0", "�")  # which the database cannot hold
+                for case, answer in zip(cases, answers["candidate"], strict=True)
+            },
         },
         **_for_profile(cases, answers["candidate"]),
     )

@@ -21,7 +21,7 @@ import numpy as np
 from psycopg.types.json import Jsonb
 
 from infra.db import Connection
-from monitoring import drift, feedback, windows
+from monitoring import drift, feedback, golden, windows
 from registry import deployments, versions
 from registry.deployments import FIRST_HASH, Entry
 from registry.profile import Answer, Extractor, Profile, build
@@ -131,6 +131,7 @@ def seed(conn: Connection, *, requests: int = 420, random_seed: int = 7) -> None
         pass
     _verdicts(conn, now)
     _alerts(conn, now)
+    _rescorings(conn)
 
 
 def _profile(pairs: Sequence[tuple[str, str]], rng: random.Random) -> Profile:
@@ -361,3 +362,22 @@ def _alerts(conn: Connection, now: datetime) -> None:
         "insert into retrain_request (id, model, verdict, at, state, reason) values (%s, %s, %s, %s, 'started', %s)",
         [uuid.uuid4(), MODEL, verdict["id"] if verdict else None, now - 31 * _MINUTE, "214 corrections are enough"],
     )
+
+
+def _rescorings(conn: Connection) -> None:
+    """Version 1 answers as before, then worse; nobody asked version 2 again."""
+    for score, difference, worse in ((0.41, 0.0, 0), (0.22, -0.19, 40)):
+        example = {"row": "r", "question": HOSTILE, "expected": HOSTILE, "then": HOSTILE, "now": HOSTILE}
+        golden.keep(
+            conn,
+            MODEL,
+            1,
+            metric="token_f1",
+            rows=200,
+            failed=0,
+            score=_estimate(score, 0.03, up=True, n=200),
+            reference=_estimate(0.41, 0.03, up=True, n=200),
+            difference=_estimate(difference, 0.04, up=True, n=200),
+            changed={"worse": worse, "better": 0, "examples": [{**example, "score": 0.0, "reference": 1.0}]},
+            answers=None,
+        )

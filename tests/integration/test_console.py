@@ -150,6 +150,14 @@ def test_pages_say_what_happened(app: TestClient) -> None:
     assert "distribution-title" in drift
     for feature in ("similarity", "topic", "refusal", "mean_logprob"):
         assert "distribution-title" in check(app, f"/models/{MODEL}/drift?version=1&since=1h&feature={feature}")[0]
+    golden = drift.partition('id="golden"')[2]
+    assert golden.index('<span class="tag bad light">worse</span>') < golden.index("as before</span>"), "newest first"
+    assert "0.220 [0.190, 0.250]" in golden
+    assert "-0.190 [-0.230, -0.150]" in golden
+    assert "40 worse, 0 better" in golden
+    assert "&lt;script&gt;alert" in golden
+    nobody, _ = check(app, f"/models/{MODEL}/drift?version=2&since=1h")
+    assert f"tunesmith rescore {MODEL}" in nobody
     version, _ = check(app, f"/models/{MODEL}/versions/2")
     assert "Corrections that people sent" in version
     assert '<span class="tag ">unclear</span>' in version

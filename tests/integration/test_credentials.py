@@ -14,7 +14,7 @@ import pytest
 from infra import prefect
 from infra.errors import NotFound, Unreachable, UsageError
 from infra.settings import get_settings
-from registry import mlflow
+from registry import aliases
 
 BASIC = f"Basic {base64.b64encode(b'me:pass').decode()}"
 
@@ -106,5 +106,5 @@ def test_mlflow_is_told_aliases_with_its_credentials(
     for name, value in given.items():
         monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", value)
     server.answer = json.dumps({"registered_model": {"name": "m"}}).encode()
-    assert mlflow.set_aliases("m", {"champion": None}) == []
+    assert aliases.set_aliases("m", {"champion": None}) == []
     assert server.signed == [signed]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from deploy.adapters import Adapters, BadAdapter, NameTaken
 from deploy.decoding import Batch, Finish, Request, Row, generate, open_model
 from deploy.prefixes import Prefixes
 from deploy.sampling import Sampling, Text
-from deploy.scheduler import Scheduler
+from deploy.scheduler import Scheduler, Ticket
 from infra.errors import NotFound, Unreachable
 
 # PEFT 0.21 asks transformers 5.23 by an old name.
@@ -322,6 +323,129 @@ def test_those_who_decode_wait_for_few_tokens_of_prompts(
     with pytest.raises(Unreachable):
         asyncio.run(scheduler.call(adapters.names))
     assert [rows for rows in joined if rows] == [[300, 299, 298], [297, 296, 295], [294, 293]]
+
+
+def test_what_is_set_aside_goes_on_as_if_nothing_had_been(opened: tuple[Any, Any, Adapters]) -> None:
+    """Rows of several adapters, greedy and random, leave between any two steps and in the middle of their prompts,
+    while another one is answered."""
+    model, tokenizer, adapters = opened
+    long = tokenizer("on the mat the cat ran and a rat ran on and on over the mat " * 6).input_ids
+    requests = [
+        Request(
+            prompt=long[: 97 - 30 * n],
+            adapter=[None, "cats-v1", "dora-v1"][n],
+            sampling=Sampling(max_tokens=12 + 5 * n, temperature=0.9 * (n > 0), seed=n, ignore_eos=True),
+            priority=1 + n,
+        )
+        for n in range(3)
+    ]
+    alone = [generate(model, tokenizer, adapters, [request])[0] for request in requests]
+    batch = Batch(model, tokenizer, adapters)
+    rows = [batch.row(request) for request in requests]
+    passes = [0] * len(rows)
+    left = 0
+    while any(row.finish is None for row in rows):
+        for n, row in enumerate(rows):
+            while row not in batch.rows and row.finish is None:
+                passes[n] += not row.tokens
+                there = batch.join_shortly(row)
+                assert there == (row.aside is None)
+                if not there:
+                    other = batch.row(Request(prompt=long[:20], sampling=Sampling(max_tokens=3, ignore_eos=True)))
+                    batch.set_aside(list(batch.rows))
+                    batch.join(other)
+                    while other.finish is None:
+                        batch.step()
+                    break
+        batch.step()
+        batch.step()
+        left += len(batch.rows)
+        batch.set_aside(batch.rows[::2])
+    assert passes == [4, 3, 2], "prompts are read in passes of 32 tokens"
+    assert left > 10
+    assert [tuple(row.tokens) for row in rows] == [result.tokens for result in alone]
+    for row, result in zip(rows, alone, strict=True):
+        assert row.logprobs == pytest.approx(result.logprobs, abs=1e-4)
+
+
+def test_background_requests_make_way_for_all_others(
+    opened: tuple[Any, Any, Adapters], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies decode in all the places that they may have and more wait when others come: these are begun at the next
+    turn, no step has both, and all are answered as alone."""
+    model, tokenizer, adapters = opened
+    copies = [
+        Request(
+            prompt=tokenizer("the cat sat on the mat " * 3).input_ids,
+            adapter="cats-v1",
+            sampling=Sampling(max_tokens=200, temperature=1.0, seed=n, ignore_eos=True),
+            priority=[3, 1, 2, 1][n],
+        )
+        for n in range(4)
+    ]
+    others = [
+        Request(
+            prompt=tokenizer("a rat").input_ids,
+            adapter="cats-v2",
+            sampling=Sampling(max_tokens=9 + n, temperature=1.0, seed=n, ignore_eos=True),
+            priority=-(n == 3),
+        )
+        for n in range(4)
+    ]
+    alone = [result.tokens for result in generate(model, tokenizer, adapters, [*copies, *others])]
+    steps: list[list[Request]] = []
+    begun: list[Request] = []
+    held, go = threading.Event(), threading.Event()  # the model's thread, in the middle of the copies
+    step, choose = Batch.step, Row.choose
+
+    def seen(batch: Batch) -> list[Row]:
+        steps.append([row.request for row in batch.rows])
+        if len(steps) == 20:
+            held.set()
+            go.wait(60)
+        return step(batch)
+
+    def chosen(row: Row, logits: Any) -> int:
+        if not row.tokens:
+            begun.append(row.request)
+        return choose(row, logits)
+
+    monkeypatch.setattr(Batch, "step", seen)
+    monkeypatch.setattr(Row, "choose", chosen)
+    scheduler = Scheduler(model, tokenizer, adapters, max_rows=8, max_cells=65536, queue=16)
+
+    async def collect(ticket: Ticket) -> list[tuple[int, ...]]:
+        tokens: list[list[int]] = [[] for _ in ticket.rows]
+        left = len(ticket.rows)
+        while left:
+            piece = await ticket.pieces.get()
+            tokens[piece.index] += piece.tokens
+            left -= piece.finish is not None
+        return [tuple(each) for each in tokens]
+
+    async def ask() -> list[list[tuple[int, ...]]]:
+        loop, ready = asyncio.get_running_loop(), threading.Event()
+        waiting = asyncio.create_task(scheduler.call(lambda: ready.wait(60)))
+        await asyncio.sleep(0)
+        tickets = [scheduler.submit([request], loop) for request in copies]
+        ready.set()
+        assert await asyncio.to_thread(held.wait, 60)
+        tickets += [scheduler.submit([request], loop) for request in others]
+        assert (scheduler.running, scheduler.waiting, scheduler.background) == (2, 4, 2)
+        go.set()
+        await waiting
+        return [await collect(ticket) for ticket in tickets]
+
+    scheduler.start()
+    try:
+        assert [tokens for (tokens,) in asyncio.run(ask())] == alone
+    finally:
+        scheduler.stop()
+    assert begun == [copies[1], copies[3], others[3], others[0], others[1], others[2], copies[2], copies[0]]
+    for requests in steps:
+        assert len({request.background for request in requests}) <= 1, "nobody's step is longer for a copy"
+        assert sum(request.background for request in requests) <= 2, "a quarter of the places"
+    assert [request.background for request in steps[20]] == [False] * 4
 
 
 def test_of_more_adapters_than_fit_the_one_unused_longest_goes(folders: dict[str, Path], opened: Any) -> None:

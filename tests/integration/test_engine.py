@@ -168,6 +168,16 @@ class EngineContract:
         assert said[0] == said[1] != said[2]
         assert said[0][0] != said[0][1]
 
+    def test_a_priority_changes_when_an_answer_comes_and_not_what_it_says(self, engine: Running) -> None:
+        body = CHAT | {"model": engine.base}
+        with engine.client() as client:
+            said = [
+                client.post("/v1/chat/completions", json=body | more).raise_for_status().json()["choices"]
+                for more in ({}, {"priority": 0}, {"priority": 1})
+            ]
+            assert client.post("/v1/chat/completions", json=body | {"priority": "soon"}).status_code == 400
+        assert said[0] == said[1] == said[2]
+
     def test_an_answer_that_nobody_reads_makes_room(self, engine: Running) -> None:
         """More than can decode at once, all left after their first piece: the next is answered all the same."""
         body = CHAT | {"model": engine.base, "max_tokens": 400, "stream": True}
@@ -229,9 +239,10 @@ class EngineContract:
 
 @pytest.mark.skipif("ENGINE_URL" not in os.environ, reason="names no engine to hold against the contract")
 class TestTheEngineAtAnAddress(EngineContract):
-    """Such as vLLM with ``--enable-lora`` and ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=1``: ``ENGINE_URL`` and
-    ``ENGINE_SECRET``, ``ENGINE_BASE`` as it is called there, its folder in ``ENGINE_BASE_FOLDER``, and in
-    ``ENGINE_ADAPTERS`` one where adapters for it are made, which the engine can read."""
+    """Such as vLLM with ``--enable-lora``, ``--scheduling-policy priority`` and
+    ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=1``: ``ENGINE_URL`` and ``ENGINE_SECRET``, ``ENGINE_BASE`` as it is called there,
+    its folder in ``ENGINE_BASE_FOLDER``, and in ``ENGINE_ADAPTERS`` one where adapters for it are made, which the
+    engine can read."""
 
     @pytest.fixture(scope="class")
     def engine(self) -> Running:
@@ -391,6 +402,60 @@ def test_the_queue_has_a_bound(folders: dict[str, Path]) -> None:
         assert all(answer.json()["error"]["code"] == "engine_full" for answer in refused)
     finally:
         engine.stop()
+
+
+def test_background_requests_have_a_bound_of_their_own(folders: dict[str, Path]) -> None:
+    """The one place is taken and the queue of background requests full: as many others as ever may wait, and they are
+    answered first."""
+    import asyncio
+
+    from deploy.engine import Engine, Limits
+    from deploy.engine_routes import create_app
+
+    engine = Engine(folders["base"], Limits(rows=1, queue=8))
+    engine.start()
+    body = {"model": "base", "prompt": "the", "max_tokens": 30, "ignore_eos": True, "temperature": 1, "seed": 1}
+    done: list[int] = []
+
+    async def ask() -> tuple[list[httpx.Response], list[httpx.Response], httpx.Response]:
+        go = threading.Event()
+        headers = {"authorization": f"Bearer {SECRET}"}
+        transport = httpx.ASGITransport(app=create_app(engine, SECRET))
+        async with httpx.AsyncClient(transport=transport, base_url="http://engine", headers=headers) as client:
+
+            async def post(priority: int) -> httpx.Response:
+                answer = await client.post("/v1/completions", json=body | {"priority": priority})
+                if answer.status_code == 200:
+                    done.append(priority)
+                return answer
+
+            alone = await post(0)
+            done.clear()
+            waiting = asyncio.create_task(engine.scheduler.call(lambda: go.wait(60)))
+            try:
+                copies = [asyncio.create_task(post(1)) for _ in range(5)]
+                while sum(copy.done() for copy in copies) < 3:
+                    await asyncio.sleep(0.01)
+                assert engine.scheduler.background == 2
+                others = [asyncio.create_task(post(0)) for _ in range(9)]
+                while not any(other.done() for other in others):
+                    await asyncio.sleep(0.01)
+                assert engine.scheduler.waiting == 8
+            finally:
+                go.set()
+            assert await waiting
+            return await asyncio.gather(*copies), await asyncio.gather(*others), alone
+
+    try:
+        copies, others, alone = asyncio.run(ask())
+    finally:
+        engine.stop()
+    assert sorted(answer.status_code for answer in copies) == [200] * 2 + [429] * 3
+    assert sorted(answer.status_code for answer in others) == [200] * 8 + [429]
+    assert done == [0] * 8 + [1] * 2
+    for answer in (*copies, *others):
+        if answer.status_code == 200:
+            assert answer.json()["choices"] == alone.json()["choices"]
 
 
 def test_a_request_that_breaks_the_model_breaks_no_other(folders: dict[str, Path]) -> None:

@@ -106,6 +106,7 @@ def test_bad_input_is_refused_in_openais_shape(stand: Stand) -> None:
     wrong: list[tuple[dict[str, Any], str | None]] = [
         ({"model": name}, None) for name in names
     ] + [
+        ({"priority": -1}, "priority"), ({"priority": True}, "priority"),
         ({"n": 10**6}, "n"), ({"n": 0}, "n"), ({"n": True}, "n"), ({"n": "1"}, "n"), ({"max_tokens": -1}, "max_tokens"),
         ({"max_tokens": 10**9}, "max_tokens"), ({"max_tokens": 1.5}, "max_tokens"), ({"temperature": 3}, "temperature"),
         ({"temperature": "hot"}, "temperature"), ({"top_p": -1}, "top_p"), ({"stream": "yes"}, "stream"),
@@ -440,6 +441,27 @@ def test_shares_are_sticky_and_shadows_silent(stand: Stand) -> None:
     events = wait_for(lambda: [e for e in stand.events() if e["slot"] == "shadow"])
     assert {e["version"] for e in events} == {3}
     assert {e["client_request_id"] for e in events} <= {str(e["id"]) for e in stand.events()}
+
+
+def test_what_nobody_waits_for_makes_way(stand: Stand) -> None:
+    """Copies always, a client's request where it says so; how long they waited is no part of their latency."""
+    with transaction() as conn:
+        deployments.shadow(conn, "demo", 3, actor="t")
+    wait_for(lambda: "demo-v3" in stand.stats()["loaded"], what="for the shadow")
+    assert stand.ask(text="queued").headers["x-tunesmith-queue-ms"] == "3600000"
+    assert stand.ask(text="queued", priority=7).status_code == 200
+    events = stand.wait_events(4)
+    told = {
+        (b["model"], b.get("priority")) for b in stand.stats()["bodies"] if b["messages"][-1]["content"] == "queued"
+    }
+    assert told == {("demo-v1", None), ("demo-v3", 1), ("demo-v1", 7), ("demo-v3", 7)}
+    assert (
+        sorted((e["slot"], e["latency_ms"] > 0, e["ttft_ms"]) for e in events if e["slot"] == "shadow")
+        == [("shadow", False, None)] * 2
+    )
+    assert sorted((e["latency_ms"] > 0, e["ttft_ms"]) for e in events if e["slot"] == "champion") == [
+        (False, None), (True, 2.0)
+    ]  # fmt: skip
 
 
 def test_a_client_that_goes_away_frees_its_slot(stand: Stand) -> None:

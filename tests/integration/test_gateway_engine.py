@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,32 @@ def test_real_answers_and_promotions(real: Real) -> None:
         assert event["ttft_ms"] > 0
         assert event["completion_tokens"] == whole.usage.completion_tokens
         assert any(value < 0 for value in event["features"]), "the answer's mean log-probability"
+    _copies_while_requests_run(real)
     _promotions_while_requests_run(real)
+
+
+def _copies_while_requests_run(real: Real) -> None:
+    """Copies are made in the moments that clients leave, and say what they would say to them."""
+    stand = real.stand
+    with transaction() as conn:
+        conn.execute('update model set settings = \'{"monitoring": {"keep_text": true}}\'')
+        deployments.shadow(conn, "demo", 2, actor="test")
+
+    def copies() -> list[dict[str, Any]]:
+        return [e for e in stand.events() if e["slot"] == "shadow" and e["status"] == 200]
+
+    def ask(_: int) -> httpx.Response:
+        return stand.ask(text=MESSAGES[0]["content"], temperature=0)
+
+    wait_for(lambda: ask(0).status_code == 200 and copies(), what="for the first copy")
+    with ThreadPoolExecutor(4) as clients:
+        answers = list(clients.map(ask, range(60)))
+    assert {answer.json()["choices"][0]["message"]["content"] for answer in answers} == {real.texts["demo:1"]}
+    wait_for(lambda: len(copies()) >= 9, what="for copies")
+    assert {e["answer"] for e in copies() if e["answer"] is not None} == {real.texts["demo:2"]}
+    assert {e["status"] for e in stand.events() if e["slot"] == "shadow"} == {200}
+    with transaction() as conn:
+        deployments.stop(conn, "demo", "shadow", actor="test")
 
 
 def _promotions_while_requests_run(real: Real) -> None:

@@ -20,7 +20,7 @@ from pipelines.data import canaries
 from pipelines.data.contamination import of_dataset
 from pipelines.data.dedup import ALIKE, Alike
 from pipelines.data.prepare import build, prepare
-from pipelines.stages import Plan
+from pipelines.plans import Plan
 from registry import datasets
 from registry.bases import Base
 from registry.datasets import SPLITS, Dataset, Row, make_row, question_key

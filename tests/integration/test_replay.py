@@ -51,6 +51,8 @@ def test_what_people_asked_is_asked_again_and_compared(stand: Stand) -> None:
     assert (found["examples"][0]["then"], found["examples"][0]["now"]) == ("demo-v1 word0 word1", "demo-v2 word0 word1")
     again = stand.wait_events(7)[4:]
     assert {(event["version"], event["slot"]) for event in again} == {(2, "pinned")}
+    told = {body["model"]: body.get("priority") for body in stand.stats()["bodies"]}
+    assert (told["demo-v1"], told["demo-v2"]) == (None, 1)
     with transaction() as conn:
         (key,) = [key for key in list_keys(conn) if key.name == "replay to demo:2"]
     assert key.revoked_at is not None
@@ -75,9 +77,14 @@ def test_what_a_shadow_answered_is_compared(stand: Stand) -> None:
     with transaction() as conn:
         deployments.shadow(conn, "demo", 2, actor="test")
     wait_for(lambda: "demo-v2" in stand.stats()["loaded"], what="for the shadow")
-    for text in ("one", "two"):
+    for text in ("one", "two", "three"):
         stand.ask(text=text)
-    stand.wait_events(4)
+    stand.wait_events(6)
+    with transaction() as conn:  # for which the engine had no time
+        conn.execute(
+            "update request_event set status = 429, answer = null"
+            " where id = (select max(id::text)::uuid from request_event where slot = 'shadow')"
+        )
     found = json.loads(replay("--shadow", "--json").stdout)
     assert (found["source"], found["requests"], found["failed"]) == ("shadow", 2, 0)
     assert {e["now"] for e in found["examples"]} == {"demo-v2 word0 word1"}

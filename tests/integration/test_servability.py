@@ -16,7 +16,7 @@ from deploy.adapters import Adapters
 from infra.db import one, transaction
 from infra.errors import Refused, UsageError
 from infra.settings import get_settings
-from pipelines import runs, stages
+from pipelines import plans, runs, stages
 from pipelines.config import load
 from pipelines.evaluation import servability
 from pipelines.tuning.methods import Alone, Targets, packable
@@ -183,7 +183,7 @@ def test_a_run_registers_nothing_that_is_not_servable(
     (tmp_path / "train.jsonl").write_text("".join(json.dumps({"messages": row.messages}) + "\n" for row in rows(40)))
     path = tmp_path / "m.yaml"
     path.write_text("model: m\nbase: builtin:tiny\ndata: {train: train.jsonl}\ntuning: {space: {r: [4, 16]}}\n")
-    plan = stages.Plan(kind="train", config=load(path), config_path=path, champion=None)
+    plan = plans.Plan(kind="train", config=load(path), config_path=path, champion=None)
     splits: dict[datasets.Split, list[Row]] = {"train": rows(40), "validation": rows(), "test": rows()}
     dataset = datasets.keep(splits, counts={"train": 40}, sources=[], recipe={})
     data = {"dataset": dataset.digest, "base": tiny_base.digest, "counts": {"train": 40}}

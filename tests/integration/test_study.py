@@ -24,7 +24,7 @@ from click.testing import CliRunner
 
 from infra.db import transaction
 from infra.errors import Conflict, TunesmithError
-from pipelines import runs, stages
+from pipelines import plans, runs, stages
 from pipelines.cli import tunesmith
 from pipelines.tuning.search import search
 from pipelines.tuning.spec import StudySpec
@@ -590,7 +590,7 @@ def test_a_run_whose_model_another_took_stops_searching(
     )
     splits = {"train": rows(80), "validation": rows(16, 100), "test": rows(4, 200)}
     kept = datasets.keep(splits, counts={}, sources=[], recipe={})
-    plan = stages.plan_train(path, [])
+    plan = plans.train(path, [])
     data = {"base": tiny_base.digest, "dataset": kept.digest, "counts": {"train": 80}}
     taken: list[leases.Lease] = []
 

@@ -20,10 +20,10 @@ from serving import Stand, add_version, child, make_stand, wait_for
 
 from deploy.breaker import FAILURES
 from deploy.routing import Place
-from deploy.upstream import Upstream
+from deploy.upstream import Busy, Upstream
 from infra import ports
 from infra.db import transaction
-from infra.errors import NotFound, Refused, UsageError
+from infra.errors import NotFound, Refused, TunesmithError, UsageError
 from infra.settings import Settings
 from pipelines.cli import tunesmith
 from registry import deployments, upstreams
@@ -103,7 +103,11 @@ def test_a_hosted_version_is_asked_priced_and_recorded_like_any(database: Settin
     ):
         tools: Any = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
         answer = client.chat.completions.create(
-            model="demo", messages=[{"role": "user", "content": "hello"}], tools=tools, response_format={"type": "text"}
+            model="demo",
+            messages=[{"role": "user", "content": "hello"}],
+            tools=tools,
+            response_format={"type": "text"},
+            extra_body={"priority": 1},
         )
         assert (answer.model, answer.choices[0].message.content) == ("demo:1", "base word0 word1")
         chunks = client.chat.completions.create(
@@ -114,7 +118,7 @@ def test_a_hosted_version_is_asked_priced_and_recorded_like_any(database: Settin
         assert (body["model"], body["tools"], body["reasoning_effort"]) == ("base", tools, "low")
         assert body["response_format"] == {"type": "text"}
         assert body["messages"][0] == {"role": "system", "content": "Be kind."}
-        assert "top_p" not in body
+        assert not {"top_p", "priority"} & body.keys(), "which is null, and which only engines know"
         assert _stats(stand, both, "second")["bodies"] == []
         for event in stand.wait_events(2):
             assert (event["version"], event["slot"], event["status"]) == (1, "champion", 200)
@@ -147,6 +151,38 @@ def test_an_upstream_that_dies_is_not_noticed_by_clients_and_is_asked_again_when
         before = _stats(stand, both, "first")["answered"]
         assert [stand.ask().status_code for _ in range(5)] == [200] * 5
         assert _stats(stand, both, "first")["answered"] == before + 5
+
+
+def test_an_engine_without_time_for_background_requests_is_not_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Since others may keep it busy; one that does not answer these is."""
+    monkeypatch.setattr("deploy.upstream.ANSWER_SECONDS", 0.2)
+
+    async def asked(url: str, priority: int) -> tuple[set[type], str]:
+        upstream = Upstream(None)
+        await upstream.open()
+        engine = Place(name="engine", url=url, model="m")
+        served: Any = SimpleNamespace(hosted=None, name="demo:1", adapter_path=None)
+        body = {"messages": [{"role": "user", "content": "hello"}], "priority": priority}
+        said = set()
+        try:
+            for _ in range(FAILURES):
+                with pytest.raises(TunesmithError) as failed:
+                    await upstream.complete([engine], served, "/chat/completions", body)
+                said.add(failed.type)
+            return said, upstream.breakers["engine"].state
+        finally:
+            await upstream.close()
+
+    def late(body: dict[str, Any]) -> Answer:
+        time.sleep(1.0)
+        return "late"
+
+    with serving(late) as peer:
+        url = peer.url.removesuffix("/v1")
+        assert asyncio.run(asked(url, 1)) == ({Busy}, "closed")
+        said, state = asyncio.run(asked(url, 0))
+        assert Busy not in said
+        assert state != "closed"
 
 
 def test_each_place_is_asked_once_before_any_is_asked_again() -> None:

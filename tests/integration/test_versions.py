@@ -27,8 +27,9 @@ from infra.db import one, transaction
 from infra.errors import Conflict, NotFound, Refused, StoreFull, TunesmithError, Unreachable, UsageError
 from infra.settings import get_settings
 from monitoring import watch
-from registry import bases, deletion, deployments, mlflow, versions
+from registry import aliases, bases, deletion, deployments, judgements, mlflow, versions
 from registry.exchange import export_version, fetched_from_mlflow, import_version
+from registry.gates import Decision
 from registry.verification import verify_version
 
 WHO = {"actor": "os:test@here", "reason": "because"}
@@ -46,7 +47,7 @@ def _aliases(model: str) -> dict[str, str]:
 
 def _deliver() -> int:
     with transaction() as conn:
-        return mlflow.deliver(conn)
+        return aliases.deliver(conn)
 
 
 def test_a_version_carries_its_lineage_into_mlflow(
@@ -160,13 +161,36 @@ def test_aliases_follow_whatever_happened_to_mlflow_meanwhile(
     assert _deliver() == 0
 
 
+def test_what_gates_say_of_a_version_that_is_judged_again_stands_in_mlflow(
+    mlflow_server: str, base: bases.Base, adapter: Path, model: str
+) -> None:
+    """Also of a model that never served."""
+    for seed in (1, 2):
+        make_version(make_draft(model, base, adapter, seed=seed))
+
+    def tag(number: int) -> str | None:
+        found = _rest("model-versions/get", name=model, version=str(number))["model_version"]
+        return {t["key"]: t["value"] for t in found["tags"]}.get("tunesmith.gate")
+
+    first = tag(1)
+    for decision in ("fail", "pass"):
+        with transaction() as conn:
+            said = Decision(decision=decision, reasons=[])
+            judgements.keep(conn, model, 2, {"metrics": {}}, said, actor="me", reason="another champion serves")
+        assert (_deliver(), tag(1), tag(2)) == (1, first, decision)
+    MlflowClient(mlflow_server).delete_model_version(model, "2")
+    with transaction() as conn:
+        judgements.keep(conn, model, 2, {"metrics": {}}, said, actor="me", reason="again")
+    assert _deliver() == 1
+
+
 # Sets the aliases of whatever waits, as the watcher does
 DELIVERER = """
 from infra.db import transaction
-from registry import mlflow
+from registry import aliases
 with transaction() as conn:
     print("begins", flush=True)
-    mlflow.deliver(conn)
+    aliases.deliver(conn)
 """
 
 
@@ -212,7 +236,7 @@ def test_deleting_a_serving_version_in_mlflow_stops_nothing(
     url = f"{mlflow_server}/api/2.0/mlflow/model-versions/delete"
     assert httpx.request("DELETE", url, json=body, trust_env=False, timeout=60).status_code == 200
     with transaction() as conn:
-        mlflow.reconcile(conn)
+        aliases.reconcile(conn)
     assert _deliver() == 1
     assert f"{model}:1 serves, but was deleted in MLflow" in caplog.text
     with transaction() as conn:

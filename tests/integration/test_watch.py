@@ -23,7 +23,7 @@ from infra import settings as infra_settings
 from infra.db import one, transaction
 from infra.settings import Settings
 from monitoring import alerts, commands, feedback, watch
-from registry import deployments, leases, mlflow
+from registry import aliases, deployments, leases
 from registry.profile import Profile
 
 SETTINGS = {
@@ -150,7 +150,7 @@ def test_from_quiet_traffic_to_a_retrained_version(
     assert set(body) == {
         "model", "version", "since", "until", "verdict", "features", "explanation", "attribution", "versions"
     }  # fmt: skip
-    assert set(body["features"][0]) == {"name", "side", "statistic", "value", "threshold", "drifted", "also"}
+    assert set(body["features"][0]) == {"name", "side", "statistic", "value", "threshold", "drifted", "usual", "also"}
     assert body["versions"] == [{"version": 1, "slot": "champion", "verdict": "drift"}]
     assert any(word in body["explanation"] for word in ("`axis`", "`dtype`", "`ndarray`", "`numpy`", "`tensor`"))
     assert [r["state"] for r in requests()] == ["refused"]
@@ -434,7 +434,7 @@ def test_an_mlflow_that_hangs_is_asked_for_one_model_a_turn(
 
         threading.Thread(target=accept, daemon=True).start()
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        monkeypatch.setattr(mlflow, "_ALIAS_SECONDS", 0.2)
+        monkeypatch.setattr(aliases, "_SECONDS", 0.2)
         infra_settings.get_settings.cache_clear()
         with transaction() as conn:
             for model in ("a", "b", "c"):

@@ -666,3 +666,15 @@ def test_gates_look_at_slices_that_there_are(tmp_path: Path) -> None:
             load(gate(wrong))
     with pytest.raises(ConfigError, match="measured over all rows"):
         load(gate("label=refund", "macro_f1"))
+
+
+def test_when_a_golden_set_is_asked_again_is_a_cron_expression(tmp_path: Path) -> None:
+    config = load(minimal(tmp_path, 'monitoring: {rescore: "0 3 * * *"}\n'))
+    assert config.monitoring.rescore == "0 3 * * *"
+    assert load(minimal(tmp_path)).monitoring.rescore is None
+    for wrong, why in (("0 3 * *", "five fields"), ("61 3 * * *", "not a cron expression"), ("0 0 30 2 *", "")):
+        with pytest.raises(ConfigError) as caught:
+            load(minimal(tmp_path, f'monitoring: {{rescore: "{wrong}"}}\n'))
+        [problem] = str(caught.value).splitlines()[-1:]
+        assert "monitoring.rescore" in problem
+        assert why in problem

@@ -8,7 +8,7 @@ import pytest
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 from opentelemetry.semconv._incubating.metrics import gen_ai_metrics
 
-from monitoring import genai, otlp
+from monitoring import genai, signals
 
 
 def test_names_are_those_of_the_conventions() -> None:
@@ -39,9 +39,9 @@ def test_nothing_is_told_where_no_endpoint_is_named(
 ) -> None:
     for name, value in given.items():
         monkeypatch.setenv(f"OTEL_EXPORTER_OTLP_{name}", value)
-    assert otlp.signals() == expected
+    assert signals.wanted() == expected
     monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
-    assert otlp.signals() == set()
+    assert signals.wanted() == set()
 
 
 def test_another_protocol_is_refused_in_a_sentence(
@@ -50,5 +50,5 @@ def test_another_protocol_is_refused_in_a_sentence(
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://c:4317")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
     with caplog.at_level(logging.WARNING):
-        assert otlp.signals() == set()
+        assert signals.wanted() == set()
     assert "no traces are told: OTEL_EXPORTER_OTLP_PROTOCOL is grpc, give http/protobuf" in caplog.messages

@@ -9,8 +9,9 @@ select pg_try_advisory_xact_lock(hashtextextended('mlflow_aliases:' || %(model)s
 -- name: newest
 select max(id) as id from outbox where model = %(model)s and kind = 'mlflow_aliases' and done_at is null
 
--- name: slots
-select champion, challenger, challenger_share, shadow, generation from deployment where model = %(model)s
+-- name: gates
+-- Of versions that were judged again; the others have what they were registered with.
+select distinct on (number) number, decision from judgement where model = %(model)s order by number, id desc
 
 -- name: done
 update outbox set done_at = clock_timestamp(), attempts = attempts + 1, error = %(error)s

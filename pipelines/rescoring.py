@@ -1,0 +1,183 @@
+"""`tunesmith rescore`: the version that serves is asked its golden set again, and held against what it was judged by.
+
+The golden set are the test rows of the version's judgement, asked through the gateway as clients ask, one at a time,
+and scored as the judgement scores. What is asked so is no traffic: drift and alerts do not see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+
+from infra.console import json_option, out, print_json, safe
+from infra.db import transaction
+from infra.errors import NotFound, Unreachable, UsageError
+from infra.settings import get_settings
+from monitoring import golden
+from pipelines import judging, runs
+from pipelines.config_evaluation import Evaluation
+from pipelines.progress import report
+from registry import datasets, leases, versions
+from registry.datasets import Row
+from registry.names import check_model_name
+from registry.prompts import with_system
+from registry.statistics import mean_ci, paired_difference
+
+MOST = 200  # rows, which are a few minutes' work for an engine that serves others meanwhile
+_SECONDS = 600.0  # for one answer
+_SHOWN = 20
+
+
+@click.command()
+@click.argument("model")
+@json_option
+def rescore(model: str, as_json: bool) -> None:
+    """Ask the version that serves MODEL its golden set again, and compare with when it was judged."""
+    from pipelines.progress import shown
+    from registry.desk import only_here
+
+    only_here("rescore")
+    with shown():
+        found = again(model)
+    if as_json:
+        print_json(found)
+        return
+    out.print(safe(golden.in_a_sentence(found)), markup=False)
+    for each in found["changed"]["examples"]:
+        out.print(safe(f"- {_line(each['question'])}"), markup=False)
+        for name in ("expected", "then", "now"):
+            out.print(safe(f"    {name + ':':<10}{_line(each[name])}"), markup=False)
+
+
+def again(model: str) -> dict[str, Any]:
+    """What is kept of it (monitoring/golden.py).
+
+    Raises NotFound when nothing serves, UsageError for a version that has no test rows here, Unreachable when the
+    gateway does not answer, or more than a tenth of the rows, Conflict while another process asks the same.
+    """
+    version = judging.champion_of(check_model_name(model))
+    if version is None:
+        raise NotFound(f"No version of {model} serves.", hint="`tunesmith promote MODEL:N --reason TEXT` makes one.")
+    with leases.Keeper(f"rescore:{model}", leases.this_process("rescore")) as keeper:
+        with transaction() as conn:
+            evaluation = versions.evidence(conn, version.evaluation) or {}
+            known = evaluation.get("answers") or golden.first_answers(conn, model, version.number)
+            made = conn.execute(runs.SQL["config"], {"id": version.run_id}).fetchone()
+        rows = _rows(version, known)
+        said = _ask(version, rows, keeper)
+        judged = _judge(rows, said, known, made)
+        with transaction() as conn:
+            leases.check(conn, keeper.lease)
+            return golden.keep(conn, model, version.number, rows=len(rows), failed=said.count(None), **judged)
+
+
+def _rows(version: versions.Version, known: Mapping[str, str] | None) -> list[Row]:
+    from pipelines.evaluation.judgement import apart_from_each_other, choose
+
+    if version.dataset_digest is None:
+        raise UsageError(
+            f"{version.name} was not trained here: there are no test rows.",
+            hint="`tunesmith run` makes versions that have some.",
+        )
+    rows = datasets.open_dataset(version.dataset_digest).rows("test")
+    rows = [row for row in rows if row.id in known] if known else apart_from_each_other(rows, 0)
+    if not rows:
+        raise UsageError(f"The data set of {version.name} has no test rows that it was judged by.")
+    return choose(rows, MOST, 0)
+
+
+def _ask(version: versions.Version, rows: Sequence[Row], keeper: leases.Keeper) -> list[str | None]:
+    """The answers of the gateway, greedy as the judgement's are; None where there is none."""
+    from deploy.auth import create_key, revoke_key
+    from pipelines.config_address import Address
+    from pipelines.evaluation.address import Client, Unavailable
+    from pipelines.evaluation.hosted import MISSING
+
+    url = get_settings().need("gateway_url").rstrip("/")
+    address = Address(url=f"{url}/v1", model=version.name, timeout_seconds=_SECONDS)
+    most = version.parsed.generation.max_tokens
+    said: list[str | None] = []
+    with transaction() as conn:
+        key = create_key(conn, name=f"rescore of {version.model}", role="service", watched=False)
+    try:
+        with Client(address, key=key.key) as client:
+            for row in rows:
+                keeper.raise_if_lost()
+                answer = client.ask(with_system(row.prompt, None), max_tokens=most)
+                said.append(answer.text.replace("\0", "�") if answer is not None else None)
+                report("rescore", f"golden rows of {version.name}", len(said), len(rows))
+        if (missing := said.count(None)) > MISSING * len(rows):
+            raise Unavailable(f"{missing} of {len(rows)} requests have no answer")
+    except Unavailable as error:
+        raise Unreachable(
+            f"{version.name} was not asked again: {error.why}.", hint="See `tunesmith status` and the gateway's log."
+        ) from error
+    finally:
+        with transaction() as conn:
+            revoke_key(conn, key.id)
+    return said
+
+
+def _judge(
+    rows: Sequence[Row], said: Sequence[str | None], known: Mapping[str, str] | None, made: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """By the first metric of the gates of the run that `made` the version that scores single answers, else by label or
+    token F1."""
+    from pipelines.evaluation import scores
+
+    expected = [row.answer for row in rows]
+    labels = scores.are_labels(expected)
+    schema = Evaluation.model_validate(made["evaluation"]).answer_schema if made else None
+    answers = [text or "" for text in said]
+    scored = scores.score(answers, expected, labels=labels, schema=schema)
+    gates = [gate["metric"] for gate in (made["gates"] or () if made else ())]
+    metric = next((name for name in gates if name in scored), "label_accuracy" if labels else "token_f1")
+    now = scored[metric]
+    found = {
+        "metric": metric,
+        "score": mean_ci(now, higher_is_better=True).to_json(),
+        "reference": None,
+        "difference": None,
+        "changed": {"worse": 0, "better": 0, "examples": []},
+        "answers": {row.id: text for row, text in zip(rows, answers, strict=True)},
+    }
+    if known is None:
+        return found
+    before = [known[row.id] for row in rows]
+    then = scores.score(before, expected, labels=labels, schema=schema)[metric]
+    return found | {
+        "reference": mean_ci(then, higher_is_better=True).to_json(),
+        "difference": paired_difference(now, then, higher_is_better=True, level=golden.LEVEL).to_json(),
+        "changed": _changed(rows, before, answers, then, now),
+        "answers": None,
+    }
+
+
+def _changed(
+    rows: Sequence[Row], before: Sequence[str], answers: Sequence[str], then: Sequence[float], now: Sequence[float]
+) -> dict[str, Any]:
+    """Rows with another score than before, those that lost most first."""
+    order = sorted((n for n in range(len(rows)) if abs(now[n] - then[n]) > 1e-9), key=lambda n: now[n] - then[n])
+    return {
+        "worse": sum(now[n] < then[n] for n in order),
+        "better": sum(now[n] > then[n] for n in order),
+        "examples": [
+            {
+                "row": rows[n].id,
+                "question": rows[n].prompt[-1]["content"],
+                "expected": rows[n].answer,
+                "then": before[n],
+                "now": answers[n],
+                "score": now[n],
+                "reference": then[n],
+            }
+            for n in order[:_SHOWN]
+        ],
+    }
+
+
+def _line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 160 else line[:159] + "…"
