@@ -5,7 +5,8 @@ The event loop never waits for it, and nobody else touches the model.
 Of requests that wait the lowest priority number is begun first, in the order of their arrival. Those above 0 are
 background: each row in a batch makes every step longer, so they are decoded only while no other request waits or
 decodes, and are set aside when one comes, which waits for the step or the short pass (`Batch.join_shortly`) under way,
-and for what is set aside to be copied out. While others keep the engine busy they stand still, and it is for their senders to give them up.
+and for what is set aside to be copied out. While others keep the engine busy they stand still, and it is for their
+senders to give them up.
 """
 
 from __future__ import annotations
