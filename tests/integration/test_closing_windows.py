@@ -180,7 +180,8 @@ def test_pages_read_windows_only_and_by_index_under_a_million_events(database: S
             assert "Seq Scan" not in plan, (name, plan)
         # closing one batch does not read the month either
         send(make(5, minutes=0))
-        params = {"batches": [uuid.uuid4()], "since": now - timedelta(minutes=2)}
+        near = {"since": now - timedelta(minutes=2), "until": now + timedelta(minutes=2)}
+        params = {"batches": [uuid.uuid4()], **near}
         plan = str(conn.execute("explain (format json) " + windows.SQL["events"], params).fetchall())
         assert "Seq Scan" not in plan, plan
         assert len(windows.series(conn, "m", [1, 2], now - timedelta(days=7), now, "hour")) > 300
