@@ -78,7 +78,8 @@ class Exporter:
         self._stop.set()
         if self._spans is not None:
             self._spans.shutdown()  # type: ignore[no-untyped-call]  # no next try is waited for
-        self._thread.join(_END_SECONDS)
+        if self._thread.is_alive():
+            self._thread.join(_END_SECONDS)
         if self._meters is not None and not self._waiting:
             self._meters.shutdown(timeout_millis=1000 * _END_SECONDS)
 

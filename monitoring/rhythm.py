@@ -16,9 +16,8 @@ A feature that has moved against the reference, over less than a day, is judged 
 It is drift still where these hours differ from the usual ones. An alarm thus needs both comparisons, each made at the
 level of Bonferroni's correction over all features (an intersection-union test, whose level is that of its parts; Berger
 1982, Technometrics 24): there are never more alarms than without, and hours that are as usual are called drift as
-seldom as quiet traffic is.
-Days and hours are let in by stricter tests, at one in a hundred for each feature: what is wrongly left out costs an
-alarm that there was before.
+seldom as quiet traffic is. Days and hours are let in by stricter tests, at one in a hundred for each feature: what is
+wrongly left out costs an alarm that there was before.
 
 A day is 24 hours that end where the judged time does, by whole hours of UTC; of an hour that the judged time has a part
 of, as large a part counts. A rhythm of the week is not known here.

@@ -5,7 +5,7 @@
 A month of three models, as the console's tests have it: the events of its last hour, with their text, feedback and
 windows, are repeated for each hour of thirty days, so that windows and events are each other's. Pages are those of the
 gateway's own application, with an admin's session, from the request to the whole answer; so a figure is the
-page's queries and its making. A target is printed, no time is asserted. Run it alone; it needs 10 GB of disk.
+page's queries and its making. A target is printed, no time is asserted. Run it alone.
 """
 
 from __future__ import annotations
@@ -20,20 +20,16 @@ from pathlib import Path
 
 import psycopg
 from _home import temporary_home
+from console_seed import MODEL, seed
+from starlette.testclient import TestClient
 
-ROOT = Path(__file__).parents[2]
-sys.path += [str(ROOT), str(ROOT / "tests" / "integration")]
-
-from console_seed import MODEL, seed  # noqa: E402  stands beside the console's tests
-from starlette.testclient import TestClient  # noqa: E402
-
-from deploy import recorder  # noqa: E402
-from deploy.auth import create_key  # noqa: E402
-from deploy.gateway import create_app  # noqa: E402
-from infra.db import load_queries, transaction  # noqa: E402
-from infra.settings import get_settings  # noqa: E402
-from monitoring import windows  # noqa: E402
-from monitoring.console.app import console_routes  # noqa: E402
+from deploy import recorder
+from deploy.auth import create_key
+from deploy.gateway import create_app
+from infra.db import load_queries, transaction
+from infra.settings import get_settings
+from monitoring import windows
+from monitoring.console.app import console_routes
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
 SITE = "http://testserver"

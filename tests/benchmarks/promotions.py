@@ -31,15 +31,13 @@ from typing import Any
 
 import psutil
 import psycopg
-from _home import started, temporary_home
+from _home import cpu_seconds, gateway, mlflow, temporary_home
 from psycopg.types.json import Jsonb
 
 from deploy.auth import create_key
-from infra import ports, processes
 from infra.db import load_queries, transaction
-from infra.services import sqlalchemy_url
 from infra.settings import get_settings
-from infra.web import answers, ask
+from infra.web import ask
 from registry import deployments, versions
 
 ROOT = Path(__file__).parents[2]
@@ -103,7 +101,7 @@ class Bench:
 
     def spent(self, side: str) -> float:
         """CPU seconds so far of a side's server and of the database, with all their children."""
-        return sum(_seconds(each) for each in (self.places[side].process, self.database))
+        return sum(cpu_seconds(each) for each in (self.places[side].process, self.database))
 
 
 def main() -> None:
@@ -367,35 +365,13 @@ def _bench(size: Size) -> Iterator[Bench]:
         with transaction() as conn:
             key = create_key(conn, name="bench", role="operator").key
         places = {}
-        for side, key_of, start, path in (
-            ("ours", key, _start_ours, "/healthz"),
-            ("mlflow", "", _start_mlflow, "/api/2.0/mlflow/experiments/get?experiment_id=0"),
+        for side, key_of, serve in (
+            ("ours", key, gateway),
+            ("mlflow", "", partial(mlflow, workers=os.cpu_count() or 1)),
         ):
-            where = ports.free()
-            url = f"http://127.0.0.1:{where}"
-            begin, ready = partial(start, home, where), partial(answers, url + path)
-            child = stack.enter_context(started(begin, ready, side, home / f"{side}.log"))
-            places[side] = Place(url=url, key=key_of, process=psutil.Process(child.pid))
+            url, child = stack.enter_context(serve(home))
+            places[side] = Place(url=url, key=key_of, process=child)
         yield Bench(size=size, places=places, database=_postmaster(port))
-
-
-def _start_ours(home: Path, port: int) -> subprocess.Popen[bytes]:
-    argv = [sys.executable, "-m", "pipelines.cli", "serve", "--port", str(port)]
-    with (home / "ours.log").open("wb") as log:
-        return processes.spawn(argv, env=dict(os.environ), cwd=home, output=log)
-
-
-def _start_mlflow(home: Path, port: int) -> subprocess.Popen[bytes]:
-    env = os.environ | {
-        "MLFLOW_BACKEND_STORE_URI": sqlalchemy_url(get_settings().database("mlflow"), "psycopg"),
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    }
-    argv = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-    argv += ["--workers", str(os.cpu_count() or 1), "--uvicorn-opts", "--loop uvloop"]
-    argv += ["--serve-artifacts", "--artifacts-destination", str(home / "mlflow-artifacts")]
-    with (home / "mlflow.log").open("wb") as log:
-        return processes.spawn(argv, env=env, cwd=home, output=log)
 
 
 def _postmaster(port: int) -> psutil.Process:
@@ -403,17 +379,6 @@ def _postmaster(port: int) -> psutil.Process:
         if child.name() == "postgres" and str(port) in child.cmdline():
             return child
     sys.exit("The database's process was not found.")
-
-
-def _seconds(process: psutil.Process) -> float:
-    total = 0.0
-    for each in (process, *process.children(recursive=True)):
-        try:
-            used = each.cpu_times()
-        except psutil.Error:  # gone meanwhile, and counted by who waited for it
-            continue
-        total += used.user + used.system + used.children_user + used.children_system
-    return total
 
 
 def _quantile(values: Sequence[float], share: float) -> float:

@@ -29,8 +29,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-sys.path.append(str(Path(__file__).parents[1]))
-
 from _home import Home, started, temporary_home
 from serving import add_version
 

@@ -96,10 +96,8 @@ class Kept:
     """Figures of seeds, by part and seed, in a file that outlives an interrupt; of one size of the benchmark only."""
 
     def __init__(self, file: Path | None, size: Size) -> None:
-        self.file, self.size = (
-            file,
-            {n: v for n, v in json.loads(json.dumps(asdict(size))).items() if n not in ("seeds", "rounds")},
-        )
+        self.file, as_json = file, json.loads(json.dumps(asdict(size)))
+        self.size = {name: value for name, value in as_json.items() if name not in ("seeds", "rounds")}
         self.rows: dict[tuple[str, int], Mapping[str, Any]] = {}
         for line in file.read_text().splitlines() if file is not None and file.exists() else ():
             found = json.loads(line)

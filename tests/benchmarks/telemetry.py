@@ -27,25 +27,22 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import orjson
 import psutil
 import psycopg
-from _home import started, temporary_home
+from _home import cpu_seconds, gateway, mlflow, temporary_home
 from promotions import add_versions
 from uuid_utils.compat import uuid7
 
 from deploy import recorder
 from deploy.auth import create_key
 from deploy.recorder import Event, Recorder
-from infra import ports, postgres, processes
+from infra import postgres, processes
 from infra.db import transaction
-from infra.services import sqlalchemy_url
 from infra.settings import get_settings
-from infra.web import answers
 from registry.profile import FEATURES
 
 SIDES = ("recorder", "/v1/events", "MLflow")
@@ -78,7 +75,7 @@ class Bench:
 
     def spent(self, side: str) -> float:
         """CPU seconds so far of a side's server and of the database."""
-        return sum(_seconds(each) for each in (*filter(None, [self.servers.get(side)]), _postmaster(self.home)))
+        return sum(cpu_seconds(each) for each in (*filter(None, [self.servers.get(side)]), _postmaster(self.home)))
 
 
 def main() -> None:
@@ -350,47 +347,13 @@ def _bench() -> Iterator[Bench]:
             key = create_key(conn, name="bench", role="admin").key
             add_versions(conn, "m", 1)
         urls, servers = {}, {}
-        for side, start, path in (
-            ("/v1/events", _start_ours, "/healthz"),
-            ("MLflow", _start_mlflow, "/api/2.0/mlflow/experiments/get?experiment_id=0"),
-        ):
-            port = ports.free()
-            urls[side] = f"http://127.0.0.1:{port}"
-            log = home / f"{side.rpartition('/')[2]}.log"
-            begin, ready = partial(start, home, port, log), partial(answers, urls[side] + path)
-            servers[side] = psutil.Process(stack.enter_context(started(begin, ready, side, log)).pid)
+        for side, serve in (("/v1/events", gateway), ("MLflow", mlflow)):
+            urls[side], servers[side] = stack.enter_context(serve(home))
         yield Bench(home=home, database_port=database_port, key=key, urls=urls, servers=servers)
-
-
-def _start_ours(home: Path, port: int, log: Path) -> subprocess.Popen[bytes]:
-    argv = [sys.executable, "-m", "pipelines.cli", "serve", "--port", str(port)]
-    with log.open("wb") as output:
-        return processes.spawn(argv, env=dict(os.environ), cwd=home, output=output)
-
-
-def _start_mlflow(home: Path, port: int, log: Path) -> subprocess.Popen[bytes]:
-    env = os.environ | {
-        "MLFLOW_BACKEND_STORE_URI": sqlalchemy_url(get_settings().database("mlflow"), "psycopg"),
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-    }
-    argv = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    argv += ["--uvicorn-opts", "--loop uvloop"]
-    argv += ["--serve-artifacts", "--artifacts-destination", str(home / "mlflow-artifacts")]
-    with log.open("wb") as output:
-        return processes.spawn(argv, env=env, cwd=home, output=output)
 
 
 def _postmaster(home: Path) -> psutil.Process:
     return psutil.Process(int((home / "postgres" / "data" / "postmaster.pid").read_text().splitlines()[0]))
-
-
-def _seconds(process: psutil.Process) -> float:
-    total = 0.0
-    for each in (process, *process.children(recursive=True)):
-        with suppress(psutil.Error):  # gone meanwhile, and counted by who waited for it
-            used = each.cpu_times()
-            total += used.user + used.system + used.children_user + used.children_system
-    return total
 
 
 def say(text: str) -> None:
