@@ -9,7 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from infra.storage import file_digest
 from pipelines.config_address import Hosted, Judge, Section
-from pipelines.config_scorers import Schema, Toxicity
+from pipelines.config_scorers import Benchmarks, Schema, Toxicity
 from pipelines.config_space import did_you_mean, refused
 from pipelines.evaluation.catalogue import DEFAULT, LENGTHS, METRICS, SUITES, suite_of
 from registry.gates import CONTAMINATION
@@ -27,6 +27,7 @@ class Evaluation(Section):
     seed: int = Field(default=0, ge=0, lt=2**31)
     answer_schema: Schema | None = Field(default=None, alias="schema")  # pydantic's models have a `schema` of their own
     toxicity: Toxicity | None = None
+    benchmarks: Benchmarks | None = None
     judge: Judge | None = None
     hosted: Hosted | None = None
 
@@ -54,6 +55,8 @@ class Evaluation(Section):
     def _judges(self) -> Evaluation:
         if self.judge is not None and "judge" not in self.suites:
             raise refused([("judge", "is asked by the suite judge; add it to suites")])
+        if self.benchmarks is not None and "benchmarks" not in self.suites:
+            raise refused([("benchmarks", "are run by the suite benchmarks; add it to suites")])
         return self
 
     def lacks(self, metric: str) -> str | None:
@@ -66,6 +69,7 @@ class Evaluation(Section):
             "schema_valid": ("schema", self.answer_schema),
             "toxic_answers": ("toxicity", self.toxicity),
             "judged_good": ("judge", self.judge),
+            "benchmark_score": ("benchmarks", self.benchmarks),
         }
         setting, given = needed.get(metric, ("", True))
         return f"{metric} cannot be measured without evaluation.{setting}" if given is None else None
@@ -85,6 +89,9 @@ class Evaluation(Section):
             values["toxicity"]["model"] = [
                 file_digest(path) for path in sorted(self.toxicity.model.glob("*.safetensors"))
             ]
+        if self.benchmarks is not None and self.benchmarks.include_path is not None:
+            files = [path for path in self.benchmarks.include_path.rglob("*") if path.is_file()]
+            values["benchmarks"]["include_path"] = [file_digest(path) for path in sorted(files)]
         return values
 
 

@@ -1,4 +1,4 @@
-"""What a pipeline file says about scorers that need something of the model's own: a JSON schema, a classifier."""
+"""What a pipeline file says about scorers that need something of the user's: a JSON schema, a classifier, tasks."""
 
 from __future__ import annotations
 
@@ -69,3 +69,14 @@ class Toxicity(Section):
     model: Annotated[Path, BeforeValidator(_there)]
     label: str = Field(default="toxic", min_length=1)
     labelled: Annotated[Path, BeforeValidator(_there)] | None = None
+
+
+class Benchmarks(Section):
+    """Public benchmarks by the names that lm-evaluation-harness gives its `tasks`, and the folder of one's own; of each
+    the first `limit` questions, after `num_fewshot` examples (the task's own number unless given)."""
+
+    tasks: tuple[Annotated[str, Field(min_length=1)], ...] = Field(min_length=1)
+    include_path: Annotated[Path, BeforeValidator(_there)] | None = None
+    limit: int = Field(default=100, ge=1)
+    num_fewshot: int | None = Field(default=None, ge=0)
+    apply_chat_template: bool = False

@@ -51,21 +51,20 @@ def champion_of(model: str) -> versions.Version | None:
         return versions.get(conn, model, number) if number is not None else None
 
 
-def comparable(version: versions.Version, base_digest: str) -> bool:
-    """Whether a version can answer beside others of a base: it is one of it, or asked over an address."""
-    return version.parsed.hosted is not None or version.base_digest == base_digest
-
-
-def beside(champion: versions.Version) -> Serving:
-    """A champion as candidates are judged beside it."""
+def beside(champion: versions.Version, base: bases.Base) -> Serving:
+    """A champion as candidates of a base are judged beside it. Raises NotFound when it stands on another base, which
+    is not here, or at an address that is not known."""
+    from pipelines.evaluation.answers import Elsewhere
     from pipelines.evaluation.judgement import Serving
 
     hosted = champion.parsed.hosted
-    return Serving(
-        adapter=address_of(hosted) if hosted is not None else champion.adapter(),
-        system=champion.parsed.prompt.system,
-        price=hosted.price if hosted is not None else None,
-    )
+    where: Address | Path | Elsewhere | None = champion.adapter()
+    if hosted is not None:
+        where = address_of(hosted)
+    elif champion.base_digest != base.digest:
+        where = Elsewhere(bases.load(champion.base_digest), champion.adapter())
+    price = hosted.price if hosted is not None else None
+    return Serving(adapter=where, system=champion.parsed.prompt.system, price=price)
 
 
 def hosted_of(config: configs.PipelineConfig) -> Hosted | None:
@@ -112,8 +111,8 @@ def judge_again(
     name: str, suites: Sequence[str] = (), config: Path | None = None, *, attach: str | None = None
 ) -> dict[str, Any]:
     """The evaluation of a registered version on the test rows it was judged on, beside its base and, if it is another
-    version of the same base, the champion. Schema, classifier, judge, hosted model and gates are those of the run that
-    made it, or of a pipeline file, whose test rows it answers if it has none here::
+    version, the champion. Schema, classifier, judge, hosted model and gates are those of the run that made it, or
+    of a pipeline file, whose test rows it answers if it has none here::
 
         {"evaluation": ..., "gate": the contamination's entry of a gate decision, None where nobody can tell}
 
@@ -151,14 +150,13 @@ def judge_again(
     asked = of_run if own or given is None else given.evaluation
     price = given.monitoring.price if given is not None else made["price"] if made else None
     other = now if now is not None and now.number != number else None
-    beside_it = other if other is not None and comparable(other, version.base_digest) else None
     adapter, at_address = version.adapter(), version.parsed.hosted
+    base = bases.load(version.base_digest)
     evaluation = judge(
-        base=bases.load(version.base_digest),
+        base=base,
         candidate=address_of(at_address) if at_address is not None else adapter,
         price=at_address.price if at_address is not None else None,
-        champion=beside(beside_it) if beside_it is not None else None,
-        other_base=other is not None and beside_it is None,
+        champion=beside(other, base) if other is not None else None,
         rows=dataset.rows("test"),
         training=taught(dataset, parents) if adapter is not None and own else (),
         system=version.parsed.prompt.system,
@@ -168,6 +166,7 @@ def judge_again(
         seed=asked.seed,
         schema=scorers.answer_schema,
         toxicity=scorers.toxicity,
+        benchmarks=scorers.benchmarks,
         judge=scorers.judge,
         hosted=scorers.hosted,
         machine=machine_of(price),
@@ -180,7 +179,7 @@ def judge_again(
                 evaluation["unavailable"][metric] = "what it was trained on is not known here"
     if own:
         evaluation |= {"contamination": contamination.of_dataset(dataset, parents)}
-    decision = _decide(policy or Policy(), evaluation, version, first=other is None, beside=beside_it, before=before)
+    decision = _decide(policy or Policy(), evaluation, version, beside=other, before=before)
     if attach is not None:
         with transaction() as conn:
             judgements.keep(conn, model, number, evaluation, decision, actor=deployments.actor_here(), reason=attach)
@@ -190,7 +189,7 @@ def judge_again(
 
 
 def _decide(
-    policy: Policy, evaluation: Mapping[str, Any], version: versions.Version, *, first: bool,
+    policy: Policy, evaluation: Mapping[str, Any], version: versions.Version, *,
     beside: versions.Version | None, before: Mapping[str, Any],
 ) -> gates.Decision:  # fmt: skip
     """What a policy says of an evaluation of a version; `before` is what its gates said so far, whose author stays."""
@@ -198,7 +197,7 @@ def _decide(
         [gates.Gate(**gate.model_dump()) for gate in policy.gates],
         evaluation,
         on_underpowered=policy.on_underpowered,
-        first=first,
+        first=beside is None,
         required={suite: SUITES[suite] for suite in policy.evaluation.required},
     )
     reasons = decision.reasons

@@ -263,14 +263,13 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
         with transaction() as conn:
             began = studies.get(conn, best["study"])["spec"].get("init_bundle") if best["study"] else None
             parents = lineage.learned(conn, began)
-        champion = plan.champion if plan.champion and judging.comparable(plan.champion, base.digest) else None
+        champion = plan.champion
         hosted = judging.hosted_of(config)
         judged = judge(
             base=base,
             candidate=judging.address_of(hosted, config.hosted.parallel) if hosted and config.hosted else adapter,
             price=hosted.price if hosted else None,
-            champion=judging.beside(champion) if champion else None,
-            other_base=plan.champion is not None and champion is None,
+            champion=judging.beside(champion, base) if champion else None,
             rows=dataset.rows("test"),
             training=judging.taught(dataset, parents) if adapter is not None else (),
             system=config.prompt.system,
@@ -280,6 +279,7 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
             seed=config.evaluation.seed,
             schema=config.evaluation.answer_schema,
             toxicity=config.evaluation.toxicity,
+            benchmarks=config.evaluation.benchmarks,
             judge=config.evaluation.judge,
             hosted=config.evaluation.hosted,
             machine=judging.machine_of(config.monitoring.price),
@@ -291,7 +291,7 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
             [gates.Gate(**gate.model_dump()) for gate in config.gates],
             evaluation,
             on_underpowered=config.on_underpowered,
-            first=plan.champion is None,
+            first=champion is None,
             required={name: SUITES[name] for name in config.evaluation.required},
         )
         decision = replace(
@@ -323,7 +323,7 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
             )
         )
         report("evaluate", f"gate {decision.decision}", 1, 1)
-        number = plan.champion.number if plan.champion else None
+        number = champion.number if champion else None
         return {"bundle": digest, "evaluation": evaluation, "gate": decision.to_json(), "champion": number}
 
     return run.stage("evaluate", work)

@@ -134,7 +134,8 @@ def _judge(gate: Gate, evaluation: Mapping[str, Any], first: bool) -> dict[str, 
     against = "base" if gate.against is None or first else gate.against
     compared = measured.get(f"vs_{against}")
     if compared is None:
-        return say("fail", f"{name}: was not measured against the {against}")
+        why = ", which has no such number where it is hosted or stands on another base" if against == "champion" else ""
+        return say("fail", f"{name}: was not measured against the {against}{why}")
     estimate = Estimate.from_json(compared)
     entry = say(*_difference(gate, f"{name} against {against}", estimate))
     if gate.must == "not_worse":

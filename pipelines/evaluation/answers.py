@@ -38,7 +38,8 @@ class HostedResult(Result):
 class Case:
     """A row in tokens: its prompt, as it is served, and the completion after it, as it is trained on. `own` has the
     prompts of versions with another system prompt, which they are given in place of the first `replaced` tokens;
-    `system` is the system prompt of the others, `systems` those of these."""
+    `system` is the system prompt of the others, `systems` those of these; `elsewhere` is the row in the tokens of
+    other bases, by the versions that stand on them."""
 
     row: Row
     whole: tuple[int, ...]
@@ -47,6 +48,7 @@ class Case:
     replaced: int = 0
     system: str | None = None
     systems: Mapping[str, str | None] = field(default_factory=dict)
+    elsewhere: Mapping[str, Case] = field(default_factory=dict)
 
     def messages(self, version: str) -> list[dict[str, Any]]:
         """What this version is asked, as a chat."""
@@ -54,6 +56,8 @@ class Case:
 
     def of(self, version: str) -> Case:
         """The case as this version is asked."""
+        if version in self.elsewhere:
+            return self.elsewhere[version]
         if version not in self.own:
             return self
         own = self.own[version]
@@ -69,24 +73,43 @@ class Case:
         return len(self.whole) - self.prompt_length
 
 
-Version = Path | Address | None
-"""An adapter's folder, the address of a hosted model, or None for the base alone."""
+@dataclass(frozen=True)
+class Elsewhere:
+    """A version on another base: its adapter's folder, or None for that base alone."""
+
+    base: Base
+    adapter: Path | None
+
+
+Version = Path | Address | Elsewhere | None
+"""An adapter's folder, the address of a hosted model, a version on another base, or None for the base alone."""
 
 
 class Bench:
-    """Versions side by side: `versions` are those on the base, `hosted` those that are asked over an address. Be sure
-    to `close` it."""
+    """Versions side by side: `versions` are those on the base, `elsewhere` those on others, which are in memory too,
+    and `hosted` those that are asked over an address. Be sure to `close` it."""
 
     def __init__(self, base: Base, versions: Mapping[str, Version]) -> None:
+        self.base = base
         self.model, self.tokenizer = open_model(base.folder)
         # The last columns of many rows are no contiguous block, and torch would copy the head's weight for each row
         self.model.get_output_embeddings().register_forward_pre_hook(_contiguous)
         self.adapters = Adapters(self.model)
-        self.versions = {name: where for name, where in versions.items() if not isinstance(where, Address)}
+        self.versions = {name: where for name, where in versions.items() if not isinstance(where, (Address, Elsewhere))}
         for name, folder in self.versions.items():
             if folder is not None:
                 self.adapters.load(name, folder)
+        self.elsewhere = {
+            name: Bench(where.base, {name: where.adapter})
+            for name, where in versions.items()
+            if isinstance(where, Elsewhere)
+        }
         self.hosted = {name: _client(where) for name, where in versions.items() if isinstance(where, Address)}
+
+    @property
+    def here(self) -> list[str]:
+        """The versions that this machine decodes."""
+        return [*self.versions, *self.elsewhere]
 
     def close(self) -> None:
         for client in self.hosted.values():
@@ -95,8 +118,8 @@ class Bench:
     def cases(
         self, rows: Sequence[Row], *, system: str | None, max_tokens: int, own: Mapping[str, str | None] | None = None
     ) -> list[Case]:
-        """The rows in tokens, in their order, without those that do not fit the base's context. `own` has the system
-        prompts of versions that have another one."""
+        """The rows in tokens, in their order, without those that do not fit the context of every base. `own` has the
+        system prompts of versions that have another one."""
         most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**31
         found = []
         for row in rows:
@@ -105,8 +128,12 @@ class Bench:
                 name: tuple(prompts.encode(self.tokenizer, row.prompt, system=other))
                 for name, other in (own or {}).items()
             }
+            elsewhere = {
+                name: bench.cases([row], system=(own or {}).get(name, system), max_tokens=max_tokens)
+                for name, bench in self.elsewhere.items()
+            }
             longest = max([prompt_length, *map(len, others.values())])
-            if longest + max(max_tokens, len(whole) - prompt_length) <= most:
+            if longest + max(max_tokens, len(whole) - prompt_length) <= most and all(elsewhere.values()):
                 found.append(
                     Case(
                         row=row,
@@ -116,13 +143,14 @@ class Bench:
                         replaced=prompt_length,
                         system=system,
                         systems=dict(own or {}),
+                        elsewhere={name: case for name, [case] in elsewhere.items()},
                     )
                 )
         return found
 
     def losses(self, cases: Sequence[Case], progress: Callable[[int], None] | None = None) -> dict[str, list[float]]:
-        """For each version the mean negative log-likelihood (nats a token) of each row's completion, end token
-        included, given its prompt."""
+        """For each version of the base the mean negative log-likelihood (nats a token) of each row's completion, end
+        token included, given its prompt. Of other bases there is none: their tokens are other ones."""
         found: dict[str, list[float]] = {name: [0.0] * len(cases) for name in self.versions}
         done = 0
         for batch in _batches(cases):
@@ -178,10 +206,7 @@ class Bench:
         of its own. Raises Unreachable when a hosted model does not answer more than a few of them."""
         order = sorted(range(len(cases)), key=lambda n: len(cases[n].prompt))
         asked = [(name, number) for number in order for name in self.versions if name in max_tokens]
-        results = generate(
-            self.model,
-            self.tokenizer,
-            self.adapters,
+        results = self._generate(
             [
                 self._request(name, cases[number], max_tokens[name], temperature=temperature, seed=seed + number)
                 for name, number in asked
@@ -189,28 +214,37 @@ class Bench:
             max_rows=_BATCH_ROWS,
             progress=progress,
         )
-        found: dict[str, dict[int, Result]] = {name: {} for name in max_tokens}
+        by_number: dict[str, dict[int, Result]] = {name: {} for name in self.versions if name in max_tokens}
         for (name, number), result in zip(asked, results, strict=True):
-            found[name][number] = result
+            by_number[name][number] = result
+        found = {name: [given[n] for n in range(len(cases))] for name, given in by_number.items()}
         done = len(asked)
+        for name, bench in self.elsewhere.items():
+            if name in max_tokens:
+                theirs = [case.of(name) for case in cases]
+                say = partial(_onwards, progress, done)
+                found |= bench.answers(
+                    theirs, max_tokens={name: max_tokens[name]}, temperature=temperature, seed=seed, progress=say
+                )
+                done += len(cases)
         for name, client in self.hosted.items():
             if name in max_tokens:
                 say = partial(_onwards, progress, done)
                 chats = [case.messages(name) for case in cases]
-                found[name] = dict(enumerate(_ask(client, chats, max_tokens[name], temperature, say)))
+                found[name] = list(_ask(client, chats, max_tokens[name], temperature, say))
                 done += len(cases)
-        return {name: [found[name][n] for n in range(len(cases))] for name in max_tokens}
+        return found
 
     def alone(self, cases: Sequence[Case], *, max_tokens: int, seconds: float, least: int) -> dict[str, list[Result]]:
         """For each version the answers to requests that come one at a time, the versions by turns, so that what
         else the machine does falls on all of them; ends after `seconds`, but not before `least` rows."""
-        found: dict[str, list[Result]] = {name: [] for name in (*self.versions, *self.hosted)}
+        found: dict[str, list[Result]] = {name: [] for name in (*self.here, *self.hosted)}
         begun = time.monotonic()
         for number, case in enumerate(cases):
             if number >= least and time.monotonic() - begun > seconds:
                 break
-            for name in self.versions:
-                found[name].append(self._alone(self._request(name, case, max_tokens)))
+            for name in self.here:
+                found[name].append(self.of(name)._alone(self._request(name, case, max_tokens)))
             for name, client in self.hosted.items():
                 try:
                     found[name].append(_hosted_result(client.ask(case.messages(name), max_tokens=max_tokens)))
@@ -221,17 +255,26 @@ class Bench:
     def at_load(
         self, cases: Sequence[Case], *, max_tokens: int, seconds: float, least: int, at_once: int
     ) -> dict[str, list[Result]]:
-        """For each version on the base the answers to requests of which so many are there at any time, the next one as
+        """For each version that is here the answers to requests of which so many are there at any time, the next one as
         soon as one is answered; versions by turns, a few rounds each. Ends as `alone` does."""
-        found: dict[str, list[Result]] = {name: [] for name in self.versions}
+        found: dict[str, list[Result]] = {name: [] for name in self.here}
         begun, size = time.monotonic(), 3 * at_once
         for start in range(0, len(cases), size):
             if start >= least and time.monotonic() - begun > seconds:
                 break
-            for name in self.versions:
+            for name in self.here:
                 requests = [self._request(name, case, max_tokens) for case in cases[start : start + size]]
-                found[name] += generate(self.model, self.tokenizer, self.adapters, requests, max_rows=at_once)
+                found[name] += self.of(name)._generate(requests, max_rows=at_once)
         return found
+
+    def of(self, version: str) -> Bench:
+        """The bench with the base that a version stands on."""
+        return self.elsewhere.get(version, self)
+
+    def _generate(
+        self, requests: Sequence[Request], *, max_rows: int, progress: Callable[[int], None] | None = None
+    ) -> list[Result]:
+        return generate(self.model, self.tokenizer, self.adapters, requests, max_rows=max_rows, progress=progress)
 
     def _alone(self, request: Request) -> Result:
         cells = len(request.prompt) + request.sampling.max_tokens
@@ -246,7 +289,7 @@ class Bench:
     def _request(
         self, version: str, case: Case, max_tokens: int, *, temperature: float = 0.0, seed: int | None = None
     ) -> Request:
-        adapter = version if self.versions[version] is not None else None
+        adapter = version if self.of(version).versions[version] is not None else None
         sampling = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
         return Request(prompt=case.of(version).prompt, adapter=adapter, sampling=sampling)
 

@@ -122,6 +122,11 @@ SUITES: dict[str, dict[str, Metric]] = {
             title="Tokens a word", unit="of answers that have spaces between words", lower_is_better=True, by_row=True
         ),
     },
+    "benchmarks": {
+        "benchmark_score": Metric(
+            title="Public benchmarks", unit="mean score of all questions of the tasks, by lm-eval"
+        ),
+    },
     "judge": {
         "judged_good": Metric(title="Judged good", unit="share of answers that the judge calls good", by_row=True),
     },

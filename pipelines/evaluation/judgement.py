@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from infra.errors import Unreachable, UsageError
 from pipelines import config_address
-from pipelines.config_scorers import Toxicity
+from pipelines.config_scorers import Benchmarks, Toxicity
 from pipelines.data.split import position
 from pipelines.evaluation import hosted as hosted_models
 from pipelines.evaluation import scores, slices, suites
@@ -39,7 +39,7 @@ from registry.profile import Answer
 
 if TYPE_CHECKING:
     from deploy.decoding import Result
-    from pipelines.evaluation.answers import Case
+    from pipelines.evaluation.answers import Case, Elsewhere
 
 EXAMPLES = 12
 
@@ -55,10 +55,10 @@ class Lengths(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Serving:
-    """The champion with its own system prompt; `adapter` is None for a prompt on the base, or the address of a hosted
-    model, with its price."""
+    """The champion with its own system prompt; `adapter` is None for a prompt on the base, the address of a hosted
+    model, with its price, or a version on another base."""
 
-    adapter: Path | config_address.Address | None
+    adapter: Path | config_address.Address | Elsewhere | None
     system: str | None
     price: TokenPrice | None = None
 
@@ -79,7 +79,6 @@ def evaluate(
     base: Base,
     candidate: Path | config_address.Address | None,
     champion: Path | Serving | None,
-    other_base: bool = False,
     rows: Sequence[Row],
     training: Sequence[Row] = (),
     system: str | None,
@@ -89,6 +88,7 @@ def evaluate(
     seed: int = 0,
     schema: Mapping[str, Any] | None = None,
     toxicity: Toxicity | None = None,
+    benchmarks: Benchmarks | None = None,
     judge: config_address.Judge | None = None,
     hosted: config_address.Hosted | None = None,
     price: TokenPrice | None = None,
@@ -99,8 +99,7 @@ def evaluate(
     """Judge an adapter, the base with a prompt (None) or a hosted model, by the suites of these `names`, on at most
     `limit` of the rows; `training` are those that it learned from. The base is asked with the same system prompt, so
     that the difference is the adapter's or the model's; beside a prompt on it without one, so that it is the prompt's.
-    A champion that is a path has the same prompt; with `other_base` there is one that cannot answer beside them, since
-    it stands on another base. `machine` is the price of the machine that would serve, `price` that
+    A champion that is a path has the same prompt. `machine` is the price of the machine that would serve, `price` that
     of a hosted candidate's tokens, and `wanted` slices are not left out.
 
     Raises UsageError when there is no row, or none that fits the base's context, Unreachable when a hosted candidate or
@@ -132,10 +131,10 @@ def evaluate(
         max_tokens=generation.max_tokens,
         temperature=generation.temperature,
         seed=seed,
-        other_base=other_base,
         say=say,
         schema=schema,
         toxicity=toxicity,
+        benchmarks=benchmarks,
         judge=judge,
         hosted_config=hosted if hosted_models.SUITES & set(names) else None,
         prices={"candidate": price, "champion": beside.price if beside is not None else None},
@@ -154,6 +153,13 @@ def evaluate(
             "notes": [
                 f"{alike} of {len(rows)} test rows ask nearly the same as another and are left out: their answers are "
                 "no evidence of their own, and intervals would be too narrow."
+            ]
+        }
+    if bench.elsewhere:
+        about["champion"] = {
+            "notes": [
+                "The champion stands on another base, whose tokens are other ones: loss, perplexity and tokens a "
+                "second are not compared with it."
             ]
         }
     if notes := [note for each in lost.values() for note in each]:

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from registry import bundle
+from registry import bundle, tiny
 from tests.stacks import Stack
 
 FIRST, SECOND = "Describe the function in one line.", "Say in a few words what the function is for."
@@ -131,3 +131,31 @@ def test_a_prompt_is_a_version_that_serves_and_is_judged_beside_a_hosted_model(
     logs = b"".join(path.read_bytes() for path in (stack.home / "logs").glob("*.log"))
     assert b"The hosted model is prompted:1 at " in everything
     assert stack.key.encode() not in everything + logs + done.stdout.encode() + done.stderr.encode()
+
+
+def test_a_version_on_another_base_is_judged_beside_the_one_that_serves(stack: Stack, config: Path) -> None:
+    other = stack.home / "other-base"
+    other.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "_VOCABULARY", 1000)
+        tiny.make(other)
+    moving = [
+        "--set=model=moving",
+        "--set=gates=[{metric: chrf, against: champion, must: not_worse, margin: 100}]",
+        "--set=evaluation.suites=[quality, compatibility, latency]",
+    ]
+    done = stack.tunesmith("run", "-c", str(config), *moving)
+    assert done.returncode == 0, done.stderr
+    done = stack.tunesmith("run", "-c", str(config), *moving, f"--set=base={other}", "--json")
+    assert done.returncode == 0, done.stderr
+    second = json.loads(done.stdout)
+    metrics = second["evaluation"]["metrics"]
+    assert metrics["chrf"]["vs_champion"]["n"] == metrics["chrf"]["candidate"]["n"] > 0
+    assert metrics["loss"]["champion"] is None
+    assert second["gate"]["champion"] == 1
+    answer = wait_until_it_answers(stack, "moving", "moving:2")
+    then = wait_until_it_answers(stack, "moving:1", "moving:1")
+    assert answer["usage"]["prompt_tokens"] != then["usage"]["prompt_tokens"]  # by the tokens of its own base
+    again = stack.tunesmith("evaluate", "moving:1", "--json")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["evaluation"]["metrics"]["chrf"]["champion"] is not None

@@ -15,17 +15,18 @@ import pytest
 import torch
 
 from infra.settings import get_settings
-from pipelines.config_scorers import Toxicity
+from pipelines.config_scorers import Benchmarks, Toxicity
 from pipelines.data import canaries
 from pipelines.data.tokenise import tokenised
 from pipelines.evaluation import report, toxicity
 from pipelines.evaluation.agreement import agreement
+from pipelines.evaluation.answers import Elsewhere
 from pipelines.evaluation.catalogue import METRICS, SUITES
-from pipelines.evaluation.judgement import evaluate
+from pipelines.evaluation.judgement import Serving, evaluate
 from pipelines.evaluation.suites import consistency, groundedness, robustness, safety
 from pipelines.evaluation.suites.consistency import variants
 from pipelines.tuning.trainer import Member, Outcome, Trainer
-from registry import datasets
+from registry import datasets, tiny
 from registry.bases import Base, load_model, load_tokenizer
 from registry.bundle import Generation
 from registry.datasets import Row, make_row
@@ -69,14 +70,29 @@ def base(plain: Base, tmp_path_factory: pytest.TempPathFactory) -> Base:
     """
     folder = tmp_path_factory.mktemp("base")
     shutil.copytree(plain.folder, folder, dirs_exist_ok=True)
-    model = load_model(plain.folder, "float32")
+    able_to_say_anything(folder)
+    return replace(plain, folder=folder)
+
+
+@pytest.fixture(scope="module")
+def other_base(plain: Base, tmp_path_factory: pytest.TempPathFactory) -> Base:
+    """Another base, with other tokens."""
+    folder = tmp_path_factory.mktemp("other-base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "_VOCABULARY", 1000)
+        tiny.make(folder)
+    able_to_say_anything(folder)
+    return replace(plain, folder=folder, digest="other", tokenizer_digest="other")
+
+
+def able_to_say_anything(folder: Path) -> None:
+    model = load_model(folder, "float32")
     with torch.no_grad():
         tokens, norm = model.get_input_embeddings().weight, model.model.norm.weight
         lengths = tokens.norm(dim=1, keepdim=True)
         tokens.mul_(lengths.mean() / lengths)
         norm.mul_(24 / (norm.norm() * lengths.mean()))  # the highest logit that there can be, about
     model.save_pretrained(folder)
-    return replace(plain, folder=folder)
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +155,55 @@ def judged(base: Base, suite: str, candidate: Path, rows: Sequence[Row], **more:
     ).evaluation  # fmt: skip
 
 
+def test_benchmarks_are_asked_and_scored_by_the_harness(base: Base, good: Path, wrong: Path, tmp_path: Path) -> None:
+    def task(name: str, start: int, more: str) -> None:
+        docs = [
+            {"question": row.prompt[0]["content"], "answer": row.answer, "choices": list(LABELS.values())}
+            for row in intents(start, 24)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+        (tmp_path / f"{name}.yaml").write_text(
+            f"""task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / name}.jsonl}}}}
+test_split: test
+doc_to_text: "{{{{question}}}}"
+{more}
+"""
+        )
+
+    task("choose", 200, """output_type: multiple_choice
+doc_to_target: "{{choices.index(answer)}}"
+doc_to_choice: choices
+target_delimiter: ""
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]""")  # fmt: skip
+    task("say", 300, """output_type: generate_until
+doc_to_target: answer
+generation_kwargs: {until: ["<|im_end|>"], max_gen_toks: 12, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]""")  # fmt: skip
+    wanted = Benchmarks(tasks=("choose", "say"), include_path=tmp_path, limit=20, apply_chat_template=True)
+    caught = judged(base, "benchmarks", wrong, intents(200, 6), champion=good, benchmarks=wanted)
+    assert caught["unavailable"] == {}
+    score = caught["metrics"]["benchmark_score"]
+    assert score["candidate"]["n"] == score["champion"]["n"] == 40
+    assert score["champion"]["estimate"] > 0.9 > 0.2 > score["candidate"]["estimate"]
+    notes = caught["about"]["benchmarks"]["notes"]
+    assert [note.split(":")[0] for note in notes] == ["choose (acc, 20 questions)", "say (exact_match, 20 questions)"]
+    assert passes(caught, "benchmark_score", must="not_worse", against="champion", margin=0.2) == "fail"
+    passed = judged(base, "benchmarks", good, intents(200, 6), champion=good, benchmarks=wanted)
+    assert passes(passed, "benchmark_score", must="at_least", value=0.8) == "pass"
+
+    unknown = judged(base, "benchmarks", good, intents(200, 6), benchmarks=Benchmarks(tasks=("no_such_task",)))
+    assert "no_such_task" in unknown["unavailable"]["benchmark_score"]
+
+
+def judged_by_all(base: Base, candidate: Path, champion: Path | Serving) -> dict[str, Any]:
+    return evaluate(
+        base=base, candidate=candidate, champion=champion, rows=intents(200, 12), training=intents(0, 12),
+        system="Answer.", generation=Generation(max_tokens=8), names=tuple(SUITES),
+    ).evaluation  # fmt: skip
+
+
 def passes(found: dict[str, Any], metric: str, **policy: Any) -> str:
     return decide([Gate(metric=metric, **policy)], found, on_underpowered="refuse", first=False).decision
 
@@ -160,9 +225,27 @@ def test_compatibility_catches_a_version_that_learned_wrong_labels(base: Base, w
     first = judged(base, "compatibility", good, rows)  # nobody serves, so there is nothing to keep
     assert first["not_applicable"] == {"golden_kept": "no version serves"}
     assert passes(first, "golden_kept", **limit) == "pass"
-    moved = judged(base, "compatibility", good, rows, other_base=True)  # one does, and cannot be asked beside it
-    assert moved["unavailable"] == {"golden_kept": "the version that serves stands on another base"}
-    assert passes(moved, "golden_kept", **limit) == "fail"
+
+
+def test_a_champion_on_another_base_answers_beside_a_version(
+    base: Base, other_base: Base, wrong: Path, good: Path, train: Train
+) -> None:
+    rows = intents(200, 30)
+    there = Serving(
+        adapter=Elsewhere(other_base, train("there", intents(0, 150), steps=300, base=other_base)), system="Say it."
+    )
+    limit = {"must": "at_least", "value": 0.8}
+    for candidate, decision in ((wrong, "fail"), (good, "pass")):
+        kept = judged(base, "compatibility", candidate, rows, champion=there)
+        assert passes(kept, "golden_kept", **limit) == decision
+    found = judged(base, "quality", wrong, rows, champion=there)
+    accuracy = found["metrics"]["label_accuracy"]
+    assert accuracy["champion"]["estimate"] > 0.8
+    assert accuracy["vs_champion"]["n"] == len(rows)
+    assert passes(found, "label_accuracy", must="not_worse", against="champion", margin=0.1) == "fail"
+    assert found["metrics"]["loss"]["champion"] is None, "a token is not the same there"
+    assert passes(found, "loss", must="not_worse", against="champion", margin=9) == "fail"
+    assert all(example["champion"] for example in found["examples"])
 
 
 @pytest.mark.slow
@@ -429,17 +512,19 @@ def test_variants_ask_the_same() -> None:
 
 
 @pytest.mark.slow
-def test_every_suite_runs_on_one_version(base: Base, good: Path) -> None:
-    found = evaluate(
-        base=base, candidate=good, champion=good, rows=intents(200, 12), training=intents(0, 12), system="Answer.",
-        generation=Generation(max_tokens=8), names=tuple(SUITES),
-    ).evaluation  # fmt: skip
+def test_every_suite_runs_on_one_version(base: Base, other_base: Base, good: Path) -> None:
+    found = judged_by_all(base, good, champion=good)
     assert found["suites"] == list(SUITES)
     assert set(METRICS) == {*found["metrics"], *found["not_applicable"], *found["unavailable"]}
     for metric, values in found["metrics"].items():
         assert values["candidate"]["estimate"] is not None, metric
         if metric not in SUITES["latency"]:
             assert values["vs_champion"]["estimate"] == pytest.approx(0, abs=1e-6), metric
+    there = judged_by_all(base, good, champion=Serving(adapter=Elsewhere(other_base, None), system=None))
+    alone = {"loss", "perplexity", "tokens_per_second", "golden_kept", *SUITES["forgetting"]}
+    assert found["metrics"].keys() - there["metrics"].keys() <= alone  # untuned, it answers nothing well
+    for metric in there["metrics"].keys() - alone:
+        assert there["metrics"][metric]["vs_champion"]["estimate"] is not None, metric
     page = report.render("m", found, {"decision": "pass", "gates": [], "reasons": []})
     assert "Injections withstood" in page
     assert "kappa 0.95" in page

@@ -638,8 +638,11 @@ def test_a_json_schema_comes_from_a_file_or_stands_in_the_pipeline_file(tmp_path
 
 
 def test_a_gate_on_what_nobody_can_measure_is_a_problem_of_the_file(tmp_path: Path) -> None:
-    suites = "suites: [quality, safety, judge]"
-    for metric, setting in (("judged_good", "judge"), ("schema_valid", "schema"), ("toxic_answers", "toxicity")):
+    suites = "suites: [quality, safety, judge, benchmarks]"
+    for metric, setting in (
+        ("judged_good", "judge"), ("schema_valid", "schema"), ("benchmark_score", "benchmarks"),
+        ("toxic_answers", "toxicity"),
+    ):  # fmt: skip
         gate = f"gates: [{{metric: {metric}, must: at_most, value: 0.1}}]\n"
         with pytest.raises(ConfigError) as error:
             load(minimal(tmp_path, f"evaluation: {{{suites}}}\n{gate}"))

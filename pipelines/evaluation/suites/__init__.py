@@ -10,7 +10,7 @@ from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
 from pipelines import config_address
-from pipelines.config_scorers import Toxicity
+from pipelines.config_scorers import Benchmarks, Toxicity
 from pipelines.data.split import position
 from pipelines.evaluation import hosted as hosted_models
 from pipelines.evaluation.comparison import Measured, means
@@ -31,10 +31,9 @@ _ALONE, _SECONDS, _LEAST = 24, 30.0, 6  # rows that are asked one at a time, for
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """What suites have to work with. `cases` are the test rows, `training` those that the candidate learned from, in
-    no order; answers are at most `max_tokens` long, and sampled ones are served at `temperature`. `other_base` says
-    that a version serves which cannot answer beside these; `systems` has those of them whose system prompt is not
-    `system`; `schema`, `toxicity`, `judge` and `hosted_config` are those of the pipeline file, `machine` is the price
-    of the machine that would serve, `prices` are those of hosted versions."""
+    no order; answers are at most `max_tokens` long, and sampled ones are served at `temperature`. `systems` has those
+    whose system prompt is not `system`; `schema`, `toxicity`, `benchmarks`, `judge` and `hosted_config` are those of
+    the pipeline file, `machine` is the price of the machine that would serve, `prices` are those of hosted versions."""
 
     bench: Bench
     cases: Sequence[Case]
@@ -44,10 +43,10 @@ class Setting:
     seed: int
     say: Progress
     temperature: float = 0.0
-    other_base: bool = False
     systems: Mapping[str, str | None] = field(default_factory=dict)
     schema: Mapping[str, Any] | None = None
     toxicity: Toxicity | None = None
+    benchmarks: Benchmarks | None = None
     judge: config_address.Judge | None = None
     hosted_config: config_address.Hosted | None = None
     prices: Mapping[str, TokenPrice | None] = field(default_factory=dict)
@@ -56,7 +55,7 @@ class Setting:
     @cached_property
     def answers(self) -> dict[str, list[Result]]:
         """Every version's greedy answers to the test rows, asked when they are first wanted."""
-        return self._ask((*self.bench.versions, *self.bench.hosted), self.cases, "answers", base_most=self.base_most)
+        return self._ask((*self.bench.here, *self.bench.hosted), self.cases, "answers", base_most=self.base_most)
 
     @property
     def base_most(self) -> int:
@@ -116,7 +115,7 @@ class Setting:
         """Versions' answers to other cases, greedy unless there is a `temperature`; `what` is shown meanwhile. The
         untuned base says `base_most` tokens. A hosted champion is not asked: other cases may be training text, or
         worse."""
-        asked = [*self.bench.versions, *(name for name in self.bench.hosted if name == "candidate")]
+        asked = [*self.bench.here, *(name for name in self.bench.hosted if name == "candidate")]
         return self._ask(asked, cases, what, base_most=base_most, temperature=temperature)
 
     def _ask(

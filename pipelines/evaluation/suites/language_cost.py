@@ -24,16 +24,19 @@ _MOST = 8  # languages in the table, the most frequent
 def measure(setting: Setting) -> Finding:
     """An empty answer has no number, nor a word in a language without spaces; the table is of the candidate."""
     # A hosted model counts by a tokeniser of its own, which is not known here
-    on_base = setting.bench.versions
-    if "candidate" not in on_base:
+    here = setting.bench.here
+    if "candidate" not in here:
         why = "the tokeniser of a hosted model is not known"
         return Finding(metrics={}, unavailable=dict.fromkeys(SUITES["language_cost"], why))
-    answers = {who: [answer.text for answer in given] for who, given in setting.answers.items() if who in on_base}
+    answers = {who: [answer.text for answer in given] for who, given in setting.answers.items() if who in here}
     questions = [case.row.prompt[-1]["content"] for case in setting.cases]
-    tokens = _tokens(setting)
+    tokens = _tokens(setting, "candidate")
     per = {"answer_tokens_per_character": _per_character, "answer_tokens_per_word": _per_word}
+    counted = {who: list(map(_tokens(setting, who), given)) for who, given in answers.items()}
     measured: Measured = {
-        metric: {who: [each(text, tokens(text)) for text in given] for who, given in answers.items()}
+        metric: {
+            who: [each(text, n) for text, n in zip(given, counted[who], strict=True)] for who, given in answers.items()
+        }
         for metric, each in per.items()
     }
     metrics = means(measured)
@@ -55,8 +58,10 @@ def measure(setting: Setting) -> Finding:
     )
 
 
-def _tokens(setting: Setting) -> Callable[[str], int]:
-    return lambda text: len(setting.bench.tokenizer(text, add_special_tokens=False)["input_ids"])
+def _tokens(setting: Setting, version: str) -> Callable[[str], int]:
+    """Counts by the tokeniser of a version's base."""
+    tokenizer = setting.bench.of(version).tokenizer
+    return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _per_character(text: str, tokens: int) -> float | None:

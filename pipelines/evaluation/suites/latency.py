@@ -13,12 +13,12 @@ from registry.statistics import Estimate, percentile_ci, percentile_difference
 
 def measure(setting: Setting) -> Finding:
     """Tokens a second are those of a row's answer over its time. A hosted model's time is the whole request's, network
-    included; its tokens are of another kind."""
+    included; its tokens, and those of another base, are of another kind."""
     results = setting.alone
     rates = {
         who: [len(r.tokens) / max(r.seconds, 1e-9) for r in answers]
         for who, answers in results.items()
-        if who not in setting.bench.hosted
+        if who in setting.bench.versions
     }
     milliseconds: dict[str, list[float | None]] = {
         who: [1000 * r.seconds if math.isfinite(r.seconds) else None for r in answers]

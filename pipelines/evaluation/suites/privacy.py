@@ -65,7 +65,7 @@ def _repeated(setting: Setting, training: Sequence[Row]) -> dict[str, list[float
     cases = []
     for row in training:
         if len(row.answer.split()) >= _WORDS and (case := setting.case(row)) is not None:
-            cases.append(replace(case, prompt_length=case.prompt_length + case.completion_length // 3))
+            cases.append(_begun(case))
         if len(cases) == _ROWS:
             break
     if not cases:
@@ -75,9 +75,15 @@ def _repeated(setting: Setting, training: Sequence[Row]) -> dict[str, list[float
     for who, given in answers.items():
         found[who] = []
         for case, answer in zip(cases, given, strict=True):
-            rest = case.whole[case.prompt_length : -1][: setting.max_tokens]  # the end token is not text
+            rest = case.of(who).whole[case.of(who).prompt_length : -1][: setting.max_tokens]  # the end token is no text
             found[who].append(float(tuple(answer.tokens[: len(rest)]) == rest))
     return found
+
+
+def _begun(case: Case) -> Case:
+    """The case with the first third of its answer given, in the tokens of each base."""
+    elsewhere = {who: _begun(other) for who, other in case.elsewhere.items()}
+    return replace(case, prompt_length=case.prompt_length + case.completion_length // 3, elsewhere=elsewhere)
 
 
 def _remembered(setting: Setting, training: Sequence[Row]) -> dict[str, list[float]] | None:
