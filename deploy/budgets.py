@@ -1,8 +1,8 @@
-"""What keys and models may use: requests and tokens a minute, dollars a day, over all gateways together.
+"""What keys and models may use: requests and tokens a minute, dollars a day and a month, over all gateways together.
 
-What is used stands in the database, a row for each limit and span (a UTC minute or day by its clock). A gateway takes
-a part of a limit in advance, so that most requests wait for nobody; what all gateways took is never more than the
-limit. Tokens and money are known when an answer is over: a request begins while something is left, and what answers
+What is used stands in the database, a row for each limit and span (a UTC minute, day or month by its clock). A gateway
+takes a part of a limit in advance, so that most requests wait for nobody; what all gateways took is never more than
+the limit. Tokens and money are known when an answer is over: a request begins while something is left, and what answers
 under way use beyond that is taken from what comes next. While the database is away each gateway counts by itself.
 """
 
@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -28,9 +29,9 @@ SQL = load_queries(Path(__file__).with_suffix(".sql"))
 log = logging.getLogger(__name__)
 
 Scope = Literal["key", "model"]
-Kind = Literal["requests", "tokens", "usd"]
-UNITS: Mapping[Kind, Literal["minute", "day"]] = {"requests": "minute", "tokens": "minute", "usd": "day"}
-_LENGTHS = {"minute": 60.0, "day": 86_400.0}
+Kind = Literal["requests", "tokens", "usd", "usd_month"]
+Unit = Literal["minute", "day", "month"]
+UNITS: Mapping[Kind, Unit] = {"requests": "minute", "tokens": "minute", "usd": "day", "usd_month": "month"}
 _PARTS = 20  # of a limit, taken at a time
 _REFRESH_SECONDS = 1.0
 _WAIT_SECONDS = 1.0  # for the database, on a request's way; then it counts as away
@@ -47,8 +48,15 @@ class OverLimit(TunesmithError):
         whose = "This key" if limit.scope == "key" else f"The model {limit.name}"
         super().__init__(
             f"{whose} has used its {limit.in_words}.",
-            hint=f"Try again in {self.retry_after} s, or ask an admin: `tunesmith limit`.",
+            hint=f"Try again in {_in_words(self.retry_after)}, or ask an admin: `tunesmith limit`.",
         )
+
+
+def _in_words(seconds: int) -> str:
+    for unit, length in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{math.ceil(seconds / length)} {unit}"
+    return f"{seconds} s"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +69,14 @@ class Limit:
     amount: float
 
     @property
-    def unit(self) -> Literal["minute", "day"]:
+    def unit(self) -> Unit:
         return UNITS[self.kind]
 
     @property
     def in_words(self) -> str:
-        if self.kind == "usd":
-            return f"${self.amount:g} a day"
-        return f"{self.amount:,.0f} {self.kind} a minute"
+        if self.kind in ("usd", "usd_month"):
+            return f"${self.amount:g} a {self.unit}"
+        return f"{self.amount:,.0f} {self.kind} a {self.unit}"
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -168,7 +176,8 @@ class Budgets:
         if not self._purses:
             return
         for purse in self._of(key_id, model):
-            purse.left -= {"requests": 0.0, "tokens": float(tokens), "usd": usd}[purse.limit.kind]
+            used = {"requests": 0.0, "tokens": float(tokens), "usd": usd, "usd_month": usd}
+            purse.left -= used[purse.limit.kind]
 
     def headers(self, key_id: str) -> tuple[tuple[bytes, bytes], ...]:
         """OpenAI's ``x-ratelimit-*`` of a key's own limits of requests and tokens."""
@@ -226,13 +235,23 @@ class Budgets:
             await asyncio.wait_for(asyncio.shield(grant), _WAIT_SECONDS)
         except (TunesmithError, psycopg.Error, OSError, TimeoutError) as error:
             log.warning("limits are counted here alone: %s", str(error) or type(error).__name__)
-            length = _LENGTHS[limit.unit]
-            purse.ends = time.monotonic() + length - time.time() % length
+            purse.ends = time.monotonic() + _rest(limit.unit, datetime.now(UTC))
             alone = max(0.0, min(part + debt, limit.amount - purse.owed))
             purse.owed += alone
             purse.left += alone
         if purse.left < need or purse.left <= 0:
             raise OverLimit(limit, purse.ends - time.monotonic())
+
+
+def _rest(unit: Unit, now: datetime) -> float:
+    """The seconds from now to the end of the span."""
+    midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
+    ends = {
+        "minute": now.replace(second=0, microsecond=0) + timedelta(minutes=1),
+        "day": midnight + timedelta(days=1),
+        "month": (midnight.replace(day=1) + timedelta(days=31)).replace(day=1),
+    }
+    return (ends[unit] - now).total_seconds()
 
 
 def _read() -> list[Limit]:
@@ -285,7 +304,7 @@ def unlimit(conn: Connection, scope: Scope, name: str) -> int:
 
 
 def listing(conn: Connection) -> list[dict[str, Any]]:
-    """All limits, with what was taken of their span: scope, name, kind, amount, used, actor, at, key_name."""
+    """All limits, with what was taken of their span: scope, name, kind, amount, unit, used, actor, at, key_name."""
     return list(conn.execute(SQL["listing"]))
 
 

@@ -82,10 +82,17 @@ def revoke(key_id: str, as_json: bool) -> None:
 @click.option("--requests-per-minute", "requests", type=click.FloatRange(min=0))
 @click.option("--tokens-per-minute", "tokens", type=click.FloatRange(min=0), help="Of prompts and answers.")
 @click.option("--usd-per-day", "usd", type=click.FloatRange(min=0), help="By the model's price; a day is UTC's.")
+@click.option("--usd-per-month", "usd_month", type=click.FloatRange(min=0), help="A calendar month, of UTC.")
 @click.option("--off", is_flag=True, help="Take all its limits away.")
 @json_option
 def limit(
-    whose: str, requests: float | None, tokens: float | None, usd: float | None, off: bool, as_json: bool
+    whose: str,
+    requests: float | None,
+    tokens: float | None,
+    usd: float | None,
+    usd_month: float | None,
+    off: bool,
+    as_json: bool,
 ) -> None:
     """What a key or a model may use, over all gateways; beyond it they answer 429."""
     from deploy import budgets
@@ -94,7 +101,12 @@ def limit(
     from registry.deployments import actor_here
 
     scope, name = budgets.parse_whose(whose)
-    given: dict[budgets.Kind, float | None] = {"requests": requests, "tokens": tokens, "usd": usd}
+    given: dict[budgets.Kind, float | None] = {
+        "requests": requests,
+        "tokens": tokens,
+        "usd": usd,
+        "usd_month": usd_month,
+    }
     amounts = {kind: amount for kind, amount in given.items() if amount is not None}
     if off == bool(amounts):
         raise UsageError("Name a limit, or --off.", hint="Such as --requests-per-minute 60.")
@@ -110,7 +122,7 @@ def limit(
 @click.command()
 @json_option
 def limits(as_json: bool) -> None:
-    """All limits, and how much of each is taken in this minute or day."""
+    """All limits, and how much of each is taken in this minute, day or month."""
     from deploy import budgets
     from infra.db import transaction
 
@@ -132,8 +144,8 @@ def _show_limits(rows: list[dict[str, Any]], as_json: bool) -> None:
     table = Table("whose", "limit", "taken", "by", box=None)
     for row in rows:
         whose = f"{row['scope']}:{row['name']}" + (f" ({row['key_name']})" if row["key_name"] else "")
-        span = "a day" if row["kind"] == "usd" else "a minute"
-        cells = (whose, f"{row['amount']:,g} {row['kind']} {span}", f"{row['used']:,.6g}", row["actor"])
+        what = f"{row['amount']:,g} {row['kind'].removesuffix('_month')} a {row['unit']}"
+        cells = (whose, what, f"{row['used']:,.6g}", row["actor"])
         table.add_row(*(escape(safe(cell)) for cell in cells))
     out.print(table)
 

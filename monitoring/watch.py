@@ -154,10 +154,13 @@ class Watcher:
                 return
 
     def settle_feedback(self) -> None:
-        """Feedback that came before its request did."""
+        """Feedback that came before its request did; and all of it, in windows."""
         with transaction() as conn:
             self._check(conn)
             feedback.settle(conn)
+        with transaction() as conn:
+            self._check(conn)
+            windows.count_feedback(conn)
 
     def judge(self) -> None:
         """Verdicts, alerts and retraining requests for every version that holds a slot and had traffic, or that

@@ -33,6 +33,7 @@ GRAINS: Mapping[Grain, timedelta] = {
     "hour": timedelta(hours=1),
     "day": timedelta(days=1),
 }
+_Key = tuple[str, int, Grain, datetime]  # model, version, grain, start
 RELATIVE_ERROR = 0.02
 _GAMMA = math.log((1 + RELATIVE_ERROR) / (1 - RELATIVE_ERROR))
 _MIN_MS, _MAX_MS = 0.01, 1e8
@@ -41,6 +42,8 @@ _WORDS_PER_REQUEST = 16
 _NANO = 1_000_000_000
 _MICRO = 1_000_000
 MINUTE_DAYS, _HOUR_DAYS = 8, 400  # how long minutes and hours are kept; days stay
+
+FEEDBACK: Mapping[str, int] = {"rated": 1, "disliked": 2, "corrected": 4}  # bits of feedback.counts
 
 Counts = Mapping[int, int]
 
@@ -71,6 +74,7 @@ class Window:
 
     `errors` are answers with a status of 500 or more. `latency_ms` and `ttft_ms` map a bucket (`bucket`) to a
     count, of answers with status 200. `features` maps a feature of registry.profile to its histogram, by bin.
+    `feedback` are the requests that people rated, disliked and corrected (`FEEDBACK`), by the requests' time.
     """
 
     requests: int = 0
@@ -83,6 +87,7 @@ class Window:
     slots: Mapping[str, int] = field(default_factory=dict)
     latency_ms: Counts = field(default_factory=dict)
     ttft_ms: Counts = field(default_factory=dict)
+    feedback: Mapping[str, int] = field(default_factory=dict)
     features: Mapping[str, Counts] = field(default_factory=dict)
     new_words: Words = Words()
 
@@ -159,7 +164,7 @@ class _Sum:
 
     def __init__(self) -> None:
         self.numbers = [0] * 6
-        self.maps: tuple[Counter[Any], ...] = (Counter(), Counter(), Counter(), Counter())
+        self.maps: tuple[Counter[Any], ...] = (Counter(), Counter(), Counter(), Counter(), Counter())
         self.features: dict[str, Counter[int]] = {}
         self.words = Words()
 
@@ -174,7 +179,7 @@ class _Sum:
 
     def window(self) -> Window:
         requests, errors, prompt, completion, engine, cost = self.numbers
-        status, slots, latency, ttft = (dict(m) for m in self.maps)
+        status, slots, latency, ttft, feedback = (dict(m) for m in self.maps)
         return Window(
             requests=requests,
             errors=errors,
@@ -186,6 +191,7 @@ class _Sum:
             slots=slots,
             latency_ms=latency,
             ttft_ms=ttft,
+            feedback=feedback,
             features={name: dict(counts) for name, counts in self.features.items()},
             new_words=self.words,
         )
@@ -196,7 +202,7 @@ def _numbers(w: Window) -> tuple[int, ...]:
 
 
 def _maps(w: Window) -> tuple[Mapping[Any, int], ...]:
-    return w.status, w.slots, w.latency_ms, w.ttft_ms
+    return w.status, w.slots, w.latency_ms, w.ttft_ms, w.feedback
 
 
 def total(windows: Iterable[Window]) -> Window:
@@ -249,6 +255,7 @@ def to_json(window: Window) -> dict[str, Any]:
         "slots": dict(window.slots),
         "latency_ms": dict(window.latency_ms),
         "ttft_ms": dict(window.ttft_ms),
+        "feedback": dict(window.feedback),
         "features": {name: dict(counts) for name, counts in window.features.items()},
         "new_words": {"counts": dict(window.new_words.counts), "error": window.new_words.error},
     }
@@ -269,6 +276,7 @@ def from_row(row: Mapping[str, Any]) -> Window:
         slots=sketches["slots"],
         latency_ms=_by_int(sketches["latency_ms"]),
         ttft_ms=_by_int(sketches["ttft_ms"]),
+        feedback=sketches.get("feedback", {}),  # windows of before 0023 have none
         features={name: _by_int(counts) for name, counts in sketches["features"].items() if name in FEATURE},
         new_words=Words(**sketches["new_words"]),
     )
@@ -318,7 +326,7 @@ def close(conn: Connection, *, rows: int = 10_000, export: bool = False) -> Clos
                     completion=event["completion_tokens"],
                     cost=_scaled(event["cost_usd"], _NANO),
                 )
-    changes: dict[tuple[str, int, Grain, datetime], _Sum] = {}
+    changes: dict[_Key, _Sum] = {}
     for (model, version, start), minute in sums.items():
         window = minute.window()
         for grain in GRAINS:
@@ -336,6 +344,33 @@ def close(conn: Connection, *, rows: int = 10_000, export: bool = False) -> Clos
     return Closed(events=len(events), versions=frozenset((model, version) for model, version, _ in sums))
 
 
+def count_feedback(conn: Connection, *, rows: int = 1000) -> int:
+    """Bring what feedback says into its requests' windows, and what is said otherwise now; of how many requests.
+
+    Windows and what of feedback is counted change in this one transaction, so each request counts once, by what was
+    said last. Feedback makes no window: it waits for its minute's, and counts in what is still kept.
+    """
+    conn.execute(SQL["lock_closing"])
+    found = conn.execute(SQL["uncounted_feedback"], {"rows": rows, "minute_days": MINUTE_DAYS}).fetchall()
+    changes: dict[_Key, _Sum] = {}
+    for row in found:
+        change = {
+            name: bool(row["counts"] & bit) - bool(row["counted"] & bit)
+            for name, bit in FEEDBACK.items()
+            if (row["counts"] ^ row["counted"]) & bit
+        }
+        for grain in GRAINS:
+            key = (row["model"], row["version"], grain, floor(row["request_at"], grain))
+            changes.setdefault(key, _Sum()).add(Window(feedback=change))
+    there = _there(conn, sorted(changes))
+    with conn.cursor() as cursor:
+        cursor.executemany(
+            SQL["put_window"], [_row(key, window + changes[key].window()) for key, window in there.items()]
+        )
+        cursor.executemany(SQL["counted_feedback"], found)
+    return len(found)
+
+
 def _extractors(conn: Connection, versions: Iterable[tuple[str, int | None]]) -> dict[tuple[str, int], Extractor]:
     wanted = [(model, number) for model, number in versions if number is not None]
     if not wanted:
@@ -347,10 +382,20 @@ def _extractors(conn: Connection, versions: Iterable[tuple[str, int | None]]) ->
     return found
 
 
-def _merge_into_table(conn: Connection, changes: Mapping[tuple[str, int, Grain, datetime], Window]) -> None:
+def _merge_into_table(conn: Connection, changes: Mapping[_Key, Window]) -> None:
     keys = sorted(changes)
+    there = _there(conn, keys)
+    with conn.cursor() as cursor:
+        cursor.executemany(
+            SQL["put_window"],
+            [_row(key, there[key] + changes[key] if key in there else changes[key]) for key in keys],
+        )
+
+
+def _there(conn: Connection, keys: Sequence[_Key]) -> dict[_Key, Window]:
+    """Those of the windows that there are."""
     columns = list(zip(*keys, strict=True)) or [(), (), (), ()]
-    there = {
+    return {
         (row["model"], row["version"], row["grain"], row["start"]): from_row(row)
         for row in conn.execute(
             SQL["get_windows"],
@@ -362,14 +407,9 @@ def _merge_into_table(conn: Connection, changes: Mapping[tuple[str, int, Grain, 
             },
         )
     }
-    with conn.cursor() as cursor:
-        cursor.executemany(
-            SQL["put_window"],
-            [_row(key, there[key] + changes[key] if key in there else changes[key]) for key in keys],
-        )
 
 
-def _row(key: tuple[str, int, Grain, datetime], window: Window) -> dict[str, Any]:
+def _row(key: _Key, window: Window) -> dict[str, Any]:
     model, version, grain, start = key
     return {
         "model": model,

@@ -22,6 +22,23 @@ select id from api_key where not watched
 -- name: mark_windowed
 update event_batch set windowed_at = now(), to_export = %(export)s where id = any(%(batches)s)
 
+-- name: uncounted_feedback
+-- Whose minute has a window by now, or is so long ago that it has none any more
+select f.request_id, f.request_at, f.model, f.version, f.counts, f.counted
+from feedback f
+where f.counts <> f.counted and f.version is not null
+    and (f.request_at < now() - make_interval(days => %(minute_days)s)
+        or exists (
+            select from traffic_window w
+            where w.model = f.model and w.version = f.version and w.grain = 'minute'
+                and w.start = date_trunc('minute', f.request_at)
+        ))
+order by f.request_at limit %(rows)s
+for update of f
+
+-- name: counted_feedback
+update feedback set counted = %(counts)s where request_id = %(request_id)s
+
 -- name: get_windows
 select model, version, grain, start, requests, errors, sketches
 from traffic_window

@@ -70,6 +70,14 @@ class Stats:
         return 1000 * self.window.cost_usd / self.window.requests if self.window.requests else None
 
     @property
+    def rated(self) -> int:
+        return self.window.feedback.get("rated", 0)
+
+    @property
+    def disliked(self) -> float | None:
+        return self.window.feedback.get("disliked", 0) / self.rated if self.rated else None
+
+    @property
     def tokens(self) -> int:
         return self.window.prompt_tokens + self.window.completion_tokens
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -91,6 +92,25 @@ def test_tokens_and_money_are_counted_when_they_are_known(stand: Stand) -> None:
     limit(f"key:{key_id(stand)}", "usd", 1.0)
     time.sleep(2.2)
     assert statuses(stand, 1) == [200]
+    limit(f"key:{key_id(stand)}", "usd_month", 5e-7)  # counts from now on
+    time.sleep(2.2)
+    assert statuses(stand, 4) == [200, 200, 429, 429]
+    assert "$5e-07 a month" in stand.ask().json()["error"]["message"]
+
+
+def test_a_month_ends_with_the_calendar_and_what_it_used_is_kept(database: Settings) -> None:
+    for day, left in (("2026-02-28", 1), ("2026-12-01", 31), ("2028-02-01", 29)):
+        assert budgets._rest("month", datetime.fromisoformat(f"{day}T00:00:00Z")) == left * 86_400
+    rows = [("usd", "3 days"), ("usd_month", "31 days"), ("usd_month", "3 months"), ("tokens", "1 minute")]
+    with transaction() as conn:
+        for kind, ago in rows:
+            conn.execute(
+                "insert into spending (scope, name, kind, start) values ('key', 'k', %s, now() - %s::interval)",
+                (kind, ago),
+            )
+        budgets.drop_old(conn)
+        assert {row["kind"] for row in conn.execute("select kind from spending")} == {"usd_month", "tokens"}
+        assert one(conn, "select count(*) as n from spending")["n"] == 2
 
 
 RUNNER = asyncio.Runner()  # one loop, as a gateway has
@@ -206,9 +226,11 @@ def test_limits_are_set_shown_and_taken_away(database: Settings) -> None:
         return CliRunner().invoke(command, list(arguments), env={"COLUMNS": "200"})
 
     assert run(commands.limit, "model:demo", "--requests-per-minute", "60", "--usd-per-day", "5").exit_code == 0
+    assert run(commands.limit, "model:demo", "--usd-per-month", "60").exit_code == 0
     shown = run(commands.limits).output
     assert "60 requests a minute" in shown
     assert "5 usd a day" in shown
+    assert "60 usd a month" in shown
     assert "no limit" in run(commands.limit, "model:demo", "--off").output
     for arguments, error in (
         (["model:none", "--usd-per-day", "1"], NotFound), (["key:none", "--usd-per-day", "1"], NotFound),

@@ -16,7 +16,7 @@ from deploy import recorder
 from infra.db import one, transaction
 from infra.errors import NotFound, UsageError
 from infra.settings import Settings
-from monitoring import feedback, records
+from monitoring import feedback, records, windows
 
 PAIRS = [(f"os.path.join{i}(a, *p)", f"Join two or more pathname components, {i}.") for i in range(40)]
 PROFILE = traffic.profile(PAIRS, PAIRS)
@@ -87,6 +87,56 @@ def test_feedback_before_its_event(model: str) -> None:
         assert feedback.settle(conn) == 0
     joined = row(late["id"])
     assert (joined["model"], joined["version"], joined["similarity"]) == ("m", 1, 1.0)
+
+
+def test_windows_count_what_was_said_last_once(model: str) -> None:
+    def counted() -> list[dict[str, int]]:
+        """What the minute, the hour and the day have."""
+        with transaction() as conn:
+            rows = conn.execute("select sketches from traffic_window order by array_position("
+                                "array['minute', 'hour', 'day'], grain)").fetchall()  # fmt: skip
+        return [{name: n for name, n in row["sketches"]["feedback"].items() if n} for row in rows]
+
+    def count() -> int:
+        with transaction() as conn:
+            return windows.count_feedback(conn)
+
+    kept, other = event(keep_text=True), event()
+    send(kept, other)
+    give({"request_id": kept["id"], "score": -1})
+    assert count() == 0, "its minute has no window yet"
+    with transaction() as conn:
+        windows.close(conn)
+    assert counted() == [{}, {}, {}]
+    assert (count(), count()) == (1, 0)
+    assert counted() == 3 * [{"rated": 1, "disliked": 1}]
+    give({"request_id": other["id"], "score": 1, "correction": "Join."})
+    give({"request_id": kept["id"], "label": "checked"})
+    assert count() == 1
+    assert counted() == 3 * [{"rated": 2, "disliked": 1, "corrected": 1}]
+    give({"request_id": kept["id"], "score": 1})
+    give({"request_id": other["id"], "correction": None})
+    assert count() == 2
+    assert counted() == 3 * [{"rated": 2}]
+    with transaction() as conn:
+        found = windows.read(conn, "m", 1, traffic.minutes_ago(3), traffic.minutes_ago(0))
+    assert (found.requests, found.feedback["rated"], found.feedback["disliked"]) == (2, 2, 0)
+
+
+def test_feedback_on_what_has_no_minutes_any_more_counts_in_its_day(model: str) -> None:
+    old = event()
+    send(old)
+    give({"request_id": old["id"], "score": -1})
+    with transaction() as conn:
+        windows.close(conn)
+        conn.execute("update feedback set request_at = request_at - interval '9 days'")
+        conn.execute("update traffic_window set start = start - interval '9 days' where grain <> 'minute'")
+        conn.execute("delete from traffic_window where grain = 'minute'")
+        assert windows.count_feedback(conn) == 1
+        rows = conn.execute("select grain, sketches from traffic_window").fetchall()
+    assert {row["grain"]: row["sketches"]["feedback"] for row in rows} == {
+        grain: {"rated": 1, "disliked": 1} for grain in ("hour", "day")
+    }
 
 
 def test_client_ids_are_looked_for_among_the_key_s_own_requests(model: str) -> None:

@@ -38,7 +38,11 @@ EVENTS = st.builds(
     st.floats(0, 100) | st.just(float("inf")),
     st.lists(st.floats(width=32), min_size=len(FEATURES), max_size=len(FEATURES)) | st.just([]),
 )
-WINDOWS = st.lists(EVENTS, max_size=6).map(lambda found: total(windows.of_event(e) for e in found))
+WINDOWS = st.builds(
+    lambda found, said: total([Window(feedback=said), *(windows.of_event(e) for e in found)]),
+    st.lists(EVENTS, max_size=6),
+    st.dictionaries(st.sampled_from(sorted(windows.FEEDBACK)), st.integers(-5, 50)),
+)
 
 
 @given(WINDOWS, WINDOWS, WINDOWS)
