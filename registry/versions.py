@@ -269,7 +269,7 @@ def list_versions(conn: Connection, model: str) -> list[dict[str, Any]]:
     check_model_name(model)
     if conn.execute(SQL["model_exists"], {"model": model}).fetchone() is None:
         raise NotFound(f"There is no model {model}.", hint="See `tunesmith models`.")
-    return list(conn.execute(SQL["list"], {"model": model}))
+    return conn.execute(SQL["list"], {"model": model}).fetchall()
 
 
 def list_models(conn: Connection) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from deploy.auth import list_keys
 from infra.db import transaction
 from infra.errors import NotFound, UsageError
 from infra.settings import Settings, get_settings
-from monitoring import commands
+from monitoring import commands, windows
 from registry import deployments
 
 
@@ -54,8 +54,11 @@ def test_what_people_asked_is_asked_again_and_compared(stand: Stand) -> None:
     told = {body["model"]: body.get("priority") for body in stand.stats()["bodies"]}
     assert (told["demo-v1"], told["demo-v2"]) == (None, 1)
     with transaction() as conn:
-        (key,) = [key for key in list_keys(conn) if key.name == "replay to demo:2"]
+        (key,) = [key for key in list_keys(conn) if key.name.startswith("replay to demo:2 ")]
     assert key.revoked_at is not None
+    with transaction() as conn:
+        windows.close(conn)
+        assert {row["version"] for row in conn.execute("select version from traffic_window")} == {1}, "no traffic"
     shown = replay("--limit", "2").stdout
     assert "demo:2 beside demo:1: 2 requests, 0 failed" in shown
     assert "the same answer" in shown
