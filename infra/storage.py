@@ -80,6 +80,12 @@ def get(kind: Kind, digest: str) -> Path:
     return folder
 
 
+def sound(kind: Kind, digest: str) -> bool:
+    """Whether the folder of a digest is there, and what is in it is what the digest was taken of."""
+    folder = where(kind, digest)
+    return folder.is_dir() and folder_digest(folder) == digest
+
+
 @contextmanager
 def scratch(kind: Kind) -> Iterator[Path]:
     """An empty folder on the store's own disk, to be filled and then given to `keep`; removed at the end."""

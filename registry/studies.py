@@ -108,10 +108,12 @@ def resume(conn: Connection, name: str) -> None:
 
     Raises NotFound, Conflict when it is neither, when its run is at work on what was found, or has registered it.
     """
-    row = get(conn, name)
     conn.execute(SQL["hold_lease"], {"name": name})
+    row = lock(conn, name)
     run = conn.execute(SQL["its_run"], {"name": name}).fetchone()
-    if run is not None and run["searched"] and row["state"] == "stopped":
+    # Between the search's result and the run's own note of it there are some seconds
+    found = row["best"] is not None or (run is not None and run["searched"])
+    if run is not None and found and row["state"] == "stopped":
         if run["version"] is not None or run["at_work"]:
             has = (
                 f"has made version {run['version']} of it" if run["version"] is not None else "is at work on a version"
@@ -126,6 +128,11 @@ def resume(conn: Connection, name: str) -> None:
         raise Conflict(f"The study {name} is {row['state']}, and no run is left to go on with it.")
     if row["state"] == "failed":
         conn.execute(SQL["reopen"], {"name": name})
+
+
+def spoil(conn: Connection, job: Job, *, error: str) -> None:
+    """A rung that was done is one that failed, since what it left is damaged: nothing goes on from it or wins by it."""
+    conn.execute(SQL["spoil"], {"study": job.study, "trial": job.trial, "rung": job.rung, "error": error})
 
 
 def jobs(conn: Connection, study: str) -> list[Job]:

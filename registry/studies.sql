@@ -100,6 +100,10 @@ update rung_job set state = 'failed', error = %(error)s, tokens = %(tokens)s, se
 where study = %(study)s and trial = %(trial)s and rung = %(rung)s and token = %(token)s and state = 'running'
 returning token
 
+-- name: spoil
+update rung_job set state = 'failed', error = %(error)s, value = null, checkpoint = null, updated_at = now()
+where study = %(study)s and trial = %(trial)s and rung = %(rung)s and state in ('done', 'pruned')
+
 -- name: check
 select token from rung_job
 where study = %(study)s and trial = %(trial)s and rung = %(rung)s and token = %(token)s and state = 'running'

@@ -83,4 +83,4 @@ def _on_gpu() -> int:
 
 
 def gigabytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"
+    return f"{count / 1e9:.2f} GB"

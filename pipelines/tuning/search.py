@@ -166,7 +166,8 @@ class _Coordinator:
     ) -> None:
         self.spec, self.crew, self.optuna, self.mirror, self.progress = spec, crew, study, mirror, progress
         self.guard = guard
-        self.exhausted = bool(study.user_attrs.get("exhausted"))  # the space has no other configuration; for good
+        # The space had no other configuration when so many trials had failed. Where those are tried anew it may have
+        self.exhausted_with: int | None = study.user_attrs.get("exhausted")
         self.per_pass: int | None = spec.adapters_per_pass or None  # None until a worker measured it
         self.seen: Any = None  # what the last turn acted on
         self.over = 0
@@ -228,7 +229,7 @@ class _Coordinator:
             return None
         if state == "running":
             if self._plan(jobs, asked):
-                return self._end(jobs, "space" if self.exhausted else "trials")
+                return self._end(jobs, "space" if self._exhausted(jobs) else "trials")
         elif not any(j.state == "running" for j in jobs):
             return self._end(jobs, self._budget(row, jobs) or "user")
         self.mirror.tell(jobs)
@@ -293,14 +294,14 @@ class _Coordinator:
         last: list[int] = []
         for group in brackets(spec):
             members = begun[group.start : group.stop]
-            if len(members) < len(group) and not self.exhausted:
+            if len(members) < len(group) and not self._exhausted(jobs):
                 if not (through and first_through):
                     return False
                 seen = [j for j in jobs if j.trial in before or (j.trial in last and j.rung == 0)]
                 drawn = self._draw(jobs, len(group) - len(members), seen, members)
                 if drawn < len(group) - len(members):
-                    self.exhausted = True
-                    self.optuna.set_user_attr("exhausted", True)
+                    self.exhausted_with = _failed(jobs)
+                    self.optuna.set_user_attr("exhausted", self.exhausted_with)
                 if drawn:
                     return False
             if not members:
@@ -310,6 +311,9 @@ class _Coordinator:
             last, last_done = members, done
             first_through = not any(j.trial in members and j.rung == 0 and _open(j) for j in jobs)
         return through and last_done and not variants
+
+    def _exhausted(self, jobs: Sequence[studies.Job]) -> bool:
+        return self.exhausted_with is not None and _failed(jobs) >= self.exhausted_with
 
     def _advance(self, jobs: list[studies.Job], members: list[int]) -> bool:
         """Judge a group's rungs and put up the next one of those that go on; True when none is left to be done."""
@@ -443,7 +447,8 @@ class _Coordinator:
         self.progress(text, len(done), sum(total) + sum(j.clone_of is not None for j in jobs))
 
     def _end(self, jobs: Sequence[studies.Job], stopped_by: str) -> Best | None:
-        """The result, written down; None when a person asked for one more trial at the last moment."""
+        """The result, written down; None when it is not over yet: a person asked for one more trial at the last moment,
+        or had the search go on, or what was best is damaged."""
         self.mirror.tell(jobs)
         self.mirror.log(jobs)
         done = [j for j in jobs if j.value is not None]  # also of what was pruned by hand after it was measured
@@ -468,6 +473,11 @@ class _Coordinator:
             raise
         last = halving.last(jobs)
         assert winner.checkpoint is not None  # noqa: S101  a done job has one
+        if not storage.sound("checkpoint", winner.checkpoint):
+            log.warning("trial %d, the best one, is left out: its checkpoint is damaged or gone", winner.trial)
+            with self._deciding() as conn:
+                studies.spoil(conn, winner, error="its checkpoint is damaged or gone")
+            return None
         top = len(self.spec.rungs) - 1
         best = Best(
             study=self.spec.study,
@@ -492,7 +502,9 @@ class _Coordinator:
 
     def _close_study(self, state: str, stopped_by: str, best: Best | None) -> bool:
         with self._deciding() as conn:
-            studies.lock(conn, self.spec.study)
+            now = studies.lock(conn, self.spec.study)["state"]
+            if stopped_by not in _THROUGH and now == "running":  # resumed meanwhile
+                return False
             if stopped_by in _THROUGH and any(v.trial is None for v in studies.variants(conn, self.spec.study)):
                 return False
             row = best.to_json() if best else None
@@ -506,6 +518,10 @@ def as_large(params: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return all(params.get(name) == other.get(name) for name in same) and all(
         params[name] >= other[name] for name in ("r", "per_device_train_batch_size")
     )
+
+
+def _failed(jobs: Sequence[studies.Job]) -> int:
+    return sum(job.state == "failed" for job in jobs)
 
 
 def _open(job: studies.Job) -> bool:

@@ -138,8 +138,15 @@ def _carry_out(trainer: Any, spec: StudySpec, jobs: Sequence[studies.Job], *, gu
     left: set[int] = set()
     log.info("trials %s: to step %d", ", ".join(str(job.trial) for job in jobs), jobs[0].steps)
     try:
+        starts = [_start(job) for job in jobs]
+        if len(jobs) > 1 and any(job.checkpoint and start is None for job, start in zip(jobs, starts, strict=True)):
+            _write([_Result(job, studies.unpack) for job in jobs])  # a pack's members stand at one step
+            return left
         with _Hold(jobs) as hold, contextlib.ExitStack() as folders:
-            members = [_member(spec, job, folders.enter_context(storage.scratch("checkpoint"))) for job in jobs]
+            members = [
+                _member(spec, job, start, folders.enter_context(storage.scratch("checkpoint")))
+                for job, start in zip(jobs, starts, strict=True)
+            ]
             outcomes = trainer.run(members, total_steps=spec.rungs[-1], until=jobs[0].steps, lost=hold.lost)
             results: list[_Result] = []
             for job, member, outcome in zip(jobs, members, outcomes, strict=True):
@@ -150,7 +157,9 @@ def _carry_out(trainer: Any, spec: StudySpec, jobs: Sequence[studies.Job], *, gu
                 elif isinstance(outcome, TrialFailed):
                     results.append(_failed(job, str(outcome), tokens=outcome.tokens, seconds=outcome.seconds))
                 elif outcome is not None:
-                    results.append(_done(job, outcome, member.save_to, _latency(trainer, member.save_to / "adapter")))
+                    begun = spec.rungs[job.rung - 1] if job.rung else 0
+                    latency = _latency(trainer, member.save_to / "adapter")
+                    results.append(_done(job, begun, outcome, member.save_to, latency))
             _write(results)  # all or none: a part of a pack that is trained again has other company
     except PackTooLarge as error:
         log.warning("%s; each is tried alone", error)
@@ -181,13 +190,24 @@ def _carry_out(trainer: Any, spec: StudySpec, jobs: Sequence[studies.Job], *, gu
     return left
 
 
-def _member(spec: StudySpec, job: studies.Job, folder: Path) -> Any:
+def _start(job: studies.Job) -> Path | None:
+    """Where a job goes on from: its checkpoint, or the beginning where that is damaged or gone, since the way from
+    there is the same. Raises NotFound when no artifacts are here at all."""
+    if job.checkpoint is None:
+        return None
+    if not storage.root().is_dir() or storage.sound("checkpoint", job.checkpoint):
+        return storage.get("checkpoint", job.checkpoint)
+    log.warning("trial %d begins anew: its checkpoint %s is damaged or gone", job.trial, job.checkpoint)
+    return None
+
+
+def _member(spec: StudySpec, job: studies.Job, start: Path | None, folder: Path) -> Any:
     from pipelines.tuning.trainer import Member
 
     return Member(
         params=job.params,
         seed=spec.trial_seed(job.trial),
-        start=storage.get("checkpoint", job.checkpoint) if job.checkpoint else None,
+        start=start,
         init_adapter=spec.init_adapter(),
         save_to=folder,
     )
@@ -213,10 +233,16 @@ class _Result:
     values: Mapping[str, object] = field(default_factory=dict)
 
 
-def _done(job: studies.Job, outcome: Any, folder: Path, latency_ms: float | None) -> _Result:
+def _done(job: studies.Job, begun: int, outcome: Any, folder: Path, latency_ms: float | None) -> _Result:
+    """What a rung came to, with its own steps' losses, those after `begun`."""
     digest = storage.folder_digest(folder)
     storage.keep("checkpoint", digest, folder)
-    values = {"value": outcome.value, "curve": outcome.curve, "checkpoint": digest, "tokens": outcome.tokens}
+    values = {
+        "value": outcome.value,
+        "curve": [point for point in outcome.curve if point[0] > begun],
+        "checkpoint": digest,
+        "tokens": outcome.tokens,
+    }
     values |= {"seconds": outcome.seconds, "adapter_parameters": outcome.adapter_parameters, "latency_ms": latency_ms}
     return _Result(job, studies.finish, values)
 

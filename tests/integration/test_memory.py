@@ -138,7 +138,9 @@ def test_a_search_goes_on_around_trials_that_do_not_fit(
     assert best.failed == 1
     (refused,) = (j for j in found if j.state == "failed")
     assert refused.params["per_device_train_batch_size"] == 256
-    assert re.match(r"out of memory: it would need about \d\.\d GB, and a worker may use \d\.\d GB", str(refused.error))
+    assert re.match(
+        r"out of memory: it would need about \d\.\d\d GB, and a worker may use \d\.\d\d GB", str(refused.error)
+    )
     assert refused.attempts == 1
 
 

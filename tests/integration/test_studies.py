@@ -265,6 +265,10 @@ def test_a_stopped_study_whose_run_went_on_is_searched_again_or_refused(study: s
         studies.stop(conn, "s")
         with pytest.raises(Conflict, match="its run is at work on a version"):
             studies.resume(conn, "s")
+        conn.execute("delete from stage where name in ('search', 'evaluate')")  # it has not kept yet what was found
+        studies.end(conn, "s", state="stopped", stopped_by="user", best={"trial": 1})
+        with pytest.raises(Conflict, match="its run is at work on a version"):
+            studies.resume(conn, "s")
         leases.release(conn, lease)
     with transaction() as conn:
         studies.resume(conn, "s")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
+from infra import storage
 from infra.db import transaction
 from infra.errors import Conflict, TunesmithError
 from pipelines import plans, runs, stages
@@ -145,6 +147,64 @@ def test_a_disturbed_search_ends_as_an_undisturbed_one(spec: StudySpec, server: 
     assert [j.attempts for j in jobs("m-2") if j.trial == victim.trial and j.rung == 0] == [2]
     assert sum(j.attempts for j in jobs("m-2")) <= 9  # the one that was killed, perhaps the one of the outage
     assert (outcome.trial, outcome.params, outcome.value) == (calm.trial, calm.params, calm.value)
+
+
+def damage(digest: str) -> None:
+    """Change some bytes of a checkpoint's adapter, as a bad disk does."""
+    [path] = (storage.where("checkpoint", digest) / "adapter").glob("*.safetensors")
+    whole = bytearray(path.read_bytes())
+    middle = len(whole) // 2
+    whole[middle : middle + 400] = bytes(byte ^ 0x5A for byte in whole[middle : middle + 400])
+    path.write_bytes(whole)
+
+
+def test_what_would_go_on_from_a_damaged_checkpoint_begins_anew(spec: StudySpec) -> None:
+    # The last rung is not over before its worker is killed; and who trains in a pack rounds otherwise than alone
+    spec = replace(spec, rungs=(8, 24, 240), adapters_per_pass=1)
+    calm = search(spec, progress=quiet)
+    again = replace(spec, study="m-2")
+    coordinator = coordinate(again)
+    try:
+        victim = until(lambda: next((j for j in jobs("m-2") if j.state == "running" and j.rung == 2), None))
+        workers = psutil.Process(coordinator.pid).children()
+        os.kill(int(str(victim.worker).rpartition(":")[2]), signal.SIGKILL)
+    finally:
+        coordinator.kill()
+        coordinator.wait()
+    psutil.wait_procs(workers, timeout=120)
+    assert victim.checkpoint is not None
+    damage(victim.checkpoint)
+    outcome = search(again, progress=quiet)
+    assert [row[:-1] for row in outline("m-2")] == [row[:-1] for row in outline("m-1")]  # it was more tokens
+    assert (outcome.trial, outcome.steps, outcome.value) == (calm.trial, calm.steps, calm.value)
+
+
+def test_a_damaged_winner_does_not_win(spec: StudySpec) -> None:
+    short = replace(spec, trials=3, rungs=(8,))
+
+    def end_again() -> None:
+        with transaction() as conn:
+            conn.execute("update study set state = 'running', best = null, stopped_by = null")
+
+    first = search(short, progress=quiet)
+    before = {j.trial: j for j in jobs()}
+    damage(str(before[first.trial].checkpoint))
+    end_again()
+    second = search(short, progress=quiet)
+    assert second.trial != first.trial
+    assert second.value == min(j.value or math.inf for j in before.values() if j.trial != first.trial)
+    spoiled = {j.trial: j for j in jobs()}[first.trial]
+    assert (spoiled.state, spoiled.error) == ("failed", "its checkpoint is damaged or gone")
+
+    for j in before.values():
+        shutil.rmtree(storage.where("checkpoint", str(j.checkpoint)))
+    end_again()
+    with pytest.raises(TunesmithError, match="No trial of m-1 succeeded: its checkpoint is damaged or gone"):
+        search(short, progress=quiet)
+    third = search(short, progress=quiet)  # which tries anew what failed
+    assert third.trial == first.trial
+    assert {j.trial: j.params for j in jobs()} == {trial: j.params for trial, j in before.items()}
+    assert all(storage.sound("checkpoint", str(j.checkpoint)) for j in jobs())
 
 
 def coordinate(spec: StudySpec) -> subprocess.Popen[bytes]:
