@@ -101,7 +101,10 @@ def _tell(result: dict[str, Any], as_json: bool) -> None:
         if (best := result["best"])["trials"]:
             by = {"trials": "since all are through", "space": "since the space has no more", "user": "by `study stop`"}
             ended = by.get(best["stopped_by"], f"by tuning.budget.{best['stopped_by']}")
-            out.print(f"search: trials begun: {best['trials']}; it ended {ended}", markup=False)
+            failed = f", {best['failed']} of them failed" if best["failed"] else ""
+            out.print(f"search: trials begun: {best['trials']}{failed}; it ended {ended}", markup=False)
+            for line in _pareto(best):
+                out.print(line, markup=False)
         out.print(f"gate: {result['gate']['decision']}")
         for reason in result["gate"]["reasons"]:
             out.print(f"  {safe(reason)}", markup=False)
@@ -111,6 +114,25 @@ def _tell(result: dict[str, Any], as_json: bool) -> None:
         if not as_json:
             err.print(f"Not promoted: {result['refusal']}.", markup=False)
         raise click.exceptions.Exit(Refused.exit_code)
+
+
+def _pareto(best: dict[str, Any]) -> list[str]:
+    """The trials of which none is better in every objective, and the one that was picked."""
+
+    def words(point: dict[str, Any]) -> str:
+        measures = [n for n in point if n not in ("trial", "steps")]
+        picked = "  <- picked" if (point["trial"], point["steps"]) == (best["trial"], best["steps"]) else ""
+        return (
+            f"  trial {point['trial']}, {point['steps']} steps: "
+            + ", ".join(f"{name} {point[name]:,.6g}" for name in measures)
+            + picked
+        )
+
+    return (
+        ["the Pareto set, of which no trial is beaten in every objective:", *map(words, best["pareto"])]
+        if best["pareto"]
+        else []
+    )
 
 
 def _evaluation_table(name: str, evaluation: dict[str, Any]) -> None:
@@ -264,13 +286,20 @@ def worker(name: str, max_idle: float | None) -> None:
     """A search worker, one process of one thread; may run on any machine that reaches database and artifacts."""
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
     from infra import log
+    from infra.db import transaction
     from pipelines.tuning import worker as workers
+    from registry import studies
 
     if sys.platform == "linux" and not workers.ALLOCATOR.keys() <= os.environ.keys():
         # The C library reads these as a process starts
         command = [sys.executable, "-m", "pipelines.cli", *sys.argv[1:]]
         os.execve(sys.executable, command, workers.ALLOCATOR | os.environ)  # noqa: S606 - this very command
     log.setup()
+    with transaction() as conn:
+        state = studies.get(conn, name)["state"]
+    if state != "running":
+        out.print(f"The study {name} is {state}: there is nothing to work off.", markup=False)
+        return
     workers.work(name, max_idle=max_idle)
 
 
@@ -289,7 +318,10 @@ def study_list(as_json: bool) -> None:
     with transaction() as conn:
         found = studies.list_studies(conn)
     if as_json:
-        keys = ("name", "model", "state", "stopped_by", "trials", "rungs_done", "rungs_open", "best", "created_at")
+        keys = (
+            "name", "model", "state", "stopped_by", "trials", "rungs_done", "rungs_open", "best", "best_loss",
+            "created_at",
+        )  # fmt: skip
         print_json({"studies": [{key: s[key] for key in keys} for s in found]})
         return
     if not found:
@@ -299,7 +331,8 @@ def study_list(as_json: bool) -> None:
 
     table = Table("study", "state", "trials", "rungs done", "open", "best loss", "begun")
     for s in found:
-        best = f"{s['best']['value']:.4f}" if s["best"] else ""
+        least = s["best"]["value"] if s["best"] else s["best_loss"]
+        best = "" if least is None else f"{least:.4f}"
         counts = (str(s["trials"]), str(s["rungs_done"]), str(s["rungs_open"]))
         ended = f"{s['state']} ({s['stopped_by']})" if s["state"] == "stopped" else s["state"]
         table.add_row(s["name"], ended, *counts, best, f"{s['created_at']:%Y-%m-%d %H:%M:%SZ}")
@@ -317,13 +350,15 @@ def study_show(name: str, as_json: bool) -> None:
     with transaction() as conn:
         row, jobs = studies.get(conn, name), studies.jobs(conn, name)
     last = {job.trial: job for job in jobs}  # jobs are ordered: the highest rung of each trial wins
+    reached = {job.trial: job for job in jobs if job.value is not None}
     if as_json:
         trials = [
             {
                 "trial": j.trial,
                 "steps": j.steps,
                 "state": j.state,
-                "loss": j.value,
+                "loss": reached[j.trial].value if j.trial in reached else None,
+                "loss_at": reached[j.trial].steps if j.trial in reached else None,
                 "clone_of": j.clone_of,
                 "params": j.params,
                 "error": j.error,
@@ -336,17 +371,25 @@ def study_show(name: str, as_json: bool) -> None:
     from rich.text import Text
 
     table = Table(
-        "trial", "steps", "state", "loss", "parameters", title=f"{name}: {row['state']}", title_justify="left"
+        "trial", "to", "state", "loss", "at", "parameters", title=f"{name}: {row['state']}", title_justify="left"
     )
     given = [j.params for j in last.values()]
     same = {k for k in (given[0] if len(given) > 1 else ()) if all(p.get(k) == given[0][k] for p in given)}
-    for j in sorted(last.values(), key=lambda j: (-j.rung, j.value if j.value is not None else float("inf"))):
+
+    def loss_of(j: studies.Job) -> float:
+        return reached[j.trial].value or 0.0 if j.trial in reached else float("inf")
+
+    for j in sorted(last.values(), key=lambda j: (-j.rung, loss_of(j))):
         differing = {k: v for k, v in j.params.items() if k not in same}
         params = ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in differing.items())
-        loss = "" if j.value is None else f"{j.value:.4f}"
+        at = reached.get(j.trial)
+        loss, so_far = ("", "") if at is None else (f"{at.value:.4f}", f"{at.steps} steps")
         number = str(j.trial) if j.clone_of is None else f"{j.trial}, of {j.clone_of}"
-        table.add_row(number, str(j.steps), j.state, loss, Text(safe(j.error or params)))
+        said = params if j.error is None else f"{j.error} ({params})"
+        table.add_row(number, str(j.steps), j.state, loss, so_far, Text(safe(said)))
     out.print(table)
+    for line in _pareto(row["best"]) if row["best"] else ():
+        out.print(line, markup=False)
 
 
 @study.command("stop")

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column
 from rich.text import Text
 
 from infra.console import err
 
+_WIDE = 110  # columns from which there is room for a bar beside the words
 _PLAIN_EVERY = 5.0  # seconds between plain lines of one stage
 _live: Progress | None = None
 _tasks: dict[str, TaskID] = {}
@@ -25,14 +27,15 @@ def shown() -> Iterator[None]:
     if not err.is_terminal or _live is not None:
         yield
         return
+    words = TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, overflow="fold"))
     columns = (
-        TextColumn("[bold]{task.fields[stage]:<9}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}", markup=False),
+        TextColumn("[bold]{task.fields[stage]:<9}", table_column=Column(no_wrap=True, min_width=9)),
+        *([BarColumn(bar_width=24)] if err.width >= _WIDE else []),
+        MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=5)),
+        TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=7)),
+        words,
     )
-    with Progress(*columns, console=err, refresh_per_second=4) as progress:
+    with Progress(*columns, console=err, refresh_per_second=4, expand=True) as progress:
         _live = progress
         _tasks.clear()
         try:

@@ -39,6 +39,17 @@ class Base:
     dtype: str
 
 
+def modules(base: Base) -> set[str]:
+    """The names of the base's modules that have a weight, such as ``model.layers.0.self_attn.q_proj``."""
+    from safetensors import safe_open
+
+    found: set[str] = set()
+    for path in base.folder.glob("*.safetensors"):
+        with safe_open(path, framework="np") as file:
+            found |= {name.rpartition(".")[0] for name in file.keys()}  # noqa: SIM118  it is no mapping
+    return found
+
+
 def resolve(id: str, revision: str = "main") -> Base:
     """The base of a hub id, a folder, ``builtin:smollm2-135m`` or ``builtin:tiny``; made or fetched when missing.
 

@@ -6,7 +6,7 @@ select * from study where name = %(name)s
 
 -- name: list
 select s.*, count(j.*) filter (where j.rung = 0) as trials, count(j.*) filter (where j.state = 'done') as rungs_done,
-    count(j.*) filter (where j.state in ('waiting', 'running')) as rungs_open
+    count(j.*) filter (where j.state in ('waiting', 'running')) as rungs_open, min(j.value) as best_loss
 from study s left join rung_job j on j.study = s.name
 group by s.name order by s.created_at desc
 

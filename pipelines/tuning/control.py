@@ -14,9 +14,10 @@ from infra.settings import get_settings
 from pipelines import config_file
 from pipelines.config_space import KINDS, Space, did_you_mean, largest_rank
 from pipelines.tuning import halving
+from pipelines.tuning import space as spaces
 from pipelines.tuning.methods import fixed_by
 from pipelines.tuning.spec import StudySpec
-from registry import studies
+from registry import bases, studies
 
 
 def prune_trial(study: str, trial: int) -> dict[str, Any]:
@@ -53,6 +54,7 @@ def clone_trial(study: str, trial: int, settings: Sequence[str]) -> dict[str, An
         if adapter and (fixed := sorted(set(wanted) & set(fixed_by(adapter)))):
             raise UsageError(f"{fixed[0]} is that of the adapter which all trials of {study} start from.")
         params = _checked({**source, **wanted}, wanted)
+        spaces.check_parts({name: [params[name]] for name in wanted}, bases.load(spec.base))
         most = get_settings().max_lora_rank
         if (rank := largest_rank({"init_lora_weights": True} | params)) > most:
             raise UsageError(
@@ -86,7 +88,7 @@ def _setting(text: str) -> tuple[str, Any]:
     if not equals or not name:
         raise UsageError(f"--set {text} is not of the form name=value.", hint="Such as --set learning_rate=3e-4.")
     if name not in KINDS:
-        raise UsageError(f"--set {name}: there is no such setting; {did_you_mean(name, KINDS)}.")
+        raise UsageError(f"--set {name}: there is no such setting; {did_you_mean(name, KINDS)}")
     try:
         return name, config_file.value(value)
     except ValueError as error:

@@ -37,13 +37,21 @@ def standing(spec: StudySpec, by: Jobs, members: Sequence[int], rung: int) -> li
 def chosen(spec: StudySpec, here: Sequence[Job]) -> list[Job]:
     """Those that go on to the next rung, the best first: a rung is judged when all its members are through, so that
     the outcome does not depend on who was faster."""
-    alive = sorted((job for job in here if job.state == "done"), key=_rank)
+    alive = sorted((job for job in here if job.state == "done" and may_win(spec, job)), key=_rank)
     return alive[: _places(spec, len(here))]
+
+
+def may_win(spec: StudySpec, job: Job) -> bool:
+    """Whether a trial keeps the one constraint that its configuration alone decides."""
+    most = spec.constraints.get("adapter_parameters")
+    return most is None or (job.adapter_parameters or 0) <= most
 
 
 def goes_on(spec: StudySpec, jobs: Sequence[Job], variant: Job) -> bool | None:
     """Whether a variant that is done with a rung has a place in the next one; None while that cannot be told."""
     by = by_place(jobs)
+    if not may_win(spec, variant):
+        return False
     begun = [group for group in groups(spec, jobs) if group]
     home = next((group for group in reversed(begun) if group[0] < variant.trial), begun[0] if begun else [])
     peers = _settled(spec, by, home, variant.rung)

@@ -82,7 +82,7 @@ def pick(
     Raises TunesmithError when no row keeps the constraints, naming those that stand in the way.
     """
     limits = constraints or {}
-    allowed = [n for n, row in enumerate(rows) if all(row.get(name, math.inf) <= most for name, most in limits.items())]
+    allowed = [n for n, row in enumerate(rows) if _keeps(row, limits)]
     front = [allowed[n] for n in pareto([rows[n] for n in allowed], objectives)]
     if not front:
         raise TunesmithError(_why_none(rows, limits), hint="Raise the limit, or make tuning.space smaller.")
@@ -110,12 +110,19 @@ def measured(jobs: Sequence[Job]) -> list[tuple[Job, dict[str, float]]]:
     return rows
 
 
-def front(rows: Sequence[tuple[Job, dict[str, float]]], objectives: Sequence[str]) -> list[dict[str, Any]]:
-    """The Pareto set, where there is more than one objective."""
+def front(
+    rows: Sequence[tuple[Job, dict[str, float]]], objectives: Sequence[str], constraints: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """The Pareto set of the rows that keep the constraints, where there is more than one objective."""
     if len(objectives) == 1:
         return []
+    rows = [(j, row) for j, row in rows if _keeps(row, constraints)]
     best = [rows[n] for n in pareto([row for _, row in rows], objectives)]
     return [{"trial": j.trial, "steps": j.steps, **{n: row[n] for n in objectives}} for j, row in best]
+
+
+def _keeps(row: Mapping[str, float], limits: Mapping[str, float]) -> bool:
+    return all(row.get(name, math.inf) <= most for name, most in limits.items())
 
 
 def _dominates(one: tuple[float, ...], other: tuple[float, ...]) -> bool:

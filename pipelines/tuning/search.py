@@ -77,8 +77,9 @@ def make_spec(
 ) -> StudySpec:  # fmt: skip
     """The search that a pipeline file asks for, on `rows` training rows. With `init_bundle`, its
     adapter's rank, alpha and target modules are fixed."""
-    tuning = config.tuning
-    space = tuning.space.full(bases.load(base_digest).parameters)
+    tuning, base = config.tuning, bases.load(base_digest)
+    space = tuning.space.full(base.parameters)
+    spaces.check_parts(space, base)
     usual = spaces.typical(space)  # rungs are steps, the same ones for batches of any size
     per_step = usual["per_device_train_batch_size"] * usual["gradient_accumulation_steps"]
     total = tuning.max_steps or max(1, round(tuning.num_train_epochs * rows / per_step))
@@ -101,6 +102,7 @@ def make_spec(
         max_minutes=tuning.budget.max_minutes,
         max_training_tokens=tuning.budget.max_tokens,
         max_usd=tuning.budget.max_usd,
+        machine_usd_per_hour=(config.monitoring.price or {}).get("per_machine_hour_usd"),
         init_bundle=init_bundle,
         warm_start=list(warm_start),
         objectives=list(tuning.objectives),
@@ -266,7 +268,8 @@ class _Coordinator:
             return "max_minutes"
         if spec.max_training_tokens is not None and sum(j.tokens or 0 for j in jobs) >= spec.max_training_tokens:
             return "max_tokens"
-        price = {"per_machine_hour_usd": get_settings().machine_usd_per_hour}
+        hourly = spec.machine_usd_per_hour
+        price = {"per_machine_hour_usd": get_settings().machine_usd_per_hour if hourly is None else hourly}
         machine_seconds = max(row["seconds"], seconds / workers)
         if spec.max_usd is not None and pricing.cost_usd(0, 0, machine_seconds, price) >= spec.max_usd:
             return "max_usd"
@@ -430,7 +433,8 @@ class _Coordinator:
         spec = self.spec
         done = [j for j in jobs if j.state in ("done", "failed")]
         total = reaching(spec)
-        best = min((j for j in done if j.value is not None), key=halving.loss, default=None)
+        able = (j for j in done if j.value is not None and halving.may_win(spec, j))
+        best = min(able, key=halving.loss, default=None)
         begun = len({j.trial for j in jobs if j.clone_of is None})
         text = f"{begun} of {spec.trials} trials begun"
         if variants := len({j.trial for j in jobs if j.clone_of is not None}):
@@ -492,7 +496,7 @@ class _Coordinator:
             tokens=sum(j.tokens or 0 for j in jobs),
             seconds=sum(j.seconds or 0.0 for j in jobs),
             stopped_by=stopped_by,
-            pareto=front(rows, self.spec.objectives),
+            pareto=front(rows, self.spec.objectives, self.spec.constraints),
         )
         state = "completed" if stopped_by in _THROUGH else "stopped"
         if not self._close_study(state, stopped_by, best):

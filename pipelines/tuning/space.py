@@ -7,13 +7,43 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from infra.errors import UsageError
 from pipelines.config_space import KINDS, Number, branches, drawn_from, order
 from pipelines.tuning.defaults import FIXED
+from registry import bases
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
+_GROUPS = ("attention", "mlp", "all-linear", "all", "top_half")
 Suggest = Callable[[str, "BaseDistribution"], Any]
+
+
+def check_parts(space: Mapping[str, Any], base: bases.Base) -> None:
+    """Raises UsageError for names of modules, or numbers of layers, that a space has and the base has not. What
+    depends on another dimension is not looked at."""
+    modules = bases.modules(base)
+    layers = {int(part) for name in modules for part in name.split(".") if part.isdigit()}
+    for name in _choices(space.get("target_modules")):
+        if not any(f".{module}".endswith(f".{name}") for module in modules):
+            known = sorted({module.rpartition(".")[2] for module in modules if module.endswith("_proj")})
+            raise UsageError(
+                f"target_modules: {base.id} has no module {str(name)[:80]!r}.",
+                hint=f"There are {', '.join(known)}." if known else "Such as attention or all-linear.",
+            )
+    for number in _choices(space.get("layers_to_transform")):
+        if number not in layers:
+            raise UsageError(
+                f"layers_to_transform: {base.id} has no layer {number}; it has 0 to {max(layers, default=0)}.",
+                hint="Mend tuning.space.",
+            )
+
+
+def _choices(value: Any) -> list[Any]:
+    """The single modules or layers of all choices of a dimension."""
+    if isinstance(value, list):
+        return [one for choice in value for one in _choices(choice)]
+    return [] if value is None or isinstance(value, dict) or value in _GROUPS else [value]
 
 
 def draw(space: Mapping[str, Any], suggest: Suggest) -> dict[str, Any]:

@@ -38,6 +38,7 @@ class StudySpec:
     max_minutes: float | None = None
     max_training_tokens: int | None = None
     max_usd: float | None = None
+    machine_usd_per_hour: float | None = None  # the file's price of a machine; the settings' without one
     init_bundle: str | None = None
     warm_start: list[dict[str, Any]] = field(default_factory=list)
     objectives: list[str] = field(default_factory=lambda: ["loss"])

@@ -25,10 +25,11 @@ from click.testing import CliRunner
 
 from infra import storage
 from infra.db import transaction
-from infra.errors import Conflict, TunesmithError
+from infra.errors import Conflict, TunesmithError, UsageError
 from pipelines import plans, runs, stages
 from pipelines.cli import tunesmith
 from pipelines.tuning.search import search
+from pipelines.tuning.space import check_parts
 from pipelines.tuning.spec import StudySpec
 from registry import datasets, leases, studies
 from registry.bases import Base
@@ -147,6 +148,16 @@ def test_a_disturbed_search_ends_as_an_undisturbed_one(spec: StudySpec, server: 
     assert [j.attempts for j in jobs("m-2") if j.trial == victim.trial and j.rung == 0] == [2]
     assert sum(j.attempts for j in jobs("m-2")) <= 9  # the one that was killed, perhaps the one of the outage
     assert (outcome.trial, outcome.params, outcome.value) == (calm.trial, calm.params, calm.value)
+
+
+def test_a_space_with_parts_that_the_base_has_not_is_refused(tiny_base: Base) -> None:
+    whole = {"target_modules": ["attention", ["q_proj", "self_attn.v_proj"]], "layers_to_transform": ["all", [0, 1]]}
+    check_parts(whole, tiny_base)
+    with pytest.raises(UsageError, match="target_modules: builtin:tiny has no module 'q_projj'") as error:
+        check_parts(whole | {"target_modules": [["q_projj"]]}, tiny_base)
+    assert "q_proj" in str(error.value.hint)
+    with pytest.raises(UsageError, match="has no layer 2; it has 0 to 1"):
+        check_parts(whole | {"layers_to_transform": ["top_half", [1, 2]]}, tiny_base)
 
 
 def damage(digest: str) -> None:

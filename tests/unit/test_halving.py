@@ -63,6 +63,16 @@ def test_who_failed_or_was_stopped_by_hand_has_no_place(state: str) -> None:
     assert halving.fate(SPEC, later, 5) == "pruned"
 
 
+def test_an_adapter_that_is_larger_than_allowed_takes_nobodys_place() -> None:
+    spec = replace(SPEC, constraints={"adapter_parameters": 1000, "latency_ms": 5})
+    jobs = [replace(j, adapter_parameters=2000 if j.trial in (7, 8) else 1000) for j in first_rung()]
+    assert [j.trial for j in halving.chosen(spec, jobs)] == [6, 5, 4]
+    jobs += [job(n, 1, state="waiting") for n in (6, 5, 4)]
+    assert halving.fate(spec, jobs, 8) == "pruned"
+    large = replace(job(20, value=0.1, clone_of=3), adapter_parameters=2000)
+    assert halving.goes_on(spec, [*jobs, large], large) is False
+
+
 def test_a_trial_ends_complete_on_the_last_rung_only() -> None:
     jobs = [*first_rung(), *(job(n, 1, value=9.0 - n) for n in (6, 7, 8)), job(8, 2, value=0.5)]
     assert [halving.fate(SPEC, jobs, n) for n in (6, 7, 8)] == ["pruned", "pruned", "complete"]
