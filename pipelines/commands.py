@@ -120,19 +120,12 @@ def _pareto(best: dict[str, Any]) -> list[str]:
     """The trials of which none is better in every objective, and the one that was picked."""
 
     def words(point: dict[str, Any]) -> str:
-        measures = [n for n in point if n not in ("trial", "steps")]
+        measured = ", ".join(f"{n} {value:,.6g}" for n, value in point.items() if n not in ("trial", "steps"))
         picked = "  <- picked" if (point["trial"], point["steps"]) == (best["trial"], best["steps"]) else ""
-        return (
-            f"  trial {point['trial']}, {point['steps']} steps: "
-            + ", ".join(f"{name} {point[name]:,.6g}" for name in measures)
-            + picked
-        )
+        return f"  trial {point['trial']}, {point['steps']} steps: {measured}{picked}"
 
-    return (
-        ["the Pareto set, of which no trial is beaten in every objective:", *map(words, best["pareto"])]
-        if best["pareto"]
-        else []
-    )
+    points = best.get("pareto", [])  # of a study that is older there is none
+    return ["the Pareto set, of which no trial is beaten in every objective:", *map(words, points)] if points else []
 
 
 def _evaluation_table(name: str, evaluation: dict[str, Any]) -> None:
@@ -320,7 +313,7 @@ def study_list(as_json: bool) -> None:
     if as_json:
         keys = (
             "name", "model", "state", "stopped_by", "trials", "rungs_done", "rungs_open", "best", "best_loss",
-            "created_at",
+            "at_work", "created_at",
         )  # fmt: skip
         print_json({"studies": [{key: s[key] for key in keys} for s in found]})
         return
@@ -334,7 +327,9 @@ def study_list(as_json: bool) -> None:
         least = s["best"]["value"] if s["best"] else s["best_loss"]
         best = "" if least is None else f"{least:.4f}"
         counts = (str(s["trials"]), str(s["rungs_done"]), str(s["rungs_open"]))
-        ended = f"{s['state']} ({s['stopped_by']})" if s["state"] == "stopped" else s["state"]
+        ended = f"{s['state']} ({s['stopped_by']})" if s["stopped_by"] and s["state"] == "stopped" else s["state"]
+        if s["state"] == "running" and not s["at_work"]:
+            ended = "interrupted"  # the same `tunesmith run` goes on with it
         table.add_row(s["name"], ended, *counts, best, f"{s['created_at']:%Y-%m-%d %H:%M:%SZ}")
     out.print(table)
 

@@ -84,7 +84,8 @@ def lock(conn: Connection, name: str) -> dict[str, Any]:
 
 
 def list_studies(conn: Connection) -> list[dict[str, Any]]:
-    """All studies, newest first, with counts of trials and of rungs done and open."""
+    """All studies, newest first, with counts of trials and of rungs done and open, the least loss so far, and whether
+    their run is at work."""
     return list(conn.execute(SQL["list"]))
 
 

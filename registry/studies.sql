@@ -6,7 +6,11 @@ select * from study where name = %(name)s
 
 -- name: list
 select s.*, count(j.*) filter (where j.rung = 0) as trials, count(j.*) filter (where j.state = 'done') as rungs_done,
-    count(j.*) filter (where j.state in ('waiting', 'running')) as rungs_open, min(j.value) as best_loss
+    count(j.*) filter (where j.state in ('waiting', 'running')) as rungs_open, min(j.value) as best_loss,
+    exists (
+        select from run r join lease l on l.name = 'run:' || r.model and l.token = r.token and l.expires_at > now()
+        where r.study = s.name
+    ) as at_work
 from study s left join rung_job j on j.study = s.name
 group by s.name order by s.created_at desc
 

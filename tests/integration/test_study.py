@@ -246,6 +246,13 @@ def test_a_search_with_two_objectives_tells_the_pareto_set_and_picks_by_the_rule
     assert quickest.trial in front
     assert min(found.values(), key=lambda j: j.value or 0.0).trial in front
     assert all(point["latency_ms"] == found[trial].latency_ms for trial, point in front.items())
+    shown = CliRunner().invoke(tunesmith, ["study", "show", "m-1"]).stdout
+    assert re.search(rf"trial {best.trial}, 4 steps: loss [\d.]+, latency_ms [\d.]+  <- picked", shown), shown
+    assert shown.count("<- picked") == 1
+    with transaction() as conn:
+        conn.execute("update study set state = 'running', best = null")
+    listed = CliRunner().invoke(tunesmith, ["study", "list"]).stdout
+    assert re.search(rf"interrupted .* {min(j.value or math.inf for j in found.values()):.4f} ", listed), listed
 
 
 @pytest.mark.slow
