@@ -101,7 +101,7 @@ def _tell(result: dict[str, Any], as_json: bool) -> None:
         if (best := result["best"])["trials"]:
             by = {"trials": "since all are through", "space": "since the space has no more", "user": "by `study stop`"}
             ended = by.get(best["stopped_by"], f"by tuning.budget.{best['stopped_by']}")
-            failed = f", {best['failed']} of them failed" if best["failed"] else ""
+            failed = f", {best['failed']} of them failed" if best.get("failed") else ""
             out.print(f"search: trials begun: {best['trials']}{failed}; it ended {ended}", markup=False)
             for line in _pareto(best):
                 out.print(line, markup=False)
@@ -124,7 +124,7 @@ def _pareto(best: dict[str, Any]) -> list[str]:
         picked = "  <- picked" if (point["trial"], point["steps"]) == (best["trial"], best["steps"]) else ""
         return f"  trial {point['trial']}, {point['steps']} steps: {measured}{picked}"
 
-    points = best.get("pareto", [])  # of a study that is older there is none
+    points = best.get("pareto") or ()  # a study that is older has none
     return ["the Pareto set, of which no trial is beaten in every objective:", *map(words, points)] if points else []
 
 

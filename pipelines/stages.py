@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from pipelines.evaluation.judgement import Evaluation
 
 log = logging.getLogger(__name__)
+# What a run tells of its search
+_BEST = ("trial", "params", "value", "steps", "trials", "pruned", "failed", "stopped_by", "pareto")
 Outcome = Literal["promoted", "canary"] | None  # of a version that is registered
 BECAME: dict[Outcome, str] = {"promoted": "serves", "canary": "is tried on traffic", None: "is registered"}
 _WARM_STARTS = 3, 2  # how many earlier studies a search begins with, and how many configurations of each
@@ -160,8 +162,8 @@ def search(plan: Plan, run: runs.Run, data: dict[str, Any]) -> dict[str, Any]:
     def work() -> dict[str, Any]:
         if not plan.config.trains:
             report("search", f"none: {'a prompt on the base' if plan.config.hosted is None else 'hosted'}", 1, 1)
-            nothing = dict.fromkeys(("study", "trial", "value", "adapter", "stopped_by"))
-            return {**nothing, "params": {}, "trials": 0, "pruned": 0, "importances": {}}
+            nothing = dict.fromkeys(("study", "trial", "value", "steps", "adapter", "stopped_by"))
+            return {**nothing, "params": {}, "trials": 0, "pruned": 0, "failed": 0, "pareto": [], "importances": {}}
         from pipelines.tuning.search import make_spec
         from pipelines.tuning.search import search as run_search
 
@@ -379,7 +381,7 @@ def register(
             "version": version.number,
             "run_id": str(run.id),
             "study": best["study"],
-            "best": {name: best[name] for name in ("trial", "params", "value", "trials", "pruned", "stopped_by")},
+            "best": {name: best.get(name) for name in _BEST},
             "evaluation": judged["evaluation"],
             "gate": judged["gate"],
             "promoted": outcome == "promoted",

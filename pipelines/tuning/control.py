@@ -6,6 +6,7 @@ Both only write to the database; the coordinator and the workers see it there.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from infra.db import transaction
@@ -54,7 +55,8 @@ def clone_trial(study: str, trial: int, settings: Sequence[str]) -> dict[str, An
         if adapter and (fixed := sorted(set(wanted) & set(fixed_by(adapter)))):
             raise UsageError(f"{fixed[0]} is that of the adapter which all trials of {study} start from.")
         params = _checked({**source, **wanted}, wanted)
-        spaces.check_parts({name: [params[name]] for name in wanted}, bases.load(spec.base))
+        with suppress(NotFound):  # on a machine that sees the database only; the trial would fail then
+            spaces.check_parts({name: [params[name]] for name in wanted}, bases.load(spec.base))
         most = get_settings().max_lora_rank
         if (rank := largest_rank({"init_lora_weights": True} | params)) > most:
             raise UsageError(
