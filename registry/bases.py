@@ -46,7 +46,8 @@ def modules(base: Base) -> set[str]:
     found: set[str] = set()
     for path in base.folder.glob("*.safetensors"):
         with safe_open(path, framework="np") as file:
-            found |= {name.rpartition(".")[0] for name in file.keys()}  # noqa: SIM118  it is no mapping
+            names: list[str] = file.keys()
+        found |= {name.rpartition(".")[0] for name in names}
     return found
 
 

@@ -177,12 +177,8 @@ def test_what_would_go_on_from_a_damaged_checkpoint_begins_anew(spec: StudySpec)
     coordinator = coordinate(again)
     try:
         victim = until(lambda: next((j for j in jobs("m-2") if j.state == "running" and j.rung == 2), None))
-        workers = psutil.Process(coordinator.pid).children()
-        os.kill(int(str(victim.worker).rpartition(":")[2]), signal.SIGKILL)
     finally:
-        coordinator.kill()
-        coordinator.wait()
-    psutil.wait_procs(workers, timeout=120)
+        kill_all(coordinator)
     assert victim.checkpoint is not None
     damage(victim.checkpoint)
     outcome = search(again, progress=quiet)
@@ -221,6 +217,16 @@ def test_a_damaged_winner_does_not_win(spec: StudySpec) -> None:
 def coordinate(spec: StudySpec) -> subprocess.Popen[bytes]:
     """The search in a process of its own."""
     return subprocess.Popen(coordinator_of(spec))
+
+
+def kill_all(coordinator: subprocess.Popen[bytes]) -> None:
+    """End a coordinator and its workers at once, and be sure that they are gone."""
+    processes = [psutil.Process(coordinator.pid), *psutil.Process(coordinator.pid).children()]
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    coordinator.wait()
+    psutil.wait_procs(processes[1:], timeout=120)
 
 
 def coordinator_of(spec: StudySpec) -> list[str]:
@@ -280,12 +286,9 @@ def test_many_groups_with_draws_that_learn_end_the_same_however_disturbed(spec: 
                     None,
                 )
             )
-            workers = psutil.Process(coordinator.pid).children()
             os.kill(int(str(victim.worker).rpartition(":")[2]), signal.SIGKILL)
         finally:
-            coordinator.kill()
-            coordinator.wait()
-        psutil.wait_procs(workers, timeout=120)
+            kill_all(coordinator)
     outcome = search(again, progress=quiet)
     assert outline("m-2") == outline("m-1")
     assert (outcome.trial, outcome.value) == (calm.trial, calm.value)
