@@ -366,7 +366,14 @@ def study_show(name: str, as_json: bool) -> None:
     from rich.text import Text
 
     table = Table(
-        "trial", "to", "state", "loss", "at", "parameters", title=f"{name}: {row['state']}", title_justify="left"
+        "trial",
+        "to step",
+        "state",
+        "loss",
+        "measured at",
+        "parameters",
+        title=f"{name}: {row['state']}",
+        title_justify="left",
     )
     given = [j.params for j in last.values()]
     same = {k for k in (given[0] if len(given) > 1 else ()) if all(p.get(k) == given[0][k] for p in given)}
