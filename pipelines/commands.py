@@ -141,7 +141,7 @@ def _evaluation_table(name: str, evaluation: dict[str, Any]) -> None:
     measured = [who for who in versions if any(m.get(who) for m in metrics.values())]
     table = Table(title=f"{name} on {evaluation['rows']} untouched test rows, 95 % intervals", title_justify="left")
     for column in ("metric", *measured):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for metric, m in metrics.items():
         table.add_row(metric, *(in_words(m.get(who)) for who in measured))
     out.print(table)
@@ -150,7 +150,7 @@ def _evaluation_table(name: str, evaluation: dict[str, Any]) -> None:
             title=f"{name} against the {who}{' model' if who == 'hosted' else ''}, paired", title_justify="left"
         )
         for column in ("metric", "difference", "told", "could show", "rows that would"):
-            table.add_column(column)
+            table.add_column(column, overflow="fold")
         for metric, m in metrics.items():
             if (difference := m.get(f"vs_{who}")) is None:
                 continue
@@ -340,10 +340,14 @@ def study_list(as_json: bool) -> None:
 def study_show(name: str, as_json: bool) -> None:
     """A study's trials: how far each came, with what."""
     from infra.db import transaction
+    from pipelines.tuning import halving
+    from pipelines.tuning.spec import StudySpec
     from registry import studies
 
     with transaction() as conn:
         row, jobs = studies.get(conn, name), studies.jobs(conn, name)
+    spec, running = StudySpec.from_json(row["spec"]), row["state"] == "running"
+    states = {trial: halving.state(spec, jobs, trial, running=running) for trial in {job.trial for job in jobs}}
     last = {job.trial: job for job in jobs}  # jobs are ordered: the highest rung of each trial wins
     reached = {job.trial: job for job in jobs if job.value is not None}
     if as_json:
@@ -351,7 +355,7 @@ def study_show(name: str, as_json: bool) -> None:
             {
                 "trial": j.trial,
                 "steps": j.steps,
-                "state": j.state,
+                "state": states[j.trial],
                 "loss": reached[j.trial].value if j.trial in reached else None,
                 "loss_at": reached[j.trial].steps if j.trial in reached else None,
                 "clone_of": j.clone_of,
@@ -360,11 +364,13 @@ def study_show(name: str, as_json: bool) -> None:
             }
             for j in last.values()
         ]
-        print_json({key: row[key] for key in ("name", "model", "state", "stopped_by", "best")} | {"trials": trials})
+        about = {key: row[key] for key in ("name", "model", "state", "stopped_by", "best", "seconds_left")}
+        print_json(about | {"trials": trials})
         return
     from rich.table import Table
     from rich.text import Text
 
+    left = f", about {max(1, round(row['seconds_left'] / 60))} min left" if running and row["seconds_left"] else ""
     table = Table(
         "trial",
         "to step",
@@ -372,7 +378,7 @@ def study_show(name: str, as_json: bool) -> None:
         "loss",
         "measured at",
         "parameters",
-        title=f"{name}: {row['state']}",
+        title=f"{name}: {row['state']}{left}",
         title_justify="left",
     )
     given = [j.params for j in last.values()]
@@ -388,7 +394,7 @@ def study_show(name: str, as_json: bool) -> None:
         loss, so_far = ("", "") if at is None else (f"{at.value:.4f}", f"{at.steps} steps")
         number = str(j.trial) if j.clone_of is None else f"{j.trial}, of {j.clone_of}"
         said = params if j.error is None else f"{j.error} ({params})"
-        table.add_row(number, str(j.steps), j.state, loss, so_far, Text(safe(said)))
+        table.add_row(number, str(j.steps), states[j.trial], loss, so_far, Text(safe(said)))
     out.print(table)
     for line in _pareto(row["best"]) if row["best"] else ():
         out.print(line, markup=False)
@@ -447,7 +453,8 @@ def study_clone_trial(name: str, trial: int, settings: tuple[str, ...], as_json:
     if as_json:
         print_json(asked)
     else:
-        out.print(f"{safe(name)} tries a variant of trial {trial} as soon as a worker is free.", markup=False)
+        when = "as soon as a worker is free" if asked["at_work"] else "when `tunesmith run` goes on with it"
+        out.print(f"{safe(name)} tries a variant of trial {trial} {when}; see `tunesmith study show`.", markup=False)
 
 
 @click.command()

@@ -89,6 +89,12 @@ def list_studies(conn: Connection) -> list[dict[str, Any]]:
     return list(conn.execute(SQL["list"]))
 
 
+def at_work(conn: Connection, name: str) -> bool:
+    """Whether the run that searches is there."""
+    row = conn.execute(SQL["at_work"], {"name": name}).fetchone()
+    return bool(row and row["at_work"])
+
+
 def end(conn: Connection, name: str, *, state: str, stopped_by: str | None, best: Mapping[str, Any] | None) -> None:
     """Say how a study ended; saying it again is harmless."""
     values = {"name": name, "state": state, "stopped_by": stopped_by, "best": Jsonb(dict(best)) if best else None}
@@ -174,9 +180,9 @@ def unpack(conn: Connection, job: Job) -> None:
     _held(conn.execute(SQL["unpack"], _key(job)).fetchone(), job)
 
 
-def went_on(conn: Connection, name: str, seconds: float) -> None:
-    """Count time that a study was at work."""
-    conn.execute(SQL["went_on"], {"name": name, "seconds": seconds})
+def went_on(conn: Connection, name: str, seconds: float, *, left: float | None = None) -> None:
+    """Count time that a study was at work, and say how much it takes yet."""
+    conn.execute(SQL["went_on"], {"name": name, "seconds": seconds, "left": left})
 
 
 def measured(conn: Connection, name: str, adapters_per_pass: int) -> None:

@@ -30,6 +30,12 @@ select r.id, r.version, exists (select from stage s where s.run_id = r.id and s.
        exists (select from lease l where l.name = 'run:' || r.model and l.token = r.token and l.expires_at > now()) as at_work
 from run r where r.study = %(name)s
 
+-- name: at_work
+select exists (
+    select from run r join lease l on l.name = 'run:' || r.model and l.token = r.token and l.expires_at > now()
+    where r.study = %(name)s
+) as at_work
+
 -- name: hold_lease
 -- A run that is about to begin waits until this is over
 select from lease l join study s on l.name = 'run:' || s.model where s.name = %(name)s for update of l
@@ -69,7 +75,7 @@ where study = %(study)s and trial = %(trial)s and rung = %(rung)s and token = %(
 returning token
 
 -- name: went_on
-update study set seconds = seconds + %(seconds)s where name = %(name)s
+update study set seconds = seconds + %(seconds)s, seconds_left = %(left)s where name = %(name)s
 
 -- name: measured
 update study set adapters_per_pass = %(number)s where name = %(name)s and adapters_per_pass is null

@@ -336,16 +336,20 @@ def parallel(trials: Sequence[Trial], *, logs: Container[str] = (), height: int 
     )
 
 
-def front(
+def fronts(
     measured: Sequence[Mapping[str, Any]], objectives: Sequence[str], trials: Sequence[Trial], *, height: int = 230
-) -> Markup:
-    """Every measured rung by the first two of several objectives, of each of which less is better, and the ones that no
-    other beats in all."""
+) -> list[Markup]:
+    """Every measured rung by the first of several objectives, of each of which less is better, over each other one, and
+    the rungs that no other beats in all."""
     points = [row for row in measured if all(row[name] is not None for name in objectives)]
-    if len(objectives) < 2 or not points:
-        return Markup("")
     best = next((t for t in trials if t.best), None)
-    names, (first, second) = [words(name) for name in objectives], objectives[:2]
+    return [_front(points, objectives, second, best, height) for second in objectives[1:]] if points else []
+
+
+def _front(
+    points: Sequence[Mapping[str, Any]], objectives: Sequence[str], second: str, best: Trial | None, height: int
+) -> Markup:
+    first, names = objectives[0], [words(name) for name in objectives]
     beyond = [row for row in points if not any(_dominates(other, row, objectives) for other in points)]
     values = [float(row[second]) for row in points]
     low, high = min(values), max(values)
@@ -355,6 +359,8 @@ def front(
     grid, labels = _grid(scale, height)
     place = {id(row): (100 * along.at(float(row[second])), _y(scale, float(row[first]), height)) for row in points}
     line = "L".join(f"{10 * x:.1f} {y}" for x, y in sorted(place[id(row)] for row in beyond))
+    drawn = element("path", d=f"M{line}", class_="line best", vector_effect="non-scaling-stroke")
+    lines = [stretch(height, drawn)] if len(objectives) == 2 else []  # seen from one side, a surface is no line
     dots = []
     for row in sorted(points, key=lambda row: row in beyond):
         x, y = place[id(row)]
@@ -366,17 +372,16 @@ def front(
         dots.append(element("circle", cx=pct(x), cy=y, r=5 if row in beyond else 4, class_=f"dot {look}", data_tip=tip))
     below = [(100 * along.at(tick), number(tick)) for tick in along.ticks(6)]
     return figure(
-        key="front",
-        title="Pareto front",
+        key=f"front-{second}",
+        title="Pareto front" if len(objectives) == 2 else f"Pareto front, by {words(second)}",
         description=f"{len(beyond)} of {len(points)} measured rungs are beaten by no other in all of "
         f"{', '.join(names)}.",
         height=height + _AXIS,
         body=[
             *grid,
-            stretch(height, element("path", d=f"M{line}", class_="line best", vector_effect="non-scaling-stroke")),
-            *dots, *labels, *_below(below, height),
+            *lines, *dots, *labels, *_below(below, height),
         ],
-        note=f"{names[0]} over {names[1]}, of each measured rung",
+        note=f"{names[0]} over {words(second)}, of each measured rung",
         legend=[("beaten by none", "best"), ("others", "trial")],
         table=rows_table(
             ["Trial", "Steps", *names],

@@ -78,7 +78,7 @@ left join lateral (
 order by s.created_at desc limit 200
 
 -- name: study
-select s.name, s.model, s.spec, s.state, s.stopped_by, s.created_at, s.updated_at, s.best,
+select s.name, s.model, s.spec, s.state, s.stopped_by, s.created_at, s.updated_at, s.best, s.seconds_left,
        count(distinct j.trial) filter (where j.clone_of is null) as trials,
        count(distinct j.trial) filter (where j.clone_of is not null) as variants, count(j.trial) filter (where j.state = 'done') as rungs,
        count(j.trial) filter (where j.state = 'failed') as failed, coalesce(sum(j.tokens), 0)::bigint as tokens,

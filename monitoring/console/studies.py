@@ -46,7 +46,7 @@ def show(visit: Visit) -> Response:
         courses=plots.courses(trials, rungs),
         importances=plots.importances((run or {}).get("importances") or {}),
         best=next((row for row in rows if row["trial"] == best), None),
-        front=plots.front(measured, study["spec"].get("objectives", ["loss"]), trials),
+        fronts=plots.fronts(measured, study["spec"].get("objectives", ["loss"]), trials),
         parallel=plots.parallel(trials, logs=logs),
         slices=plots.slices(trials, logs=logs),
         now=datetime.now(UTC),
@@ -94,7 +94,7 @@ def _state(study: Mapping[str, Any], row: Mapping[str, Any], top: int) -> str:
     if row["failed"]:
         return "failed"
     if row["stopped"]:
-        return "stopped by hand"
+        return "pruned by hand"
     if row["running"]:
         return "running"
     if study["state"] == "running":

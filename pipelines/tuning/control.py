@@ -69,7 +69,8 @@ def clone_trial(study: str, trial: int, settings: Sequence[str]) -> dict[str, An
         if any(variant.params == params for variant in studies.variants(conn, study)):
             raise Conflict(f"This variant was asked of {study} already.")
         studies.ask_variant(conn, study, clone_of=trial, params=params)
-    return {"study": study, "clone_of": trial, "params": params, "state": "waiting"}
+        at_work = studies.at_work(conn, study)
+    return {"study": study, "clone_of": trial, "params": params, "state": "waiting", "at_work": at_work}
 
 
 def _of(jobs: Sequence[studies.Job], study: str, trial: int) -> list[studies.Job]:
@@ -108,7 +109,13 @@ def _checked(params: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, 
         space = Space(**{name: [value] if isinstance(value, list) else value for name, value in params.items()})
     except ValidationError as error:
         first = error.errors()[0]
-        cause = first.get("ctx", {}).get("error", first["msg"])
-        raise UsageError(f"--set {'.'.join(str(part) for part in first['loc'])}: {cause}.") from error
+        cause = str(first.get("ctx", {}).get("error", first["msg"])).partition("; take one of the two out")[0]
+        field = ".".join(str(part) for part in first["loc"])
+        if field.partition(".")[0] in wanted:
+            raise UsageError(f"--set {field}: {cause}.") from error
+        asked = ", ".join(
+            f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in wanted.items()
+        )
+        raise UsageError(f"--set {asked} does not go with the trial's {field}: {cause}.") from error
     whole = space.model_dump(mode="json")
     return {n: whole[n][0] if isinstance(whole[n], list) else whole[n] for n in params}

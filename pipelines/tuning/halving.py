@@ -79,6 +79,19 @@ def fate(spec: StudySpec, jobs: Sequence[Job], trial: int) -> Fate | None:
     return "pruned" if peers is not None and last not in chosen(spec, peers) else None
 
 
+def state(spec: StudySpec, jobs: Sequence[Job], trial: int, *, running: bool) -> str:
+    """One word, or three, for where a trial of a study that runs, or does not, is: waiting, running, measured (and not
+    yet judged), complete, failed, pruned, or pruned by hand. The console's pages have the same."""
+    last = max((job for job in jobs if job.trial == trial), key=lambda job: job.rung)
+    if last.state == "pruned":
+        return "pruned by hand"
+    if ended := fate(spec, jobs, trial):
+        return ended
+    if last.state == "running":
+        return "running"
+    return ("waiting" if last.state == "waiting" else "measured") if running else "pruned"
+
+
 def by_place(jobs: Sequence[Job]) -> dict[tuple[int, int], Job]:
     return {(job.trial, job.rung): job for job in jobs}
 

@@ -7,6 +7,7 @@ memory, in which every trial that was ever measured is complete.
 from __future__ import annotations
 
 import base64
+import json
 import math
 import tempfile
 import warnings
@@ -157,7 +158,12 @@ def _plots(study: optuna.Study, measures: Measures) -> Iterator[tuple[Picture, C
         yield _IMPORTANCES, lambda: _bars(plots.plot_param_importances(compared, _evaluator(), compared_in))
     if not (varied := _varied(trials)):
         return
-    yield _PARALLEL, lambda: _parallel(plots.plot_parallel_coordinate(measured, varied, target_name=_LOSS))
+    yield (
+        _PARALLEL,
+        lambda: _parallel(
+            plots.plot_parallel_coordinate(measured, varied, target_name=_LOSS), [_LOSS, *sorted(varied)]
+        ),
+    )
     for number, start in enumerate(range(0, len(varied), _BESIDE), 1):
         part = varied[start : start + _BESIDE]
         picture = _SLICE if number == 1 else replace(_SLICE, name=f"slice-{number}", title=f"Slice, {number}")
@@ -190,15 +196,29 @@ def _complete(study: optuna.Study, value: Callable[[optuna.trial.FrozenTrial], f
 def _put(copy: optuna.Study, trial: optuna.trial.FrozenTrial, values: list[float] | None) -> None:
     """Without values as failed, so that all trials keep their numbers."""
     import optuna
+    from optuna.distributions import CategoricalDistribution
     from optuna.trial import TrialState
 
+    distributions = {
+        name: CategoricalDistribution([_brief(choice) for choice in each.choices])
+        if isinstance(each, CategoricalDistribution)
+        else each
+        for name, each in trial.distributions.items()
+    }
     copy.add_trial(
         optuna.trial.create_trial(
-            state=TrialState.FAIL if values is None else TrialState.COMPLETE, values=values, params=trial.params,
-            distributions=trial.distributions,
+            state=TrialState.FAIL if values is None else TrialState.COMPLETE, values=values,
+            params={name: _brief(value) for name, value in trial.params.items()}, distributions=distributions,
             intermediate_values=trial.intermediate_values if len(copy.directions) == 1 else {},
         )
     )  # fmt: skip
+
+
+def _brief(choice: Any) -> Any:
+    """A list of modules in few letters: q+v for ["q_proj", "v_proj"]."""
+    if not isinstance(choice, str) or not choice.startswith("["):
+        return choice
+    return "+".join(str(part).removesuffix("_proj") for part in json.loads(choice))
 
 
 def _after_first_rung(study: optuna.Study) -> optuna.Study:
@@ -291,9 +311,10 @@ def _bars(axes: Any) -> Figure:
     return _figure(axes, height=1.6 + 0.5 * len(axes.get_yticks()))
 
 
-def _parallel(axes: Any) -> Figure:
+def _parallel(axes: Any, names: Sequence[str]) -> Figure:
+    axes.set_xticks(range(len(names)), names)  # Optuna cuts long ones
     for label in axes.get_xticklabels():
-        label.set(rotation=15, horizontalalignment="right")
+        label.set(rotation=20, horizontalalignment="right")
     return _figure(axes, width=11.0, height=5.6)
 
 

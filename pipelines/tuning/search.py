@@ -219,7 +219,7 @@ class _Coordinator:
             self.over = over
             self.crew.progressed()
         if state == "running":
-            self._count()
+            self._count(jobs)
             if self._budget(row, jobs) is not None:
                 # Unless a person was quicker
                 with self._deciding() as conn, contextlib.suppress(Conflict):
@@ -247,13 +247,13 @@ class _Coordinator:
             self.guard(conn)
             yield conn
 
-    def _count(self) -> None:
+    def _count(self, jobs: Sequence[studies.Job]) -> None:
         """Add the time since the last turn to the study's, once in some seconds; none while nobody coordinates it, or
         the database is away."""
         now = time.monotonic()
         if now - self.counted >= _COUNT:
             with self._deciding() as conn:
-                studies.went_on(conn, self.spec.study, now - self.counted)
+                studies.went_on(conn, self.spec.study, now - self.counted, left=self._seconds_left(jobs))
             self.counted = now
 
     def _budget(self, row: Mapping[str, Any], jobs: Sequence[studies.Job]) -> str | None:
@@ -429,6 +429,13 @@ class _Coordinator:
             self._put_up(found, 0)
         return len(found)
 
+    def _seconds_left(self, jobs: Sequence[studies.Job]) -> float | None:
+        """By what a step took so far; None before a rung is done."""
+        done = [j for j in jobs if j.state in ("done", "failed")]
+        spent, worked = sum((j.seconds or 0.0) for j in done), sum(alone(self.spec, j.rung) for j in done)
+        left = sum(alone(self.spec, r) * n for r, n in enumerate(reaching(self.spec))) - worked
+        return spent / worked * max(0, left) / max(1, self.crew.wanted) if worked else None
+
     def _report(self, jobs: Sequence[studies.Job]) -> None:
         spec = self.spec
         done = [j for j in jobs if j.state in ("done", "failed")]
@@ -443,11 +450,8 @@ class _Coordinator:
             text += f", {failed} failed"
         if best is not None:
             text += f", best loss {best.value:.3f} (trial {best.trial}, {best.steps} steps)"
-        spent = sum((j.seconds or 0.0) for j in done)
-        worked = sum(alone(spec, j.rung) for j in done)
-        left = sum(alone(spec, r) * n for r, n in enumerate(total)) - worked
-        if worked and left > 0:
-            text += f", about {max(1, round(spent / worked * left / self.crew.wanted / 60))} min left"
+        if left := self._seconds_left(jobs):
+            text += f", about {max(1, round(left / 60))} min left"
         self.progress(text, len(done), sum(total) + sum(j.clone_of is not None for j in jobs))
 
     def _end(self, jobs: Sequence[studies.Job], stopped_by: str) -> Best | None:

@@ -265,7 +265,7 @@ def test_a_study_shows_each_trial_and_its_best(app: TestClient) -> None:
     assert "beaten by none" in second  # it has two objectives
     assert "1 variant by hand, 1 failed" in second
     assert ">variant of 3<" in second
-    assert second.count("stopped by hand<") == 1
+    assert second.count("pruned by hand<") == 1
     assert "9 of 9" in second  # a variant is on top
     running = check(app, f"/studies/{MODEL}-s3")[0]
     table = running[running.index('id="trials"') :]

@@ -171,6 +171,25 @@ def test_a_setting_that_makes_no_sense_is_one_sentence(study: str, setting: str,
         assert studies.variants(conn, "s") == []
 
 
+@pytest.mark.parametrize(
+    ("had", "setting", "words"),
+    [
+        ({"lora_dropout": 0.1}, "init_lora_weights=pissa", "pissa needs lora_dropout: 0"),
+        ({"init_lora_weights": "pissa"}, "lora_dropout=0.1", "pissa needs lora_dropout: 0"),
+        ({"init_lora_weights": "pissa"}, "use_dora=true", "pissa does not go with use_dora"),
+    ],
+)
+def test_what_does_not_go_with_the_rest_is_said_of_what_was_asked(
+    study: str, had: dict[str, Any], setting: str, words: str
+) -> None:
+    with transaction() as conn:
+        studies.add_job(conn, "s", trial=9, rung=0, trial_id=9, params=PARAMS | had, steps=8, checkpoint=None)
+    with pytest.raises(UsageError) as raised:
+        control.clone_trial("s", 9, [setting])
+    assert raised.value.message.startswith(f"--set {setting.partition('=')[0]}")
+    assert words in raised.value.message
+
+
 def test_a_variant_that_no_engine_could_serve_is_not_trained(study: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNESMITH_MAX_LORA_RANK", "64")
     get_settings.cache_clear()
@@ -272,7 +291,7 @@ def test_a_running_trial_is_left_at_once_and_a_variant_comes_next(spec: StudySpe
     assert tags["1"]["tunesmith.clone_of"] == "0"
     shown = CliRunner().invoke(commands.study, ["show", "s", "--json"])
     assert [(t["trial"], t["state"], t["clone_of"]) for t in json.loads(shown.output)["trials"]] == [
-        (0, "pruned", None), (1, "done", 0), (2, "done", None)
+        (0, "pruned by hand", None), (1, "complete", 0), (2, "complete", None)
     ]  # fmt: skip
 
 

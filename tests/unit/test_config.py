@@ -104,6 +104,16 @@ def test_licences_are_all_files_or_each_ones_by_name(tmp_path: Path) -> None:
     assert "did you mean 'more.csv'?" in str(error.value)
 
 
+def test_a_truth_is_no_number(tmp_path: Path) -> None:
+    path = minimal(tmp_path, "tuning: {trials: true, warm_start: true, validation_rows: false}\n")
+    with pytest.raises(ConfigError) as error:
+        load(path)
+    assert [(field, message) for _, field, message in problems(error)] == [
+        ("tuning.trials", "must be a number, not true"),
+        ("tuning.validation_rows", "must be a number, not false"),
+    ]
+
+
 def test_every_problem_is_told_at_once_with_its_line(tmp_path: Path) -> None:
     path = write(
         tmp_path,

@@ -110,13 +110,26 @@ def test_the_front_is_what_no_other_beats_in_all() -> None:
         {"trial": n, "steps": 6, "loss": loss, "adapter_parameters": size}
         for n, loss, size in ((0, 2.0, 10), (1, 1.0, 30), (2, 1.5, 20), (3, 1.5, 25), (4, 2.5, 40), (5, 9.0, None))
     ]
-    drawn = parse(plots.front(measured, ["loss", "adapter_parameters"], [trial(1, 1.0)]))
+    [front] = plots.fronts(measured, ["loss", "adapter_parameters"], [trial(1, 1.0)])
+    drawn = parse(front)
     assert [[cell.text for cell in row] for row in drawn.iter("tr")][1:] == [
         ["0", "6", "2", "10"], ["1", "6", "1", "30"], ["2", "6", "1.5", "20"]
     ]  # fmt: skip
     looks = [str(c.get("class")) for c in drawn.iter("circle")]
     assert (looks.count("dot best"), looks.count("dot trial")) == (3, 2)  # nothing is known of the sixth
-    assert plots.front(measured, ["loss"], []) == plots.front([], ["loss", "adapter_parameters"], []) == ""
+    assert plots.fronts(measured, ["loss"], []) == plots.fronts([], ["loss", "adapter_parameters"], []) == []
+
+
+def test_each_further_objective_has_a_picture_of_the_same_front() -> None:
+    rows = [
+        {"trial": n, "steps": 6, "loss": loss, "adapter_parameters": size, "latency_ms": latency}
+        for n, loss, size, latency in ((0, 2.0, 10, 5.0), (1, 1.0, 30, 6.0), (2, 2.5, 20, 4.0), (3, 2.6, 30, 6.0))
+    ]
+    drawn = plots.fronts(rows, ["loss", "adapter_parameters", "latency_ms"], [trial(1, 1.0)])
+    tables = [[next(cell.text for cell in row) for row in parse(each).iter("tr")][1:] for each in drawn]
+    assert tables == [["0", "1", "2"], ["0", "1", "2"]]  # 2 is the fastest, though beaten in loss and size
+    titles = [each.split("Pareto front, by ")[1].partition("<")[0] for each in drawn]
+    assert titles == ["adapter parameters", "latency ms"]
 
 
 def test_names_and_values_from_outside_are_only_text() -> None:
