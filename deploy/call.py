@@ -31,6 +31,7 @@ class Call:
         self.slot: str = "none"
         self.status = 0
         self.error: str | None = None
+        self.has_place = False  # whether it counts among those that are being answered
         self.sent = False  # whether the answer's head has gone out
         self.first_at: float | None = None
         self.text: list[str] = []

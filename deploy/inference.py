@@ -100,6 +100,7 @@ class Inference:
         headers = dict(scope["headers"])
         call = Call(kind, scope["identity"], _clean(headers.get(b"x-request-id")))
         self._in_flight += 1
+        call.has_place = True
         self.metrics.in_flight.set(self._in_flight)
         try:
             if not call.identity.may("service"):
@@ -126,9 +127,15 @@ class Inference:
             call.status, call.error = 500, f"{type(error).__name__}: {error}"
             await self._explain(call, send, TunesmithError("Something failed here.", hint="See the gateway's log."))
         finally:
+            self._free_place(call)
+            self._record(call)
+
+    def _free_place(self, call: Call) -> None:
+        """As soon as the last byte is out: its client may ask again before the rest of the work here is done."""
+        if call.has_place:
+            call.has_place = False
             self._in_flight -= 1
             self.metrics.in_flight.set(self._in_flight)
-            self._record(call)
 
     # ------------------------------------------------------------ in
 
@@ -219,6 +226,7 @@ class Inference:
                 await self._send_piece(send, orjson.dumps(chunk), more=True)
         call.status = 200
         await self._send_piece(send, b"[DONE]")
+        self._free_place(call)
 
     async def _send_piece(self, send: Send, data: bytes, *, more: bool = False) -> None:
         """Of a stream. Raises _Stalled when the client takes nothing."""
@@ -254,6 +262,7 @@ class Inference:
         length = ((b"content-length", b"%d" % len(body)), *more)
         await self._send_head(call, send, call.status, b"application/json", length)
         await send({"type": "http.response.body", "body": body})
+        self._free_place(call)
 
     async def _explain(self, call: Call, send: Send, error: TunesmithError) -> None:
         """Tell the client what went wrong: an answer of its own, or the last piece of the stream it is reading."""

@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -27,6 +29,8 @@ from infra import storage
 from infra.db import transaction
 from infra.settings import Settings
 from registry import deployments
+
+LOAD = Path(__file__).parents[1] / "benchmarks" / "gateway_peer.py"
 
 
 def promote(model: str, number: int) -> None:
@@ -586,6 +590,20 @@ def test_too_many_at_once_are_turned_away(database: Settings) -> None:
             thread.join()
         assert stand.ask().status_code == 200
         assert sorted(e["status"] for e in stand.wait_events(4)) == [200, 200, 200, 429]
+
+
+def test_who_asks_again_as_soon_as_answered_is_never_turned_away(database: Settings) -> None:
+    add_version("demo", 1)
+    promote("demo", 1)
+    with make_stand(database.home) as stand, stand.running_engine(), stand.running_gateway(concurrent=16):
+        stand.wait_ready()
+        asked = {"headers": stand.header("service"), "words": "demo-v1"}
+        asked["body"] = {"model": "demo", "messages": [{"role": "user", "content": "hello"}]}
+        load = [sys.executable, str(LOAD), "load", f"{stand.url}/v1/chat/completions", "3", "16", "0"]
+        done = subprocess.run(load, input=json.dumps(asked), capture_output=True, text=True, check=True)
+        found = json.loads(done.stdout)
+        assert found["answered"] > 100
+        assert (found["refused"], found["failed"]) == (0, 0), found["why"]
 
 
 def test_the_control_api(stand: Stand) -> None:
