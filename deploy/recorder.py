@@ -328,7 +328,9 @@ class Recorder:
                 if time.monotonic() >= next_hour:
                     self._keep_house()
                     next_hour = time.monotonic() + 3600
-                wait = 0.0 if self._send() else POLL_SECONDS
+                sent = self._send()
+                # Not at once for what came meanwhile: a transaction an event would cost more than the answers
+                wait = POLL_SECONDS if sent is None or 0 < sent < BATCH_ROWS else 0.0
             except (psycopg.OperationalError, psycopg.InterfaceError, TunesmithError) as error:
                 if wait != RETRY_SECONDS:
                     log.warning("request events wait in %s: %s", self.folder, str(error).strip().split("\n")[0])
@@ -340,7 +342,7 @@ class Recorder:
                 wait = 5 * RETRY_SECONDS
         self._tender.join()
         try:
-            while self._send():
+            while self._send() is not None:
                 pass
         except (psycopg.Error, TunesmithError, OSError) as error:
             log.warning("events stay in %s for the next start: %s", self.folder, str(error).strip().split("\n")[0])
@@ -359,8 +361,8 @@ class Recorder:
         except Exception:
             log.exception("keeping house in %s failed", self.folder)
 
-    def _send(self) -> bool:
-        """Send one batch of the oldest segment; False when there was nothing to send."""
+    def _send(self) -> int | None:
+        """Send one batch of the oldest segment; how many events that were, or None when nothing is left."""
         segment = self._segments[0]
         bodies: list[bytes] = []
         offset, end_seen = segment.sent, segment.end
@@ -372,15 +374,15 @@ class Recorder:
         if bodies:
             self._deliver(bodies)
             segment.mark_sent(offset)
-            return True
+            return len(bodies)
         with self._lock:
             if len(self._segments) == 1:
-                return False
+                return None
             if segment.end != end_seen:  # filled up since it was looked at
-                return True
+                return 0
             self._segments.popleft()
         segment.close(remove=True)
-        return True
+        return 0
 
     def _deliver(self, bodies: Sequence[bytes]) -> None:
         """Into the database, together; what the database will not take is set aside, alone."""

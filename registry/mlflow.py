@@ -81,19 +81,57 @@ def start_run(
                 run_id = str(found[0].info.run_id)
                 client.update_run(run_id, status="RUNNING")
                 return run_id
-        all_tags = {"mlflow.source.name": "tunesmith", "mlflow.source.type": "JOB", **(tags or {})}
-        if parent is not None:
-            all_tags["mlflow.parentRunId"] = parent
-        if key is not None:
-            all_tags["tunesmith.key"] = key
-        run = client.create_run(number, tags=_texts(all_tags), run_name=name)
-        run_id = str(run.info.run_id)
+        return _create(client, number, name, parent=parent, tags=tags, params=params, key=key)
+
+
+class Nested:
+    """The runs nested in one, each begun once by its key: asked for together, since each call is some milliseconds."""
+
+    def __init__(self, parent: str) -> None:
+        with _answers():
+            client = _client()
+            self.parent, self.experiment = parent, str(client.get_run(parent).info.experiment_id)
+            self.known: dict[str, str] = {}
+            page: str | None = ""
+            while page is not None:
+                nested = f"tags.`mlflow.parentRunId` = '{_quoted(parent)}'"
+                found = client.search_runs([self.experiment], nested, page_token=page or None)
+                self.known |= {run.data.tags.get("tunesmith.key", ""): str(run.info.run_id) for run in found}
+                page = found.token or None
+
+    def start_run(self, name: str, *, tags: Mapping[str, str], params: Mapping[str, Any], key: str) -> str:
+        """Begin a run, or resume the one with this key."""
+        with _answers():
+            client, run_id = _client(), self.known.get(key)
+            if run_id is not None:
+                client.update_run(run_id, status="RUNNING")
+                return run_id
+            return _create(client, self.experiment, name, parent=self.parent, tags=tags, params=params, key=key)
+
+
+def _create(
+    client: MlflowClient, experiment: str, name: str, *, parent: str | None, tags: Mapping[str, str] | None,
+    params: Mapping[str, Any] | None, key: str | None,
+) -> str:  # fmt: skip
+    all_tags = {"mlflow.source.name": "tunesmith", "mlflow.source.type": "JOB", **(tags or {})}
+    if parent is not None:
+        all_tags["mlflow.parentRunId"] = parent
+    if key is not None:
+        all_tags["tunesmith.key"] = key
+    run_id = str(client.create_run(experiment, tags=_texts(all_tags), run_name=name).info.run_id)
     log_params(run_id, params or {})
     return run_id
 
 
-def log_points(run_id: str, points: Iterable[tuple[str, float, int]], *, at_ms: int | None = None) -> None:
-    """Log (key, value, step) points, a thousand a call. Points that are not finite are dropped, with a warning.
+def log_points(
+    run_id: str,
+    points: Iterable[tuple[str, float, int]],
+    *,
+    at_ms: int | None = None,
+    tags: Mapping[str, Any] | None = None,
+) -> None:
+    """Log (key, value, step) points, a thousand a call, and tags with the last of them. Points that are not finite are
+    dropped, with a warning.
 
     Sending a point again with the same `at_ms` (Unix milliseconds; now, if not given) adds nothing.
     """
@@ -102,15 +140,15 @@ def log_points(run_id: str, points: Iterable[tuple[str, float, int]], *, at_ms: 
     finite = [point for point in points if math.isfinite(point[1])]
     if len(finite) < len(points):
         log.warning("%d points of run %s are not finite and were not logged", len(points) - len(finite), run_id)
-    if not finite:
-        return
     with _answers():
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric, RunTag
 
-        client = _client()
+        client, last = _client(), [RunTag(key, value) for key, value in _texts(tags or {}).items()]
         for start in range(0, len(finite), _BATCH):
-            part = finite[start : start + _BATCH]
-            client.log_batch(run_id, metrics=[Metric(key, float(value), from_now, step) for key, value, step in part])
+            part = [Metric(key, float(value), from_now, step) for key, value, step in finite[start : start + _BATCH]]
+            client.log_batch(run_id, metrics=part, tags=last if start + _BATCH >= len(finite) else ())
+    if not finite:
+        set_tags(run_id, tags or {})
 
 
 def log_params(run_id: str, params: Mapping[str, Any]) -> None:
@@ -125,6 +163,8 @@ def log_params(run_id: str, params: Mapping[str, Any]) -> None:
 
 def set_tags(run_id: str, tags: Mapping[str, Any]) -> None:
     """Set tags of a run; the last write wins."""
+    if not tags:
+        return
     with _answers():
         from mlflow.entities import RunTag
 

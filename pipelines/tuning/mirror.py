@@ -26,6 +26,7 @@ class Mirror:
 
     def __init__(self, spec: StudySpec, study: optuna.Study, parent: str | None) -> None:
         self.spec, self.optuna, self.parent = spec, study, parent
+        self.nested: mlflow.Nested | None = None  # what MLflow has of earlier coordinators', asked for once
         self.runs: dict[int, str] = {}  # trial -> MLflow run
         self.logged: set[tuple[int, int]] = set()
         self.told: set[int] = set()  # trials that Optuna knows the end of
@@ -95,10 +96,9 @@ class Mirror:
             if number in self.closed:
                 continue
             if number not in self.runs:
-                self.runs[number] = mlflow.start_run(
-                    mlflow.experiment_of(self.spec.model),
+                self.nested = self.nested or mlflow.Nested(self.parent)
+                self.runs[number] = self.nested.start_run(
                     f"trial {number}",
-                    parent=self.parent,
                     params=mine[0].params,
                     tags={
                         "tunesmith.study": self.spec.study,
@@ -107,20 +107,25 @@ class Mirror:
                     },
                     key=f"{self.spec.study}/{number}",
                 )
-            run, last = self.runs[number], mine[-1]
+            run, last, told = self.runs[number], mine[-1], False
+            over = self._over(last, jobs)
             for job in mine:
                 if job.value is None or (number, job.rung) in self.logged:
                     continue
                 points = [("train_loss", loss, int(step)) for step, loss in job.curve or []]
                 points.append(("validation_loss", halving.loss(job), job.steps))
                 # The time is the job's, so that another coordinator sends the same points
-                mlflow.log_points(run, points, at_ms=int(job.updated_at.timestamp() * 1000))
+                told = job is last and over is not None
+                tags = _outcome(over.name.lower(), last) if told and over is not None else None
+                mlflow.log_points(run, points, at_ms=int(job.updated_at.timestamp() * 1000), tags=tags)
                 self.logged.add((number, job.rung))
-            if (over := self._over(last, jobs)) is not None:
-                self._close(run, over.name.lower(), last)
+            if over is not None:
+                self._close(run, None if told else over.name.lower(), last)
 
-    def _close(self, run: str, outcome: str, last: studies.Job) -> None:
-        mlflow.set_tags(run, {"tunesmith.outcome": outcome, "tunesmith.error": last.error or ""})
+    def _close(self, run: str, outcome: str | None, last: studies.Job) -> None:
+        """End a trial's run; its outcome is None where MLflow has it already."""
+        if outcome is not None:
+            mlflow.set_tags(run, _outcome(outcome, last))
         mlflow.end_run(run, "FAILED" if last.state == "failed" else "FINISHED")
         self.closed.add(last.trial)
 
@@ -135,6 +140,10 @@ class Mirror:
                 self.told.add(number)
             if number in self.runs and number not in self.closed:
                 self._close(self.runs[number], "stopped", mine[-1])
+
+
+def _outcome(word: str, last: studies.Job) -> dict[str, str]:
+    return {"tunesmith.outcome": word, "tunesmith.error": last.error or ""}
 
 
 def is_drawn(trial: optuna.trial.FrozenTrial) -> bool:

@@ -91,19 +91,20 @@ def ours_log(job: Mapping[str, Any]) -> None:
 
     experiment = job["experiment"]
     parent = mlflow.start_run(experiment, "study")
+    nested = mlflow.Nested(parent)
     say_json()
     for number, curve in enumerate(job["curves"]):
-        run = mlflow.start_run(
-            experiment, f"trial {number}", parent=parent, params=job["params"], key=f"{experiment}/{number}",
+        run = nested.start_run(
+            f"trial {number}", params=job["params"], key=f"{experiment}/{number}",
             tags={"tunesmith.study": experiment, "tunesmith.trial": str(number)},
         )  # fmt: skip
         begun = 0
         for steps in rungs(len(curve), number=3, reduction=3):
             points = [("train_loss", curve[step], step + 1) for step in range(begun, steps)]
             points.append(("validation_loss", curve[steps - 1], steps))
-            mlflow.log_points(run, points, at_ms=int(time.time() * 1000))
+            outcome = {"tunesmith.outcome": "complete", "tunesmith.error": ""} if steps == len(curve) else None
+            mlflow.log_points(run, points, at_ms=int(time.time() * 1000), tags=outcome)
             begun = steps
-        mlflow.set_tags(run, {"tunesmith.outcome": "complete", "tunesmith.error": ""})
         mlflow.end_run(run)
     mlflow.end_run(parent)
     say_json()

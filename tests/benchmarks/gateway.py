@@ -28,6 +28,7 @@ from typing import IO, Any
 
 import psutil
 from _home import Home, started, temporary_home
+from mlflow_gateway import VARIABLES, add_endpoint
 from psycopg.types.json import Jsonb
 
 from deploy.auth import create_key
@@ -273,32 +274,16 @@ def litellm(home: Home, model_url: str, command: Path) -> Iterator[Side]:
 def mlflow(home: Home, model_url: str) -> Iterator[Side]:
     port = ports.free()
     log = home.folder / "mlflow.log"
-    os.environ |= {
-        "MLFLOW_GATEWAY_API_BASE_ALLOW_PRIVATE_IPS": "true", "MLFLOW_GATEWAY_API_BASE_ALLOWED_SCHEMES": "http,https",
-        "MLFLOW_CRYPTO_KEK_PASSPHRASE": "benchmark",
-    }  # fmt: skip
-    service = services.mlflow(get_settings(), port, os.environ | {"OMP_NUM_THREADS": "1"})
+    service = services.mlflow(get_settings(), port, os.environ | VARIABLES | {"OMP_NUM_THREADS": "1"})
 
     def start() -> subprocess.Popen[bytes]:
         with log.open("wb") as file:
             return service.start(file)
 
     with started(start, service.ready, "MLflow", log) as process:
-        from mlflow.entities.gateway_endpoint import GatewayEndpointModelConfig, GatewayModelLinkageType
-        from mlflow.store.tracking.rest_store import RestStore
-        from mlflow.utils.credentials import get_default_host_creds
-
-        store = RestStore(lambda: get_default_host_creds(f"http://127.0.0.1:{port}"))
-        secret = store.create_gateway_secret(
-            "model", {"api_key": "none"}, provider="openai", auth_config={"api_base": f"{model_url}/v1"}
-        )
-        definition = store.create_gateway_model_definition("demo", secret.secret_id, "openai", "demo")
-        linked = GatewayEndpointModelConfig(
-            model_definition_id=definition.model_definition_id, linkage_type=GatewayModelLinkageType.PRIMARY
-        )
-        store.create_gateway_endpoint("demo", [linked], usage_tracking=True)
+        url = add_endpoint(f"http://127.0.0.1:{port}", "demo", f"{model_url}/v1", "none")
         yield Side(
-            name="mlflow", url=f"http://127.0.0.1:{port}/gateway/mlflow/v1/chat/completions", model="demo", headers={},
+            name="mlflow", url=f"{url}/chat/completions", model="demo", headers={},
             process=psutil.Process(process.pid),
         )  # fmt: skip
 

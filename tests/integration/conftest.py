@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import mlflow_gateway
 import numpy as np
 import psycopg
 import pytest
@@ -40,6 +41,7 @@ def mlflow_process(server: object) -> Iterator[str]:
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "OMP_NUM_THREADS": "1",
+        **mlflow_gateway.VARIABLES,
     }
     argv = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     argv += ["--serve-artifacts", "--artifacts-destination", str(folder / "artifacts")]

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import engine_peer
+import mlflow_gateway
 import openai
 import pytest
 from address_peer import Answer, serving
@@ -123,6 +124,23 @@ def test_a_hosted_version_is_asked_priced_and_recorded_like_any(database: Settin
         for event in stand.wait_events(2):
             assert (event["version"], event["slot"], event["status"]) == (1, "champion", 200)
             assert event["cost_usd"] == pytest.approx((5 * 1.0 + 3 * 10.0) / 1000)
+
+
+def test_mlflows_gateway_may_stand_between(database: Settings, both: Upstreams, mlflow_process: str) -> None:
+    """As any other real one; what it says of a model that is gone is not passed on where another is left."""
+    url = mlflow_gateway.add_endpoint(mlflow_process, "base", f"{both.url('first')}/v1", engine_peer.SECRET)
+    with transaction() as conn:
+        upstreams.put(conn, "first", url, key_env="PEER_KEY", timeout_seconds=30, actor="test")
+    with _serving(database) as stand:
+        for stream in (False, True):
+            answer = stand.ask(stream=stream)
+            assert (answer.status_code, answer.headers["x-tunesmith-version"]) == (200, "demo:1"), answer.text
+        passed = _stats(stand, both, "first")["bodies"]
+        assert {body["reasoning_effort"] for body in passed} == {"low"}
+        assert [event["completion_tokens"] for event in stand.wait_events(2)] == [3, 3]
+        both.kill("first")
+        assert [stand.ask(stream=stream).status_code for stream in (False, True)] == [200, 200]
+        assert _stats(stand, both, "second")["answered"] == 2
 
 
 def test_an_upstream_that_dies_is_not_noticed_by_clients_and_is_asked_again_when_it_is_back(
