@@ -90,6 +90,7 @@ class Identity:
     name: str
     role: Role
     by_cookie: bool = False
+    watched: bool = True  # whether what it asks is traffic; what we ask ourselves is not
 
     @property
     def actor(self) -> str:
@@ -265,7 +266,10 @@ def _read() -> _Copy:
     now = time.monotonic()
     with transaction() as conn:
         keys = {
-            row["id"]: (bytes(row["hash"]), Identity(key_id=row["id"], name=row["name"], role=row["role"]))
+            row["id"]: (
+                bytes(row["hash"]),
+                Identity(key_id=row["id"], name=row["name"], role=row["role"], watched=row["watched"]),
+            )
             for row in conn.execute(SQL["valid_keys"])
         }
         sessions = {bytes(row["hash"]): str(row["key_id"]) for row in conn.execute(SQL["valid_sessions"])}

@@ -15,7 +15,7 @@ returning id, name, role, person, created_at, revoked_at
 delete from session where key_id = %(id)s
 
 -- name: valid_keys
-select id, name, role, hash from api_key where revoked_at is null
+select id, name, role, hash, watched from api_key where revoked_at is null
 
 -- name: valid_sessions
 select s.hash, s.key_id from session s join api_key k on k.id = s.key_id

@@ -149,19 +149,22 @@ class Budgets:
             elif purse.limit != limit:
                 purse.limit, purse.empty = limit, False
 
-    def _of(self, key_id: str, model: str) -> Iterator[_Purse]:
+    def _of(self, key_id: str, model: str, *, watched: bool = True) -> Iterator[_Purse]:
+        """What is no traffic takes nothing of what a model's clients may ask, but costs as much."""
         for scope, name in (("key", key_id), ("model", model)):
             for kind in UNITS:
+                if not watched and scope == "model" and kind in ("requests", "tokens"):
+                    continue
                 if (purse := self._purses.get((scope, name, kind))) is not None:
                     yield purse
 
-    async def admit(self, key_id: str, model: str) -> None:
+    async def admit(self, key_id: str, model: str, *, watched: bool = True) -> None:
         """Count a request. Raises OverLimit, and counts it nowhere, where a limit of key or model is used up."""
         if not self._purses:
             return
         counted: list[_Purse] = []
         try:
-            for purse in self._of(key_id, model):
+            for purse in self._of(key_id, model, watched=watched):
                 need = 1.0 if purse.limit.kind == "requests" else 0.0
                 await self._ensure(purse, need)
                 purse.left -= need
@@ -171,11 +174,11 @@ class Budgets:
                 purse.left += 1.0
             raise
 
-    def spend(self, key_id: str, model: str, *, tokens: int, usd: float) -> None:
+    def spend(self, key_id: str, model: str, *, tokens: int, usd: float, watched: bool = True) -> None:
         """Count what an answer used."""
         if not self._purses:
             return
-        for purse in self._of(key_id, model):
+        for purse in self._of(key_id, model, watched=watched):
             used = {"requests": 0.0, "tokens": float(tokens), "usd": usd, "usd_month": usd}
             purse.left -= used[purse.limit.kind]
 

@@ -269,10 +269,10 @@ class Follower:
         self.applied[wish.model] = (wish.generation if not missing else old.generation, not missing, message)
         self.waiting.discard(wish.model)
         if champion is None and wish.champion is not None:
-            if old.champion is not None:
-                return replace(old, message=message)
             failure = self._failures.get((wish.model, wish.champion))
-            if failure is None or isinstance(failure.error, _PASSING):
+            if old.champion is not None:
+                champion = old.champion
+            elif failure is None or isinstance(failure.error, _PASSING):
                 self.waiting.add(wish.model)
             else:  # this gateway began after it was promoted: what a rollback would bring back is the old one
                 champion = ready(wish.previous, None)
@@ -291,7 +291,13 @@ class Follower:
         for engine in self._engines:
             engines[engine.base_digest] = (*engines.get(engine.base_digest, ()), engine.url)
         resident = {ref: served for ref, served in self._versions.items() if self._is_loaded(served)}
-        self.table = Table(routes=routes, resident=resident, engines=engines, upstreams=self._upstreams)
+        holders = {
+            ref: tuple(engine.url for engine in self._engines if ref in self._loaded.get(engine.id, ()))
+            for ref in resident
+        }
+        self.table = Table(
+            routes=routes, resident=resident, engines=engines, holders=holders, upstreams=self._upstreams
+        )
 
     def _is_loaded(self, served: Served) -> bool:
         ref = served.model, served.number
@@ -386,8 +392,9 @@ class Follower:
         )
 
     async def _load(self, ref: Ref) -> None:
-        """Load a version into every engine of its base that lacks it; a hosted one has only to answer. Raises
-        Unreachable when there is none."""
+        """Load a version into every engine of its base that lacks it, all at once, so that a sick one holds up none of
+        the others; a hosted one has only to answer. Raises what the first of them failed by, Unreachable when there is
+        none."""
         served = self._versions[ref]
         if served.hosted:
             await self.upstream.try_out(replace(self.table, upstreams=self._upstreams).places(served), served)
@@ -397,13 +404,18 @@ class Follower:
         engines = self._of_base(served)
         if not engines:
             raise Unreachable(f"No engine runs for the base {served.base_digest[:19]} of {served.name}.")
-        for engine in engines:
-            if ref not in self._loaded.get(engine.id, ()):
-                await self.upstream.load(engine.url, served)
-                await self.upstream.try_out([Place(name=engine.url, url=engine.url, model=served.adapter)], served)
-                self._loaded.setdefault(engine.id, set()).add(ref)
-                self._changed.set()
-                log.info("%s is ready in the engine at %s", served.name, engine.url)
+
+        async def into(engine: Engine) -> None:
+            await self.upstream.load(engine.url, served)
+            await self.upstream.try_out([Place(name=engine.url, url=engine.url, model=served.adapter)], served)
+            self._loaded.setdefault(engine.id, set()).add(ref)
+            self._changed.set()
+            log.info("%s is ready in the engine at %s", served.name, engine.url)
+
+        lacking = [engine for engine in engines if ref not in self._loaded.get(engine.id, ())]
+        for failed in await asyncio.gather(*map(into, lacking), return_exceptions=True):
+            if failed is not None:
+                raise failed
 
     def _of_base(self, served: Served) -> list[Engine]:
         return [engine for engine in self._engines if engine.base_digest == served.base_digest]

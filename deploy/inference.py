@@ -29,13 +29,14 @@ from deploy.upstream import Busy, LeftAlone, Upstream
 from infra.errors import TunesmithError
 from infra.storage import text_digest
 from registry.privacy import redact
-from registry.profile import FEATURES, Answer
+from registry.profile import FEATURES, Answer, input_text
 
 log = logging.getLogger(__name__)
 
 _PATHS = {"chat": "/chat/completions", "completion": "/completions"}
 _NO_FEATURES = (float("nan"),) * len(FEATURES)
 _GONE = 499  # nginx's number for a client that closed the connection
+_CHARACTERS = 4  # of a token, about, where nobody counted
 KEPT_CHARACTERS = 65_536  # of each message, where a model keeps text: redaction runs on the event loop
 SHADOWS = 8  # copies under way at once; more are dropped and counted
 SHADOW_SECONDS = 120.0  # that a copy may take in an engine, which others may keep busy all the time
@@ -51,6 +52,10 @@ class TooSlow(BadRequest):
     code: ClassVar[str] = "too_slow"
 
 
+class _Left(Exception):
+    """A client went away before all of its request had come."""
+
+
 class _Stalled(Exception):
     """A client does not read its answer."""
 
@@ -63,6 +68,11 @@ class Limits:
     body_seconds: float = 30.0  # for a request's body to arrive
     send_seconds: float = 30.0  # for a client to take a piece of its answer
     concurrent: int = 128
+
+    @property
+    def background(self) -> int:
+        """Of `concurrent`, places that requests may take which make way for others."""
+        return max(1, self.concurrent // 4)
 
 
 class Inference:
@@ -112,7 +122,9 @@ class Inference:
                 raise Busy("Too many requests are being answered.", hint="Try again in a second.")
             call.asked = parse_request(kind, await self._body(headers, receive))
             call.wanted = parse(call.asked.model)
-            await self.budgets.admit(call.identity.key_id, call.wanted.model)
+            if call.asked.background and self._in_flight > self.limits.background:
+                raise Busy("Too many background requests are being answered.", hint="Try again later.")
+            await self.budgets.admit(call.identity.key_id, call.wanted.model, watched=call.identity.watched)
             await self._unless_gone(call, receive, self._answer(call, send))
         except TunesmithError as error:
             call.status, call.error = error.http_status, f"{error.code}: {error.message}"
@@ -120,6 +132,8 @@ class Inference:
         except asyncio.CancelledError:
             call.status, call.error = _GONE, "the client went away, or the gateway was stopped"
             raise
+        except _Left:
+            call.status, call.error = _GONE, "the client went away"
         except _Stalled:
             call.status, call.error = _GONE, f"the client read nothing for {self.limits.send_seconds:g} s"
         except Exception as error:
@@ -151,7 +165,7 @@ class Inference:
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise asyncio.CancelledError
+                        raise _Left
                     part = message.get("body", b"")
                     size += len(part)
                     if size > limit:
@@ -185,7 +199,7 @@ class Inference:
         asked, wanted = call.asked, call.wanted
         assert asked is not None and wanted is not None  # noqa: S101, PT018
         table = self.follower.table
-        picked = pick(table, wanted, asked.user or call.identity.key_id)
+        picked = pick(table, wanted, asked.user or str(call.id))
         if picked is None:
             assert wanted.number is not None  # noqa: S101
             served = await self.follower.warm(wanted.model, wanted.number)
@@ -288,20 +302,25 @@ class Inference:
         name = served.name if served else "none"
         self.metrics.requests.labels(name, call.slot, str(call.status)).inc()
         features, cost = _NO_FEATURES, 0.0
-        # Who hangs up before the usage comes has used what was sent all the same
+        # Who hangs up before the usage comes has used what was sent all the same, about this much
         completion = call.completion_tokens or (len(call.text) if asked and asked.stream else 0)
+        prompt, engine_seconds = call.prompt_tokens, call.engine_seconds
+        if call.status == _GONE and served is not None and asked is not None and not prompt:
+            prompt = 1 + len(input_text(asked.messages)) // _CHARACTERS
+            engine_seconds = time.perf_counter() - (call.first_at or call.started)
         kept: Any = None
         answer: str | None = None
         if served is not None:
             self.metrics.latency.labels(name).observe(seconds)
-            self.metrics.tokens.labels(name, "prompt").inc(call.prompt_tokens)
+            self.metrics.tokens.labels(name, "prompt").inc(prompt)
             self.metrics.tokens.labels(name, "completion").inc(completion)
             if call.first_at is not None:
                 self.metrics.first_token.labels(name).observe(call.first_at - call.started)
-            cost = served.price.cost_usd(call.prompt_tokens, completion, call.engine_seconds)
+            cost = served.price.cost_usd(prompt, completion, engine_seconds)
             if call.slot != "shadow":  # which nobody asked for
-                tokens = call.prompt_tokens + completion
-                self.budgets.spend(call.identity.key_id, served.model, tokens=tokens, usd=cost)
+                tokens = prompt + completion
+                who = call.identity
+                self.budgets.spend(who.key_id, served.model, tokens=tokens, usd=cost, watched=who.watched)
         if asked is not None and served is not None and call.status == 200:
             text = "".join(call.text)
             features = tuple(
@@ -330,11 +349,11 @@ class Inference:
                 status=call.status,
                 error=_without_nul(call.error)[:500] if call.error else None,
                 stream=asked.stream if asked else False,
-                prompt_tokens=call.prompt_tokens,
+                prompt_tokens=prompt,
                 completion_tokens=completion,
                 ttft_ms=ttft_ms,
                 latency_ms=seconds * 1000,
-                engine_seconds=call.engine_seconds,
+                engine_seconds=engine_seconds,
                 cost_usd=cost,
                 finish_reason=call.finish_reason,
                 features=features,
@@ -368,6 +387,8 @@ class Inference:
             async with asyncio.timeout(None if shadow.hosted else SHADOW_SECONDS):
                 call.take(await self.upstream.complete(places, shadow, _PATHS[call.kind], body))
             call.first_at, call.status = None, 200
+            same = "".join(call.text) == "".join(original.text)
+            self.metrics.shadow_answers.labels(shadow.name, "same" if same else "other").inc()
         except TimeoutError:
             call.status, call.error = Busy.http_status, f"{Busy.code}: the engine had no time for it"
         except TunesmithError as error:

@@ -39,6 +39,12 @@ class Metrics:
         self.shadow_dropped = Counter(
             "tunesmith_shadow_dropped", "Copies not sent, since too many were under way.", registry=self.registry
         )
+        self.shadow_answers = Counter(
+            "tunesmith_shadow_answers",
+            "Shadows' answers to copies: the same text as the client had, or another.",
+            ["version", "answer"],
+            registry=self.registry,
+        )
         self.unauthenticated = Counter(
             "tunesmith_unauthenticated", "Requests without a valid key.", registry=self.registry
         )

@@ -91,17 +91,21 @@ class Route:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
     """What serves. `resident` holds every version that is loaded, in a slot or not; `engines` maps a base's
-    digest to the addresses of its engines, `upstreams` a name to where hosted models are asked."""
+    digest to the addresses of its engines, `holders` a version to those that have it loaded, `upstreams` a name to
+    where hosted models are asked."""
 
     routes: Mapping[str, Route] = field(default_factory=dict)
     resident: Mapping[tuple[str, int], Served] = field(default_factory=dict)
     engines: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    holders: Mapping[tuple[str, int], tuple[str, ...]] = field(default_factory=dict)
     upstreams: Mapping[str, Upstream] = field(default_factory=dict)
 
     def places(self, served: Served) -> tuple[Place, ...]:
-        """Where a version is asked: any of its engines, or its hosted models in their order."""
+        """Where a version is asked: any engine that has it loaded (of its base, where none has), or its hosted models
+        in their order."""
         if not served.hosted:
-            urls = self.engines.get(served.base_digest, ())
+            held = self.holders.get((served.model, served.number))
+            urls = held or self.engines.get(served.base_digest, ())
             return tuple(Place(name=url, url=url, model=served.adapter) for url in urls)
         return tuple(
             Place(
@@ -132,8 +136,8 @@ def parse(model: object) -> Wanted:
 def pick(table: Table, wanted: Wanted, sticky: str) -> tuple[Served, Slot] | None:
     """The version that answers, and in which role; None when a pinned number is not resident yet.
 
-    `sticky` is the request's user, or its key: the same one gets the same version while a challenger stands, and
-    keeps it when the share grows.
+    `sticky` is the request's user: the same one gets the same version while a challenger stands, and keeps it when the
+    share grows. A request without one has its own id: by the key, one application would be all of a share or none.
 
     Raises NotFound for an unknown model or an empty slot, Unreachable while its champion is not ready.
     """

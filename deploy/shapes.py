@@ -42,6 +42,7 @@ class Asked:
     stream: bool
     wants_usage: bool
     body: dict[str, Any]
+    newer: bool = False  # whether it names its length max_completion_tokens, as models that reason insist on
 
     @property
     def background(self) -> bool:
@@ -75,9 +76,10 @@ def parse_request(kind: Kind, raw: bytes) -> Asked:
         body["messages"] = [_message(index, item) for index, item in enumerate(_messages(body))]
         if isinstance(body.get("logprobs", False), int) and not isinstance(body.get("logprobs", False), bool):
             raise BadRequest("`logprobs` must be true or false.", "logprobs")
-        if "max_completion_tokens" in body:
+        if newer := "max_completion_tokens" in body:
             body["max_tokens"] = body.pop("max_completion_tokens")
     else:
+        newer = False
         body["prompt"] = _prompt(body)
     options = body.pop("stream_options", {})
     stream = body.get("stream", False)
@@ -90,6 +92,7 @@ def parse_request(kind: Kind, raw: bytes) -> Asked:
         stream=stream,
         wants_usage=bool(options.get("include_usage", False)),
         body=body,
+        newer=newer,
     )
 
 
@@ -102,6 +105,8 @@ def for_engine(asked: Asked, served: Served) -> dict[str, Any]:
         and all(m["role"] not in ("system", "developer") for m in body["messages"])
     ):
         body["messages"] = [{"role": "system", "content": served.system}, *body["messages"]]
+    if asked.newer and served.hosted:
+        body["max_completion_tokens"] = body.pop("max_tokens")
     if asked.stream:
         body["stream_options"] = {"include_usage": True}
     return body

@@ -420,6 +420,15 @@ def _answer(data: bytes, place: Place, key: str | None) -> dict[str, Any]:
     choices = value.get("choices")
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
         raise BadAnswer(f"{place.who}'s answer has no choices.")
+    try:  # what is read of it later, so that another place can be asked now
+        usage = value.get("usage") or {}
+        [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
+        said = [choice.get("delta") or choice.get("message") or choice for choice in choices]
+        well = all(isinstance(each.get("content") or each.get("text") or "", str) for each in said)
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        well = False
+    if not well:
+        raise BadAnswer(f"{place.who}'s answer is not of OpenAI's shape.")
     return value
 
 

@@ -20,9 +20,9 @@ from registry.rollouts import Rollout
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
 log = logging.getLogger(__name__)
 
-_BEFORE = timedelta(hours=24)  # of the champion's traffic, that slow and long are told by
+_BEFORE = timedelta(hours=24)  # of the champion's traffic, that slow, long and dear are told by
 _LATE = timedelta(seconds=30)  # after a minute, for its events to arrive
-_FEWEST = 50  # answers before the canary, without which nothing is called slow or long
+_FEWEST = 50  # answers before the canary, without which nothing is called slow, long or dear
 _FLAGS = ("truncated", "empty")
 
 Count = Callable[[Window], tuple[int, int]]  # how many were bad, and of how many
@@ -111,7 +111,8 @@ def look(conn: Connection, rollout: Rollout, now: datetime) -> Decision:
         requests=sum(
             p.window.slots.get("challenger", 0)  # not what named it, nor copies
             for p in points
-            if p.version == rollout.version and p.start >= windows.floor(rollout.step_at, "minute")
+            # Of the minutes that were looked at: a step is not passed by what nobody has seen yet
+            if p.version == rollout.version and max(begun, windows.floor(rollout.step_at, "minute")) <= p.start < until
         ),
         in_step=max(timedelta(0), now - rollout.step_at),
         alerts=[f"{alert['rule']}: {alert['message']}" for alert in alerts],
@@ -137,6 +138,7 @@ def _counted(before: Window) -> dict[str, tuple[Count, tuple[int, int]]]:
         length = _of("answer_characters")  # tokens of a hosted model are of another kind
         for name, histogram, quantile in (
             ("slow", lambda w: w.latency_ms, 0.5), ("slowest", lambda w: w.latency_ms, 0.95), ("long", length, 0.5),
+            ("dear", lambda w: w.cost_micro_usd, 0.5),
         ):  # fmt: skip
             if (usual := windows.quantile_bucket(histogram(before), quantile)) is not None:
                 counts[name] = _from(histogram, usual + 1)

@@ -12,11 +12,12 @@ from feedback
 where model = %(model)s and version = %(version)s and score is not null and at >= %(since)s and at < %(until)s
 
 -- name: alerts
--- Opened for the one since it began, and not open for the other. What the test looks at itself is left to it, and
--- drift tells of the traffic: a share of the users is no sample of all
+-- Opened for the one since it began, and not open for the other. What the test looks at itself (errors, latency) is left
+-- to it; drift counts where it is the version that moved, since a share of the users is no sample of all
 select a.rule, a.message from alert a
 where a.model = %(model)s and a.version = %(version)s and a.closed_at is null and a.severity in ('warning', 'critical')
-    and a.opened_at >= %(since)s and a.rule <> 'drift' and a.rule not like 'error_rate%%'
+    and a.opened_at >= %(since)s and (a.rule <> 'drift' or a.cause = 'model') and a.rule not like 'error_rate%%'
+    and a.rule not like '%%latency%%'
     and not exists (select from alert c where c.model = a.model and c.version = %(champion)s and c.rule = a.rule
                     and c.closed_at is null)
 order by a.severity = 'critical' desc, a.opened_at

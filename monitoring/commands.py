@@ -223,6 +223,14 @@ def cost(ref: str, since: str, until: str | None, as_json: bool) -> None:
             name = escape(safe(key["name"] or key["key_id"]))
             table.add_row(name, str(key["requests"]), str(key["tokens"]), usd(key["usd"]))
         out.print(table)
+    if result["languages"]:
+        table = Table("language", "requests", "tokens", "share", "characters a token", "cost", box=None)
+        for each in result["languages"]:
+            per = each["characters_per_token"]
+            share = "" if each["share"] is None else f"{100 * each['share']:.1f} %"
+            covers = "" if per is None else f"{per:.2f}"
+            table.add_row(each["language"], str(each["requests"]), str(each["tokens"]), share, covers, usd(each["usd"]))
+        out.print(table)
     month = result["month"]
     end = month["by"]
     if month["expected"] is not None:

@@ -18,6 +18,7 @@ from infra.db import Connection, load_queries, one
 from infra.settings import get_settings
 from monitoring import windows
 from monitoring.windows import Window
+from registry.languages import NAMES
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
 
@@ -29,10 +30,11 @@ _Z = 1.96
 def report(conn: Connection, model: str, versions: Sequence[int], since: datetime, until: datetime) -> dict[str, Any]:
     """Cost in US dollars between two times (to the minute; `days` and `keys` are of whole UTC days): of all versions
     together, of each, of each by day, and by key. `priced_by` says by what: "tokens" or "machine". A version's `making`
-    is what its run took of the machine, and what that adds to each of the requests that it ever answered; `month` is
-    `forecast`'s, of the model."""
+    is what its run took of the machine, and what that adds to each of the requests that it ever answered; `languages`
+    has what `languages` says of those that were answered; `month` is `forecast`'s, of the model."""
     spans = {version: windows.read(conn, model, version, since, until) for version in versions}
     making = _making(conn, model, versions)
+    whole = windows.total(spans.values())
     days: dict[int, list[dict[str, Any]]] = {version: [] for version in versions}
     for point in windows.series(conn, model, versions, since, until, "day"):
         days[point.version].append({"day": _day(point.start).isoformat(), **figures(point.window)})
@@ -42,7 +44,8 @@ def report(conn: Connection, model: str, versions: Sequence[int], since: datetim
         "until": until,
         "currency": "USD",
         **price_of(conn, model),
-        **figures(windows.total(spans.values())),
+        **figures(whole),
+        "languages": languages(whole),
         "versions": [
             {"version": v, **figures(window), "making": making.get(v), "days": days[v]} for v, window in spans.items()
         ],
@@ -56,14 +59,45 @@ def report(conn: Connection, model: str, versions: Sequence[int], since: datetim
 
 def _making(conn: Connection, model: str, versions: Sequence[int]) -> dict[int, dict[str, Any]]:
     """By version: the machine's seconds of its run, dollars at the machine's price, and a thousand requests' share of
-    these, spread over all that it ever answered. Several machines of one run count as one."""
+    these, spread over all that it ever answered; what a thousand requests cost with its base alone, and after how many
+    what it saves of that has paid for making it (null: never, or the suite cost did not measure it). Several machines
+    of one run count as one."""
     hour = price_of(conn, model)["price"].get("per_machine_hour_usd", get_settings().machine_usd_per_hour)
     found: dict[int, dict[str, Any]] = {}
     for row in conn.execute(SQL["making"], {"model": model, "versions": list(versions)}):
         usd = row["seconds"] / 3600 * hour
         share = 1000 * usd / row["requests"] if row["requests"] else None
-        found[row["version"]] = {"seconds": row["seconds"], "usd": usd, "usd_per_1000_requests": share}
+        saved = (row["base_usd"] - row["own_usd"]) / 1000 if row["base_usd"] and row["own_usd"] else None
+        found[row["version"]] = {
+            "seconds": row["seconds"],
+            "usd": usd,
+            "usd_per_1000_requests": share,
+            "base_usd_per_1000_requests": row["base_usd"],
+            "requests_to_break_even": math.ceil(usd / saved) if saved is not None and saved > 0 else None,
+        }
     return found
+
+
+def languages(window: Window) -> list[dict[str, Any]]:
+    """What each language takes of a window, those of most tokens first: requests, tokens of prompts and answers and
+    their share, dollars, and how many characters of a prompt a token covers (fewer: the same text is dearer)."""
+    found: list[dict[str, Any]] = []
+    for place, name in enumerate(NAMES):
+        of = {what: window.languages.get(f"{place}:{what}", 0) for what in windows.LANGUAGES}
+        if not of["requests"]:
+            continue
+        found.append(
+            {
+                "language": name,
+                "requests": of["requests"],
+                "tokens": of["tokens"],
+                "usd": of["cost_nano_usd"] / 1e9,
+                "characters_per_token": of["characters"] / of["prompt_tokens"] if of["prompt_tokens"] else None,
+            }
+        )
+    tokens = sum(each["tokens"] for each in found)
+    ordered = sorted(found, key=lambda each: -each["tokens"])
+    return [{**each, "share": each["tokens"] / tokens if tokens else None} for each in ordered]
 
 
 def forecast(conn: Connection, model: str, now: datetime) -> dict[str, Any]:

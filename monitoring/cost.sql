@@ -2,9 +2,14 @@
 select (select settings #> '{monitoring,price}' from model where name = %(model)s) as price
 
 -- name: making
--- What it took to make versions: the time of their runs' stages, a search's among them; and all that they ever answered
-select v.number as version, coalesce(s.seconds, 0)::float8 as seconds, coalesce(w.requests, 0)::bigint as requests
+-- What it took to make versions: the time of their runs' stages, a search's among them; all that they ever answered; and
+-- what their evaluation says a thousand requests cost, with them and with their base alone
+select v.number as version, coalesce(s.seconds, 0)::float8 as seconds, coalesce(w.requests, 0)::bigint as requests,
+    (e.cost #>> '{candidate,estimate}')::float8 as own_usd, (e.cost #>> '{base,estimate}')::float8 as base_usd
 from version v
+left join lateral (
+    select e.body #> '{metrics,cost_per_1000_usd}' as cost from judged j join evidence e on e.digest = j.evaluation
+    where j.model = v.model and j.number = v.number) e on true
 left join lateral (select sum(seconds) as seconds from stage where run_id = v.run_id) s on true
 left join lateral (
     select sum(requests) as requests from traffic_window

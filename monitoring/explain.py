@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from registry.profile import TOPICS
+
 if TYPE_CHECKING:
     from monitoring.attribution import Attribution, Cause
     from monitoring.drift import Moved
@@ -129,6 +131,8 @@ def _sentence(m: Moved, new_words: Sequence[str], *, keeps_text: bool) -> str:
     if name == "language":
         live, known = (_languages(feature.names, counts) for counts in (m.now, m.before))
         return f"requests are in other languages ({live} now, {known} before)"
+    if name == "json_shape":
+        return _shape(*(counts[TOPICS] / sum(counts) for counts in (m.before, m.now)))
     if name == "unseen_word_share":
         return _unseen(m, new_words, keeps_text=keeps_text)
     if name in _LENGTHS:
@@ -149,6 +153,13 @@ def _unseen(m: Moved, new_words: Sequence[str], *, keeps_text: bool) -> str:
         f"{_percent(m.feature.mean(m.now))} of the words in requests are words the training data never had{which}, "
         f"{_percent(m.feature.mean(m.before))} before"
     )
+
+
+def _shape(before: float, now: float) -> str:
+    """By the shares of what is no JSON object."""
+    if _percent(before) == _percent(now):
+        return "JSON answers have other fields"
+    return f"{_percent(now)} of answers are no JSON object, {_percent(before)} before"
 
 
 def _length(m: Moved, what: str, unit: str) -> str:

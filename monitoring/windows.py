@@ -45,6 +45,9 @@ MINUTE_DAYS, _HOUR_DAYS = 8, 400  # how long minutes and hours are kept; days st
 
 FEEDBACK: Mapping[str, int] = {"rated": 1, "disliked": 2, "corrected": 4}  # bits of feedback.counts
 
+LANGUAGES = ("requests", "prompt_tokens", "characters", "tokens", "cost_nano_usd")
+_LANGUAGE, _CHARACTERS = (list(FEATURE).index(name) for name in ("language", "characters"))
+
 Counts = Mapping[int, int]
 
 
@@ -72,9 +75,12 @@ class Words:
 class Window:
     """The sketches of some requests. Tokens, money and time are of all of them, features of answered ones.
 
-    `errors` are answers with a status of 500 or more. `latency_ms` and `ttft_ms` map a bucket (`bucket`) to a
-    count, of answers with status 200. `features` maps a feature of registry.profile to its histogram, by bin.
+    `errors` are answers with a status of 500 or more. `latency_ms`, `ttft_ms` and `cost_micro_usd` map a bucket
+    (`bucket`) to a count, of answers with status 200. `features` maps a feature of registry.profile to its histogram,
+    by bin.
     `feedback` are the requests that people rated, disliked and corrected (`FEEDBACK`), by the requests' time.
+    `languages` maps "place:what" to a sum over answered requests in a language (its place in registry.languages), for
+    each what of `LANGUAGES`.
     """
 
     requests: int = 0
@@ -87,7 +93,9 @@ class Window:
     slots: Mapping[str, int] = field(default_factory=dict)
     latency_ms: Counts = field(default_factory=dict)
     ttft_ms: Counts = field(default_factory=dict)
+    cost_micro_usd: Counts = field(default_factory=dict)
     feedback: Mapping[str, int] = field(default_factory=dict)
+    languages: Mapping[str, int] = field(default_factory=dict)
     features: Mapping[str, Counts] = field(default_factory=dict)
     new_words: Words = Words()
 
@@ -164,7 +172,7 @@ class _Sum:
 
     def __init__(self) -> None:
         self.numbers = [0] * 6
-        self.maps: tuple[Counter[Any], ...] = (Counter(), Counter(), Counter(), Counter(), Counter())
+        self.maps: tuple[Counter[Any], ...] = tuple(Counter() for _ in _maps(Window()))
         self.features: dict[str, Counter[int]] = {}
         self.words = Words()
 
@@ -179,7 +187,7 @@ class _Sum:
 
     def window(self) -> Window:
         requests, errors, prompt, completion, engine, cost = self.numbers
-        status, slots, latency, ttft, feedback = (dict(m) for m in self.maps)
+        status, slots, latency, ttft, price, feedback, languages = (dict(m) for m in self.maps)
         return Window(
             requests=requests,
             errors=errors,
@@ -191,7 +199,9 @@ class _Sum:
             slots=slots,
             latency_ms=latency,
             ttft_ms=ttft,
+            cost_micro_usd=price,
             feedback=feedback,
+            languages=languages,
             features={name: dict(counts) for name, counts in self.features.items()},
             new_words=self.words,
         )
@@ -202,7 +212,7 @@ def _numbers(w: Window) -> tuple[int, ...]:
 
 
 def _maps(w: Window) -> tuple[Mapping[Any, int], ...]:
-    return w.status, w.slots, w.latency_ms, w.ttft_ms, w.feedback
+    return w.status, w.slots, w.latency_ms, w.ttft_ms, w.cost_micro_usd, w.feedback, w.languages
 
 
 def total(windows: Iterable[Window]) -> Window:
@@ -237,9 +247,22 @@ def of_event(event: Mapping[str, Any], extractor: Extractor | None = None) -> Wi
         slots={event["slot"]: 1},
         latency_ms={bucket(event["latency_ms"]): 1} if answered else {},
         ttft_ms={bucket(ttft): 1} if answered and ttft is not None else {},
+        cost_micro_usd={bucket(_MICRO * event["cost_usd"]): 1} if answered else {},
+        languages=_of_language(event) if answered else {},
         features=features,
         new_words=words,
     )
+
+
+def _of_language(event: Mapping[str, Any]) -> dict[str, int]:
+    values = event["features"]
+    if len(values) <= _LANGUAGE or not (math.isfinite(values[_LANGUAGE]) and math.isfinite(values[_CHARACTERS])):
+        return {}
+    prompt, completion = event["prompt_tokens"], event["completion_tokens"]
+    characters = min(max(0, int(values[_CHARACTERS])), 2**31)
+    figures = (1, prompt, characters, prompt + completion, _scaled(event["cost_usd"], _NANO))
+    place = FEATURE["language"].bin(values[_LANGUAGE])
+    return {f"{place}:{what}": n for what, n in zip(LANGUAGES, figures, strict=True)}
 
 
 def _scaled(value: float, unit: int) -> int:
@@ -255,7 +278,9 @@ def to_json(window: Window) -> dict[str, Any]:
         "slots": dict(window.slots),
         "latency_ms": dict(window.latency_ms),
         "ttft_ms": dict(window.ttft_ms),
+        "cost_micro_usd": dict(window.cost_micro_usd),
         "feedback": dict(window.feedback),
+        "languages": dict(window.languages),
         "features": {name: dict(counts) for name, counts in window.features.items()},
         "new_words": {"counts": dict(window.new_words.counts), "error": window.new_words.error},
     }
@@ -276,7 +301,9 @@ def from_row(row: Mapping[str, Any]) -> Window:
         slots=sketches["slots"],
         latency_ms=_by_int(sketches["latency_ms"]),
         ttft_ms=_by_int(sketches["ttft_ms"]),
-        feedback=sketches.get("feedback", {}),  # windows of before 0023 have none
+        cost_micro_usd=_by_int(sketches.get("cost_micro_usd", {})),  # windows of earlier releases lack these three
+        feedback=sketches.get("feedback", {}),
+        languages=sketches.get("languages", {}),
         features={name: _by_int(counts) for name, counts in sketches["features"].items() if name in FEATURE},
         new_words=Words(**sketches["new_words"]),
     )

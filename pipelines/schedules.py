@@ -13,6 +13,7 @@ from infra.errors import Conflict, NotFound, UsageError
 from infra.prefect import call
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_RESCORE = "rescore/"  # before a model's name; no schedule of a person's has a slash
 _PAUSED = "The schedule is paused."
 
 
@@ -81,8 +82,8 @@ def ensure_rescore(model: str, cron: str | None) -> None:
 
 
 def list_schedules() -> list[dict[str, Any]]:
-    """All schedules, by name."""
-    found = call("POST", "/deployments/filter", {"flows": {"name": {"any_": ["train"]}}, "limit": 200})
+    """All schedules, by name; those of golden sets are called ``rescore/MODEL``."""
+    found = call("POST", "/deployments/filter", {"flows": {"name": {"any_": ["train", "rescore"]}}, "limit": 200})
     return sorted((_describe(d) for d in found), key=lambda s: str(s["name"]))
 
 
@@ -108,7 +109,12 @@ def resume(name: str) -> dict[str, Any]:
 
 def remove(name: str) -> dict[str, Any]:
     """Take a schedule away. Raises Conflict while a run of it is going on, whose record in Prefect would break; it is
-    paused then."""
+    paused then. Raises UsageError for a golden set's, which its pipeline file makes."""
+    if name.startswith(_RESCORE):
+        raise UsageError(
+            f"{name[:80]} stands in the pipeline file of {name.removeprefix(_RESCORE)[:80]}, and would come back.",
+            hint="Take monitoring.rescore out of it and run it, or pause the schedule.",
+        )
     gone = get(name)
     pause(name)
     deployment = _deployment(name)
@@ -163,8 +169,9 @@ def crash(flow_run_id: str, message: str) -> None:
 
 
 def _deployment(name: str) -> dict[str, Any]:
+    flow, own = ("rescore", name.removeprefix(_RESCORE)) if name.startswith(_RESCORE) else ("train", name)
     try:
-        found: dict[str, Any] = call("GET", f"/deployments/name/train/{quote(name, safe='')}")
+        found: dict[str, Any] = call("GET", f"/deployments/name/{flow}/{quote(own, safe='')}")
     except NotFound as error:
         raise NotFound(f"There is no schedule {name}.", hint="See `tunesmith schedule list`.") from error
     return found
@@ -207,7 +214,7 @@ def _describe(deployment: Mapping[str, Any]) -> dict[str, Any]:
     )
     parameters = deployment["parameters"]
     return {
-        "name": deployment["name"],
+        "name": deployment["name"] if "config" in parameters else _RESCORE + deployment["name"],
         "config": parameters.get("config"),
         "overrides": parameters.get("overrides", []),
         "cron": schedule.get("cron"),

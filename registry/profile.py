@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+import orjson
+
 from registry import languages
 
 Side = Literal["input", "output", "quality"]
@@ -199,6 +201,14 @@ FEATURES: tuple[Feature, ...] = (
         edges=tuple(i + 0.5 for i in range(TOPICS)),
         label="the mix of answers",
         matters=0.25,  # the reference is of test rows, which may be another mix than traffic's
+    ),
+    Feature(
+        name="json_shape",
+        side="output",
+        kind="category",
+        edges=tuple(i + 0.5 for i in range(TOPICS)),
+        label="the shape of JSON answers",
+        matters=0.05,
     ),
 )
 FEATURE: Mapping[str, Feature] = {f.name: f for f in FEATURES}
@@ -388,6 +398,19 @@ def _output_features(answer: Answer) -> list[float]:
         _UNKNOWN if answer.mean_logprob is None else min(0.0, answer.mean_logprob),
         float(_REFUSAL.search(answer.text, 0, 300) is not None),
         float(answer.finish_reason == "length"),
-        float(not answer.text.strip()),
+        float(not answer.text.strip() and answer.finish_reason not in ("tool_calls", "function_call")),
         _topic(found),
+        _json_shape(answer.text),
     ]
+
+
+def _json_shape(text: str) -> float:
+    """Which fields a JSON object has, as one of TOPICS buckets; TOPICS for what is no object. So answers that lose or
+    rename a field move it, and those that are cut off, without a schema, which could be made to take for ever."""
+    if not text.lstrip().startswith("{"):
+        return float(TOPICS)
+    try:
+        names = "\n".join(sorted(orjson.loads(text)))
+    except orjson.JSONDecodeError:
+        return float(TOPICS)
+    return float(zlib.crc32(names.encode(errors="surrogatepass")) % TOPICS)

@@ -22,7 +22,7 @@ from registry.deployments import Change
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
 End = Literal["promoted", "taken_back", "stopped"]
-WATCHED = ("errors", "slow", "slowest", "long", "truncated", "empty", "disliked")  # in words: deploy/rollout.py
+WATCHED = ("errors", "slow", "slowest", "long", "dear", "truncated", "empty", "disliked")  # in words: deploy/rollout.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +109,8 @@ def begin(
     whose gate did not pass, since it could not be promoted in the end.
     """
     deployments.check_passed(conn, model, number)
-    if expect_generation is None:
-        deployments.lock(conn, model)  # of two that begin at once the second sees the first
+    # Of two that begin at once the second sees the first; in the watcher's order, deployment before canary
+    deployments.lock(conn, model)
     now, there = lock(conn, model), deployments.read(conn, model)
     if now is not None and (there.challenger, there.challenger_share) != (now.version, now.share):
         end(conn, now, "stopped")  # by hand, and the watcher has not come by since

@@ -42,6 +42,7 @@ class Traffic:
 
     latency: float = 1.0
     length: float = 1.0
+    price: float = 1.0  # of a token
     errors: float = 0.01
     truncated: float = 0.02
     empty: float = 0.002
@@ -62,6 +63,7 @@ class Traffic:
             "slow": (int((slow > 1).sum()), n),
             "slowest": (int((slow > SLOWEST).sum()), n),
             "long": (int((long > 1).sum()), n),
+            "dear": (int((self.price * long > 1).sum()), n),
             "truncated": (random.binomial(n, self.truncated), n),
             "empty": (random.binomial(n, self.empty), n),
             "disliked": (int(disliked.sum()), int(rated.sum())),
@@ -85,6 +87,7 @@ CASES = (
     Case(name="better: 10 % faster, half the errors", challenger=Traffic(latency=0.9, errors=0.005), worse=False),
     Case(name="latency 10 % longer", challenger=Traffic(latency=1.1)),
     Case(name="answers, and their cost, 10 % longer", challenger=Traffic(length=1.1)),
+    Case(name="tokens 10 % dearer", challenger=Traffic(price=1.1)),
     Case(name="errors on 10 % more of the requests", challenger=Traffic(errors=0.11)),
     Case(name="disliked on 10 % more of what is rated", challenger=Traffic(disliked=0.2)),
     Case(name="equal, 20,000 users who differ", challenger=USUAL, users=20_000, worse=False),

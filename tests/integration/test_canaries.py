@@ -117,6 +117,27 @@ def test_slow_and_long_are_told_by_what_the_champion_did_before(begun: Rollout) 
     assert "slower" in rollout.said
 
 
+def test_dear_is_told_too(begun: Rollout) -> None:
+    serve(1, 40, first=50, last=45)
+    pass_time(20)
+    serve(1, 20)
+    serve(2, 20, cost_usd=0.00011)
+    turn()
+    rollout, _, _ = now()
+    assert rollout.state == "taken_back"
+    assert {f["name"] for f in rollout.findings if f["worse"]} == {"dear"}
+
+
+def test_a_step_is_not_passed_by_what_nobody_has_looked_at(begun: Rollout) -> None:
+    with transaction() as conn:
+        conn.execute("update rollout set plan = plan || '{\"min_minutes\": 0}'")
+    pass_time(1)
+    serve(1, 60, first=0, last=-1)  # in the minute that is going on
+    serve(2, 60, first=0, last=-1)
+    turn()
+    assert (now()[0].state, now()[0].step) == ("running", 0)
+
+
 def test_who_changes_the_deployment_by_hand_has_the_last_word(begun: Rollout) -> None:
     with transaction() as conn:
         deployments.stop(conn, "m", "challenger", **WHO)

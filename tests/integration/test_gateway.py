@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ import httpx
 import openai
 import pytest
 from psycopg.types.json import Jsonb
-from serving import Stand, add_version, make_stand, wait_for
+from serving import Stand, add_base, add_engine, add_version, make_stand, wait_for
 
 from deploy.follower import IDLE_VERSIONS, Follower
 from deploy.upstream import Upstream
-from infra import storage
+from infra import ports, storage
 from infra.db import transaction
 from infra.settings import Settings
+from monitoring import alerts
 from registry import deployments
 
 LOAD = Path(__file__).parents[1] / "benchmarks" / "gateway_peer.py"
@@ -380,6 +382,12 @@ def test_a_version_that_does_not_become_ready_changes_nothing(stand: Stand) -> N
     assert wait_for(told)["status"] == "stale"
     assert stand.ask().headers["x-tunesmith-version"] == "demo:1"
     assert stand.ask("demo:2").status_code == 409
+    with transaction() as conn:
+        deployments.canary(conn, "demo", 3, share=0.99, actor="test", reason="try it", force=True)
+    wait_for(lambda: stand.ask().headers["x-tunesmith-version"] == "demo:3", what="for the challenger of a stale one")
+    with transaction() as conn:
+        deployments.stop(conn, "demo", "challenger", actor="test", reason="enough")
+    wait_for(lambda: [stand.ask().headers["x-tunesmith-version"] for _ in range(5)] == ["demo:1"] * 5)
     promote("demo", 3)
     wait_for(lambda: stand.ask().headers["x-tunesmith-version"] == "demo:3")
 
@@ -408,6 +416,82 @@ def test_a_model_that_cannot_be_served_takes_no_other_away(database: Settings) -
     with make_stand(database.home) as stand, stand.running_engine(), stand.running_gateway():
         wait_for(lambda: stand._status() == 200)
         assert (stand.ask("demo").status_code, stand.ask("other").status_code) == (503, 200)
+
+
+def test_a_sick_engine_holds_up_no_promotion(database: Settings) -> None:
+    for number in (1, 2):
+        add_version("demo", number)
+    promote("demo", 1)
+    with socket.create_server(("127.0.0.1", 0)) as deaf:  # takes connections, and never says anything
+        add_base()
+        add_engine(f"http://127.0.0.1:{deaf.getsockname()[1]}")
+        with make_stand(database.home) as stand, stand.running_engine(), stand.running_gateway():
+            stand.wait_ready()
+            assert all(stand.ask().status_code == 200 for _ in range(4)), "only who has it loaded is asked"
+            promote("demo", 2)
+            wait_for(lambda: stand.ask().headers["x-tunesmith-version"] == "demo:2", 10)
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(database: Settings) -> None:
+    add_version("demo", 1)
+    promote("demo", 1)
+    with make_stand(database.home) as stand, stand.running_engine(), stand.running_gateway(body_seconds=1.0):
+        stand.wait_ready()
+        host, port = stand.url.removeprefix("http://").split(":")
+        lines = ["POST /v1/chat/completions HTTP/1.1", "host: x", "content-length: 100"]
+        lines += [f"{name}: {value}" for name, value in stand.header().items()]
+        head = "\r\n".join([*lines, "content-type: application/json", "", '{"model": ']).encode()
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(head)
+            client.settimeout(30)
+            said = client.recv(10_000).decode()
+        assert said.startswith("HTTP/1.1 408")
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(head)  # and hang up
+        assert sorted(event["status"] for event in stand.wait_events(2)) == [408, 499]
+        assert "Traceback" not in (stand.home / "gateway.log").read_text()
+
+
+def test_two_gateways_follow_and_each_says_what_it_cannot_serve(database: Settings, tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        add_version("demo", number)
+    promote("demo", 1)
+    with make_stand(database.home) as stand, stand.running_engine(), stand.running_gateway():
+        stand.wait_ready()
+        first, own = stand.gateway, stand.url
+        stand.url = f"http://127.0.0.1:{ports.free()}"
+        with stand.running_gateway():
+            stand.wait_ready()
+            urls = (own, stand.url)
+
+            def served(url: str) -> str:
+                body = {"model": "demo", "messages": [{"role": "user", "content": "hello"}]}
+                answer = stand.http.post(f"{url}/v1/chat/completions", json=body, headers=stand.header())
+                return str(answer.headers["x-tunesmith-version"])
+
+            promote("demo", 2)
+            wait_for(lambda: [served(url) for url in urls] == ["demo:2"] * 2, 10)
+            # One that was away when the next came, and finds its files damaged
+            assert first is not None
+            first.send_signal(signal.SIGSTOP)
+            promote("demo", 3)
+            wait_for(lambda: served(stand.url) == "demo:3", 10)
+            damage(3)
+            first.send_signal(signal.SIGCONT)
+
+            def stale() -> bool:
+                told = stand.http.get(f"{own}/readyz", headers=stand.header("viewer")).json()
+                return bool(told["status"] == "stale")
+
+            wait_for(stale, 20, "for the one that cannot follow")
+            assert [served(url) for url in urls] == ["demo:2", "demo:3"]
+            since: dict[str, Any] = {}
+            with transaction() as conn:
+                for later in (timedelta(0), timedelta(minutes=1)):
+                    alerts.look_at_gateways(conn, since, datetime.now(UTC) + later)
+                found = conn.execute("select rule, message from alert").fetchall()
+            assert [alert["rule"] for alert in found] == [alerts.NOT_SERVING]
+            assert "1 of 2 gateways have not followed generation 3 of demo" in found[0]["message"]
 
 
 def test_a_client_that_stops_reading_is_let_go(database: Settings) -> None:
@@ -442,9 +526,13 @@ def test_shares_are_sticky_and_shadows_silent(stand: Stand) -> None:
     time.sleep(1.5)
     grown = {user: stand.ask(user=user).json()["model"] for user in chosen}
     assert all(grown[user] == "demo:2" for user, model in chosen.items() if model == "demo:2")
+    # Whoever names no user has the share all the same, with one key
+    assert 40 <= sum(stand.ask().json()["model"] == "demo:2" for _ in range(100)) <= 80
     events = wait_for(lambda: [e for e in stand.events() if e["slot"] == "shadow"])
     assert {e["version"] for e in events} == {3}
     assert {e["client_request_id"] for e in events} <= {str(e["id"]) for e in stand.events()}
+    metrics = stand.http.get(f"{stand.url}/metrics", headers=stand.header("viewer")).text
+    assert 'tunesmith_shadow_answers_total{answer="other",version="demo:3"}' in metrics
 
 
 def test_what_nobody_waits_for_makes_way(stand: Stand) -> None:
@@ -485,6 +573,10 @@ def test_a_client_that_goes_away_frees_its_slot(stand: Stand) -> None:
     gone = [e for e in stand.wait_events(2) if e["status"] == 499]
     assert [e["stream"] for e in gone] == [True, False]
     assert 1 <= gone[0]["completion_tokens"] < 50, "what was sent counts"
+    for event in gone:
+        assert event["prompt_tokens"] == 1 + len("slow") // 4, "and what was asked, about"
+        assert 0 < event["engine_seconds"] <= event["latency_ms"] / 1000 + 0.01
+        assert event["cost_usd"] > 0
 
 
 def test_an_engine_that_fails(stand: Stand) -> None:
@@ -590,6 +682,20 @@ def test_too_many_at_once_are_turned_away(database: Settings) -> None:
             thread.join()
         assert stand.ask().status_code == 200
         assert sorted(e["status"] for e in stand.wait_events(4)) == [200, 200, 200, 429]
+
+
+def test_what_makes_way_leaves_places_for_others(database: Settings) -> None:
+    add_version("demo", 1)
+    promote("demo", 1)
+    with make_stand(database.home) as stand, stand.running_engine(), stand.running_gateway(concurrent=4):
+        stand.wait_ready()
+        bulk = threading.Thread(target=stand.ask, kwargs={"text": "slow", "priority": 1})
+        bulk.start()
+        wait_for(lambda: stand.stats()["active"] == 1)
+        refused = stand.ask(priority=1)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "busy")
+        assert stand.ask().status_code == 200
+        bulk.join()
 
 
 def test_who_asks_again_as_soon_as_answered_is_never_turned_away(database: Settings) -> None:

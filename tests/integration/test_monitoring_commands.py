@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import uuid
 from typing import Any
 
 import pytest
 import traffic
 from click.testing import CliRunner
+from psycopg.types.json import Jsonb
 
 from deploy import recorder
 from infra.db import transaction
 from infra.errors import NotFound, UsageError
 from infra.settings import Settings
 from monitoring import alerts, commands, feedback, windows
+from registry.evidence import keep_evidence
 
 PAIRS = [(f"math.fn{i}(x, /)", f"Return number {i} of x.") for i in range(150)]
 PROFILE = traffic.profile(PAIRS, PAIRS)
@@ -75,7 +78,49 @@ def test_cost(model: str) -> None:
     assert result["keys"] == [{"key_id": "k", "name": None, "requests": 180, "tokens": result["prompt_tokens"]
                                + result["completion_tokens"], "usd": pytest.approx(0.018)}]  # fmt: skip
     assert result["energy_kwh"] == pytest.approx(result["engine_seconds"] / 3600 * 0.1)
-    assert result["versions"][0]["making"] == {"seconds": 0.0, "usd": 0.0, "usd_per_1000_requests": 0.0}
+    assert result["versions"][0]["making"] == {
+        "seconds": 0.0, "usd": 0.0, "usd_per_1000_requests": 0.0, "base_usd_per_1000_requests": None,
+        "requests_to_break_even": None,
+    }  # fmt: skip
+
+
+def test_languages_share_the_cost_and_a_version_pays_off(database: Settings) -> None:
+    asked = [("where is my order and when will it be here", "a"), ("wo ist mein Paket und wann ist es hier", "b")]
+    with transaction() as conn:
+        traffic.register(conn, "m", 3, PROFILE, settings={}, champion=False)
+        costs = [{"candidate": {"estimate": own}, "base": {"estimate": 0.06}} for own in (0.02, 0.07)]
+        cheaper, dearer = (
+            keep_evidence(conn, "evaluation", {"metrics": {"cost_per_1000_usd": cost}}) for cost in costs
+        )
+        run_id = uuid.uuid4()
+        conn.execute(
+            "insert into run (id, model, kind, state, fingerprint, config, config_path, token)"
+            " values (%s, 'm', 'train', 'completed', '', '{}', '', 1)",
+            (run_id,),
+        )
+        conn.execute("insert into stage (run_id, name, output, seconds) values (%s, 'search', '{}', 3600)", (run_id,))
+        for number, kept in ((1, cheaper), (2, dearer)):
+            conn.execute(
+                "insert into version (model, number, bundle_digest, base_digest, method, manifest, profile, run_id,"
+                " evaluation) values ('m', %s, 'sha256:v', 'sha256:b', 'lora', '{}', %s, %s, %s)",
+                (number, Jsonb(PROFILE.to_json()), run_id, kept),
+            )
+        traffic.serve(conn, "m", 1)
+        events = [traffic.event("m", 1, PROFILE, pair) for pair in [asked[0]] * 3 + [asked[1]]]
+        recorder.store(conn, uuid.uuid4(), events)
+        windows.close(conn)
+    result = json.loads(run(commands.cost, "m", "--json"))
+    english, german = result["languages"]
+    assert [(each["language"], each["requests"]) for each in (english, german)] == [("English", 3), ("German", 1)]
+    assert english["tokens"] + german["tokens"] == result["prompt_tokens"] + result["completion_tokens"]
+    assert (english["usd"], english["share"] + german["share"]) == (pytest.approx(0.0003), pytest.approx(1))
+    assert german["characters_per_token"] == pytest.approx(len(asked[1][0]) / events[-1]["prompt_tokens"])
+    made = result["versions"][0]["making"]
+    assert made["base_usd_per_1000_requests"] == 0.06
+    assert made["requests_to_break_even"] == math.ceil(made["usd"] / (0.06 - 0.02) * 1000)
+    assert "German" in run(commands.cost, "m")
+    made = json.loads(run(commands.cost, "m:2", "--json"))["versions"][0]["making"]
+    assert made["requests_to_break_even"] is None, "which costs more than its base"
 
 
 def test_drift_and_alerts_as_text(model: str) -> None:

@@ -15,10 +15,11 @@ from serving import add_version, child, make_stand, wait_for
 
 from infra import ports
 from infra.db import transaction
-from infra.errors import NotFound
+from infra.errors import NotFound, UsageError
 from infra.prefect import call
 from infra.settings import Settings, get_settings
 from monitoring import golden
+from pipelines import schedules
 from registry import datasets, deployments
 
 
@@ -69,7 +70,11 @@ def test_a_schedule_follows_the_file_and_stays_paused_while_that_is_the_same(pre
     made = deployment()
     assert [s["schedule"]["cron"] for s in made["schedules"]] == ["0 3 * * *"]
     assert made["parameters"] == {"model": "demo"}
-    call("POST", f"/deployments/{made['id']}/pause_deployment")
+    [listed] = schedules.list_schedules()
+    assert (listed["name"], listed["cron"], listed["paused"]) == ("rescore/demo", "0 3 * * *", False)
+    assert schedules.pause("rescore/demo")["paused"] is True
+    with pytest.raises(UsageError, match="stands in the pipeline file of demo"):
+        schedules.remove("rescore/demo")
     ensure("0 3 * * *")
     assert deployment()["paused"] is True
     ensure("30 4 * * *")

@@ -115,13 +115,17 @@ def test_a_hosted_version_is_asked_priced_and_recorded_like_any(database: Settin
             model="demo", messages=[{"role": "user", "content": "hello"}], stream=True
         )
         assert "".join(c.choices[0].delta.content or "" for c in chunks) == "base word0 word1"
+        stand.ask(text="newer", max_completion_tokens=5)
+        (newer,) = (b for b in _stats(stand, both, "first")["bodies"] if b["messages"][-1]["content"] == "newer")
+        assert newer["max_completion_tokens"] == 5
+        assert "max_tokens" not in newer
         body = next(b for b in _stats(stand, both, "first")["bodies"] if "tools" in b)
         assert (body["model"], body["tools"], body["reasoning_effort"]) == ("base", tools, "low")
         assert body["response_format"] == {"type": "text"}
         assert body["messages"][0] == {"role": "system", "content": "Be kind."}
         assert not {"top_p", "priority"} & body.keys(), "which is null, and which only engines know"
         assert _stats(stand, both, "second")["bodies"] == []
-        for event in stand.wait_events(2):
+        for event in stand.wait_events(3):
             assert (event["version"], event["slot"], event["status"]) == (1, "champion", 200)
             assert event["cost_usd"] == pytest.approx((5 * 1.0 + 3 * 10.0) / 1000)
 
@@ -292,9 +296,10 @@ def test_what_an_upstream_says_is_taken_with_care(
         if asked == "quote":
             return 400, {}, {"error": {"message": f"the key {key} may not ask this"}}
         said: Any = [{"type": "text", "text": "hello"}] if asked == "list" else "hello"
-        usage = {"prompt_tokens": -3, "completion_tokens": 10**30} if asked == "counts" else {"prompt_tokens": "many"}
+        counts = {"counts": {"prompt_tokens": -3, "completion_tokens": 10**30}, "usage": {"prompt_tokens": "many"}}
+        usage = {"usage": counts[asked]} if asked in counts else {}
         choices = [{"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": "stop"}]
-        return 200, {}, {"id": "x", "choices": choices, **({"usage": usage} if asked != "plain" else {})}
+        return 200, {}, {"id": "x", "choices": choices, **usage}
 
     with serving(answer) as peer:
         with transaction() as conn:
@@ -314,6 +319,11 @@ def test_what_an_upstream_says_is_taken_with_care(
             assert sorted(event["status"] for event in events) == [200, 200, 400, 502, 502]
             assert [event["prompt_tokens"] for event in events if event["completion_tokens"] > 10**6] == [0]
             assert key not in (stand.home / "gateway.log").read_text()
+            # Where only one talks nonsense, the other is asked
+            with transaction() as conn:
+                upstreams.put(conn, "second", f"{both.url('second')}/v1", key_env="PEER_KEY", actor="test")
+            wait_for(lambda: stand.ask(text="list").status_code == 200, 10, "for the other one")
+            assert stand.ask(text="usage", stream=True).status_code == 200
 
 
 def test_addresses_by_command(database: Settings) -> None:

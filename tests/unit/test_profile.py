@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from registry import languages
-from registry.profile import FEATURE, FEATURES, Answer, Extractor, Profile, build, input_text, words
+from registry.profile import FEATURE, FEATURES, TOPICS, Answer, Extractor, Profile, build, input_text, words
 
 
 def ask(text: str) -> list[dict[str, str]]:
@@ -94,3 +94,22 @@ def test_languages_and_answers_are_features() -> None:
         return values[FEATURES.index(FEATURE["answer_mix"])]
 
     assert mix("order_status") == mix("order status") != mix("card declined")
+
+
+def test_who_calls_a_tool_says_something() -> None:
+    for reason, empty in (("stop", 1.0), ("tool_calls", 0.0)):
+        answer = Answer(text="", completion_tokens=9, finish_reason=reason)
+        values = Extractor(Profile(histograms={})).features(ask("?"), answer, 1)
+        assert values[FEATURES.index(FEATURE["empty"])] == empty
+
+
+def test_json_answers_are_told_apart_by_their_fields() -> None:
+    def shape(text: str) -> float:
+        values = Extractor(Profile(histograms={})).features(ask("?"), Answer(text=text, completion_tokens=2), 1)
+        return values[FEATURES.index(FEATURE["json_shape"])]
+
+    whole = shape('{"intent": "refund", "amount": 12}')
+    assert whole == shape(' {"amount": null, "intent": {"a": 1}}\n')
+    assert whole != shape('{"intent": "refund"}')
+    none = float(TOPICS)
+    assert {shape(text) for text in ("refund", "", '["refund"]', '{"intent": "ref', '{"intent"}', "{" * 5000)} == {none}
