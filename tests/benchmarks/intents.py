@@ -60,7 +60,7 @@ class Size:
     requests: int  # of a canary's, that a step takes
 
 
-LONG = Size(intents=12, rows=60, steps=120, shares="10%, 25%, 50%", requests=60)
+LONG = Size(intents=12, rows=50, steps=120, shares="10%, 25%, 50%", requests=60)
 SHORT = Size(intents=6, rows=40, steps=60, shares="25%, 50%", requests=30)
 
 
@@ -188,6 +188,8 @@ def rows(folder: Path | None, size: Size) -> tuple[list[Row], list[Row]]:
     learn, test = modules() if folder is None else (read(folder, "*_train.jsonl"), read(folder, "*_test.jsonl"))
     counts = Counter(row.intent for row in learn)
     chosen = [intent for intent in sorted(counts) if counts[intent] >= size.rows][: size.intents]
+    if len(chosen) < size.intents:
+        sys.exit(f"{len(chosen)} intents have {size.rows} rows; {size.intents} are needed.")
     learn = [row for intent in chosen for row in [r for r in learn if r.intent == intent][: size.rows]]
     test = [row for row in test if row.intent in chosen]
     random.Random(3).shuffle(learn)
@@ -251,7 +253,8 @@ def command(*arguments: str) -> dict[str, Any]:
     """A command as a person gives it; its JSON, where it is asked for."""
     done = subprocess.run([sys.executable, "-m", "pipelines.cli", *arguments], capture_output=True, check=False)
     if done.returncode:
-        sys.exit(f"`tunesmith {' '.join(arguments)}` ended with {done.returncode}:\n{done.stderr.decode()[-2000:]}")
+        said = (done.stdout + done.stderr).decode()[-2000:]
+        sys.exit(f"`tunesmith {' '.join(arguments)}` ended with {done.returncode}:\n{said}")
     return dict(json.loads(done.stdout)) if "--json" in arguments else {}
 
 
