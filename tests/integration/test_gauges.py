@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import traffic
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models.dashboard import Dashboard
 from prometheus_client.parser import text_string_to_metric_families
 from ruamel.yaml import YAML
 
@@ -95,6 +97,29 @@ def test_rules_and_dashboard_ask_for_what_there_is(database: Settings) -> None:
         assert asked_for(expression) <= known(), expression
     places = [(p["gridPos"]["x"], p["gridPos"]["y"]) for p in board["panels"]]
     assert len(set(places)) == len(places) == len({p["id"] for p in board["panels"]})
+
+
+def lost(given: Any, kept: Any, at: str = "") -> list[str]:
+    """Where one JSON value holds what another has not, or has otherwise."""
+    if isinstance(given, dict) and isinstance(kept, dict):
+        return [each for name in given for each in lost(given[name], kept.get(name), f"{at}.{name}")]
+    if isinstance(given, list) and isinstance(kept, list) and len(given) == len(kept):
+        return [each for n, pair in enumerate(zip(given, kept, strict=True)) for each in lost(*pair, f"{at}[{n}]")]
+    return [] if given == kept else [at]
+
+
+def test_the_dashboard_is_of_grafanas_schema() -> None:
+    """Read and written by the types that Grafana makes of its schema, it loses nothing."""
+    board = json.loads((FILES / "grafana.json").read_text())
+
+    def through(value: Any) -> Any:
+        return json.loads(json.dumps(Dashboard.from_json(value), cls=JSONEncoder))
+
+    assert lost(board, through(board)) == []
+    panel = board["panels"][0] | {"gridPosition": {}}
+    assert lost({"panels": [panel], "titel": "x"}, through({"panels": [panel], "titel": "x"})) == [
+        ".panels[0].gridPosition", ".titel"
+    ]  # fmt: skip
 
 
 @pytest.mark.skipif(not shutil.which("promtool"), reason="Prometheus's own checker is not installed")
