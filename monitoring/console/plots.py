@@ -263,7 +263,10 @@ def slices(trials: Sequence[Trial], *, logs: Container[str] = (), height: int = 
             at = along.at(t.params.get(name))
             if at is not None and t.loss is not None:
                 dots.append(_dot(t, 4 + 92 * at, _y(scale, t.loss, height), t.tip(names)))
-        below = _below([(100 * at, text) for at, text in along.labels()], height, inset=4)
+        marks = along.labels()
+        room = max(4, 30 // max(1, len(marks)))  # characters, so that neighbours do not overlap
+        texts = [text if len(text) <= room else f"{text[: room - 1]}…" for _, text in marks]
+        below = _below([(100 * at, text) for (at, _), text in zip(marks, texts, strict=True)], height, inset=4)
         found.append(
             figure(
                 key=f"slice-{len(found)}",

@@ -98,6 +98,23 @@ def test_tokens_and_money_are_counted_when_they_are_known(stand: Stand) -> None:
     assert "$5e-07 a month" in stand.ask().json()["error"]["message"]
 
 
+def test_tokens_and_money_hold_over_two_gateways(stand: Stand) -> None:
+    """Each gateway may be over by the answer that used the limit up."""
+    second = replace(stand, url=f"http://127.0.0.1:{ports.free()}")
+    with second.running_gateway():
+        second.wait_ready()
+        early_in_a_minute(30)
+        kinds: tuple[tuple[budgets.Kind, float, float], ...] = (("tokens", 100, 8), ("usd", 2.8e-6, 2.8e-7))
+        for kind, amount, each in kinds:
+            limit(f"key:{key_id(stand)}", kind, amount)
+            time.sleep(2.2)
+            got = [one.ask().status_code for _ in range(15) for one in (stand, second)]
+            assert set(got) == {200, 429}
+            assert amount / each <= got.count(200) <= amount / each + 2, kind
+            with transaction() as conn:
+                budgets.unlimit(conn, "key", key_id(stand))
+
+
 def test_a_month_ends_with_the_calendar_and_what_it_used_is_kept(database: Settings) -> None:
     for day, left in (("2026-02-28", 1), ("2026-12-01", 31), ("2028-02-01", 29)):
         assert budgets._rest("month", datetime.fromisoformat(f"{day}T00:00:00Z")) == left * 86_400
