@@ -335,16 +335,12 @@ def _verdicts(conn: Connection, now: datetime) -> None:
 
 
 def _alerts(conn: Connection, now: datetime) -> None:
+    verdict = conn.execute(
+        "select id, body ->> 'explanation' as said from verdict where version = 1 and verdict = 'drift'"
+        " order by at limit 1"
+    ).fetchone()
     rows = [
-        (
-            MODEL,
-            1,
-            "drift",
-            "critical",
-            "The traffic of docstring-writer:1 moved: other words, longer answers.",
-            28,
-            17,
-        ),
+        (MODEL, 1, "drift", "critical", verdict["said"] if verdict else "It moved.", 28, 17),
         (MODEL, 2, "p95_latency_ms", "warning", f"p95 is 1.2 s, above 1 s. {HOSTILE}", 8, None),
         (MODEL, 1, "similarity", "info", "Answers are less like their corrections.", 26, None),
     ]
@@ -355,9 +351,6 @@ def _alerts(conn: Connection, now: datetime) -> None:
             [uuid.uuid4(), model, version, rule, severity, message, now - opened * _MINUTE,
              now - closed * _MINUTE if closed else None],
         )  # fmt: skip
-    verdict = conn.execute(
-        "select id from verdict where version = 1 and verdict = 'drift' order by at limit 1"
-    ).fetchone()
     conn.execute(
         "insert into retrain_request (id, model, verdict, at, state, reason) values (%s, %s, %s, %s, 'started', %s)",
         [uuid.uuid4(), MODEL, verdict["id"] if verdict else None, now - 31 * _MINUTE, "214 corrections are enough"],
