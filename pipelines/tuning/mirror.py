@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 
 from infra.services import sqlalchemy_url
 from infra.settings import get_settings
-from pipelines.tuning import halving
 from pipelines.tuning import space as spaces
 from pipelines.tuning.spec import StudySpec
-from registry import mlflow, studies
+from registry import halving, mlflow, studies
 
 if TYPE_CHECKING:
     import optuna
@@ -85,7 +84,7 @@ class Mirror:
 
         states = optuna.trial.TrialState
         fates = {"complete": states.COMPLETE, "pruned": states.PRUNED, "failed": states.FAIL}
-        ended = halving.fate(self.spec, jobs, last.trial)
+        ended = halving.fates(self.spec, jobs)[last.trial]
         return fates[ended] if ended else None
 
     def log(self, jobs: Sequence[studies.Job]) -> None:

@@ -18,7 +18,7 @@ from infra import storage
 from infra.db import Connection, transaction
 from infra.errors import Conflict, TunesmithError, Unreachable
 from infra.settings import get_settings
-from pipelines.tuning import devices, halving
+from pipelines.tuning import devices
 from pipelines.tuning import space as spaces
 from pipelines.tuning.crew import Crew
 from pipelines.tuning.memory import DIED, OUT_OF_MEMORY
@@ -26,7 +26,7 @@ from pipelines.tuning.methods import fixed_by
 from pipelines.tuning.mirror import Mirror, is_drawn, open_store, open_study
 from pipelines.tuning.objectives import Rule, front, measured, pick
 from pipelines.tuning.spec import StudySpec, alone, brackets, packs, reaching, rungs
-from registry import bases, pricing, studies
+from registry import bases, halving, pricing, studies
 
 if TYPE_CHECKING:
     import optuna
@@ -287,7 +287,7 @@ class _Coordinator:
         if self.per_pass is None:
             return False
         variants = [
-            j for j in halving.last(jobs) if j.clone_of is not None and halving.fate(spec, jobs, j.trial) is None
+            j for j in halving.last(jobs) if j.clone_of is not None and halving.fates(spec, jobs)[j.trial] is None
         ]
         if self._try_variants(jobs, asked, variants):
             return False
