@@ -340,14 +340,12 @@ def study_list(as_json: bool) -> None:
 def study_show(name: str, as_json: bool) -> None:
     """A study's trials: how far each came, with what."""
     from infra.db import transaction
-    from pipelines.tuning import halving
-    from pipelines.tuning.spec import StudySpec
-    from registry import studies
+    from registry import halving, studies
 
     with transaction() as conn:
         row, jobs = studies.get(conn, name), studies.jobs(conn, name)
-    spec, running = StudySpec.from_json(row["spec"]), row["state"] == "running"
-    states = {trial: halving.state(spec, jobs, trial, running=running) for trial in {job.trial for job in jobs}}
+    running = row["state"] == "running"
+    states = halving.states(halving.Plan.of(row["spec"]), jobs, running=running)
     last = {job.trial: job for job in jobs}  # jobs are ordered: the highest rung of each trial wins
     reached = {job.trial: job for job in jobs if job.value is not None}
     if as_json:

@@ -47,10 +47,10 @@ def recipe(study: str, best: Mapping[str, Any]) -> dict[str, Any]:
     `total_steps`, beginning from the adapter in `init_bundle` if that is not None; `loss` is what came out.
     """
     with transaction() as conn:
-        spec = StudySpec.from_json(studies.get(conn, study)["spec"])
+        spec, places = StudySpec.from_json(studies.get(conn, study)["spec"]), studies.places(conn, study)
     return {
         "order_seed": spec.seed,
-        "seed": spec.trial_seed(best["trial"]),
+        "seed": spec.trial_seed(places[best["trial"]]),
         "steps": best["steps"],
         "total_steps": spec.rungs[-1],
         "max_tokens": spec.max_tokens,

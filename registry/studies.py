@@ -20,14 +20,16 @@ from infra.errors import Conflict, NotFound
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
 LEASE_SECONDS = 30.0
-MOST_ATTEMPTS = 3
+MOST_DEATHS = 3  # of a job's workers, until it fails
+MOST_ATTEMPTS = 10  # and times that it was taken: it may be what kills the machine
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """A row of `rung_job`. `value` is the validation loss at `steps` steps, `curve` [[step, training loss], ...];
     `pack` is the number of the trial that leads those it trains beside, its own when it trains alone;
-    `clone_of` is the trial that a person had this variant made of."""
+    `clone_of` is the trial that a person had this variant made of; `attempts` is how often a worker took it and did not
+    give it back."""
 
     study: str
     trial: int
@@ -101,11 +103,12 @@ def end(conn: Connection, name: str, *, state: str, stopped_by: str | None, best
     conn.execute(SQL["end"], values)
 
 
-def stop(conn: Connection, name: str) -> None:
-    """Have a running study end with what it has: workers finish their rung and claim no other. Raises NotFound,
-    Conflict when it is not running."""
+def stop(conn: Connection, name: str, *, by: str = "user") -> None:
+    """Have a running study end with what it has, by a budget of that name or by a person: workers finish their rung and
+    claim no other. Raises NotFound, Conflict when it is not running."""
     row = get(conn, name)
-    if conn.execute(SQL["set_state"], {"name": name, "state": "stopped", "from": ["running"]}).fetchone() is None:
+    values = {"name": name, "state": "stopped", "stopped_by": by, "from": ["running"]}
+    if conn.execute(SQL["set_state"], values).fetchone() is None:
         raise Conflict(f"The study {name} is {row['state']} already.")
 
 
@@ -130,7 +133,7 @@ def resume(conn: Connection, name: str) -> None:
                 hint="Run the pipeline again for another search, which begins with what this one found best.",
             )
         conn.execute(SQL["search_again"], {"run": run["id"]})
-    values = {"name": name, "state": "running", "from": ["stopped", "failed"]}
+    values = {"name": name, "state": "running", "stopped_by": None, "from": ["stopped", "failed"]}
     if conn.execute(SQL["set_state"], values).fetchone() is None:
         raise Conflict(f"The study {name} is {row['state']}, and no run is left to go on with it.")
     if row["state"] == "failed":
@@ -142,9 +145,30 @@ def spoil(conn: Connection, job: Job, *, error: str) -> None:
     conn.execute(SQL["spoil"], {"study": job.study, "trial": job.trial, "rung": job.rung, "error": error})
 
 
-def jobs(conn: Connection, study: str) -> list[Job]:
-    """All jobs of a study, by trial and rung."""
-    return [_job(row) for row in conn.execute(SQL["jobs"], {"study": study})]
+def jobs(conn: Connection, study: str, *, curves: bool = False) -> list[Job]:
+    """All jobs of a study, by trial and rung; their curves are None unless asked for."""
+    return [_job(row) for row in conn.execute(SQL["jobs"], {"study": study, "curves": curves})]
+
+
+def curves(conn: Connection, study: str, jobs: Sequence[Job]) -> dict[tuple[int, int], list[list[float]]]:
+    """The curves of some jobs, by trial and rung."""
+    wanted = {"trials": [job.trial for job in jobs], "rungs": [job.rung for job in jobs]}
+    rows = conn.execute(SQL["curves"], {"study": study} | wanted)
+    return {(row["trial"], row["rung"]): row["curve"] or [] for row in rows}
+
+
+def places(conn: Connection, study: str) -> dict[int, int]:
+    """Each trial's place among those that were drawn, from 0: its number may be higher, by what a person had tried in
+    between. A variant has that of the trial it is of."""
+    found: dict[int, int] = {}
+    drawn = 0
+    for row in conn.execute(SQL["begun"], {"study": study}):
+        if row["clone_of"] is None:
+            found[row["trial"]] = drawn
+            drawn += 1
+        else:  # whose number is lower
+            found[row["trial"]] = found[row["clone_of"]]
+    return found
 
 
 def checkpoints(conn: Connection, study: str) -> list[str]:
@@ -239,8 +263,9 @@ def variant_begun(conn: Connection, study: str, variant: Variant, trial: int) ->
 
 
 def bury(conn: Connection, study: str, worker: str) -> None:
-    """The worker is known to be dead: its leases end now. `reap` says what becomes of its jobs."""
-    conn.execute(SQL["bury"], {"study": study, "worker": worker})
+    """The worker is known to have died by itself: its jobs wait again, from their last checkpoint, alone from the
+    second time on, or fail after the deaths that are allowed. Only who would have gone with its machine can know."""
+    conn.execute(SQL["bury"], {"study": study, "worker": worker, "deaths": MOST_DEATHS})
 
 
 def give_back(conn: Connection, study: str, worker: str) -> None:
@@ -249,7 +274,8 @@ def give_back(conn: Connection, study: str, worker: str) -> None:
 
 
 def reap(conn: Connection, study: str) -> None:
-    """Jobs whose lease ran out wait again, from their last checkpoint, or fail after the attempts that are allowed.
+    """Jobs whose lease ran out wait again, from their last checkpoint; after half of the attempts that are allowed
+    alone, and after all of them they fail.
 
     For the coordinator alone: workers never take from each other. After an outage of the database, in which nobody
     could renew, it must wait for the length of a lease first.

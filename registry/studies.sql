@@ -19,7 +19,7 @@ update study set state = %(state)s, stopped_by = %(stopped_by)s, best = %(best)s
 where name = %(name)s
 
 -- name: set_state
-update study set state = %(state)s, stopped_by = null, best = null, updated_at = now()
+update study set state = %(state)s, stopped_by = %(stopped_by)s, best = null, updated_at = now()
 where name = %(name)s and state = any(%(from)s)
   and not exists (select from run where run.study = study.name and run.state = 'completed')
 returning name
@@ -47,7 +47,17 @@ delete from stage where run_id = %(run)s and name in ('search', 'evaluate')
 select * from study where name = %(name)s for no key update
 
 -- name: jobs
-select * from rung_job where study = %(study)s order by trial, rung
+select study, trial, rung, trial_id, params, steps, pack, state, token, attempts, worker, value, checkpoint, tokens, seconds,
+    adapter_parameters, latency_ms, error, updated_at, clone_of,
+    case when %(curves)s then curve end as curve   -- the largest part of a study by far
+from rung_job where study = %(study)s order by trial, rung
+
+-- name: curves
+select trial, rung, curve from rung_job
+where study = %(study)s and (trial, rung) in (select * from unnest(%(trials)s::int[], %(rungs)s::int[]))
+
+-- name: begun
+select trial, clone_of from rung_job where study = %(study)s and rung = 0 order by trial
 
 -- name: add_job
 -- A trial that a person stopped meanwhile gets no further rung.
@@ -95,7 +105,7 @@ returning token
 
 -- What hindered a search in which nothing succeeded, such as a full disk, may be gone.
 -- name: reopen
-update rung_job set state = 'waiting', attempts = 0, error = null, lease_until = null, updated_at = now()
+update rung_job set state = 'waiting', attempts = 0, deaths = 0, error = null, lease_until = null, updated_at = now()
 where study = %(name)s and state = 'failed'
 
 -- Of this study's alone: the same training twice has the same digest
@@ -133,17 +143,24 @@ select %(study)s, coalesce(max(number), 0) + 1, %(clone_of)s, %(params)s from va
 update variant set trial = %(trial)s where study = %(study)s and number = %(number)s
 
 -- name: bury
-update rung_job set lease_until = now() - interval '1 second' where study = %(study)s and worker = %(worker)s and state = 'running'
+-- Whoever kills workers shows when the members of a pack are tried alone, which they are after the second time.
+update rung_job set lease_until = null, updated_at = now(), deaths = deaths + 1,
+    pack = case when deaths + 1 < 2 then pack else trial end,
+    state = case when deaths + 1 < %(deaths)s then 'waiting' else 'failed' end,
+    error = case when deaths + 1 < %(deaths)s then error
+                 else 'its worker died ' || deaths + 1 || ' times, as it does where memory runs out; last ' || worker end
+where study = %(study)s and worker = %(worker)s and state = 'running'
 
 -- name: give_back
 update rung_job set state = 'waiting', attempts = attempts - 1, lease_until = null, updated_at = now()
 where study = %(study)s and worker = %(worker)s and state = 'running'
 
 -- name: reap
--- Whoever kills workers shows when the members of a pack are tried alone, which they are after the second time.
+-- Nobody saw why these workers went: mostly all of a machine's did at once, whatever trained there. Who trains in a pack
+-- rounds otherwise than alone, so only the second half of the attempts is made alone.
 update rung_job set lease_until = null, updated_at = now(),
-    pack = case when attempts < 2 then pack else trial end,
+    pack = case when attempts < %(attempts)s / 2 then pack else trial end,
     state = case when attempts < %(attempts)s then 'waiting' else 'failed' end,
     error = case when attempts < %(attempts)s then error
-                 else 'its worker died ' || attempts || ' times, as it does where memory runs out; last ' || worker end
+                 else 'its workers were gone ' || attempts || ' times, perhaps with their machines; last ' || worker end
 where study = %(study)s and state = 'running' and lease_until < now()

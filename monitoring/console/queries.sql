@@ -89,12 +89,10 @@ group by s.name
 
 -- name: trials
 -- A trial's value is its lowest, by which the winner is chosen.
-select trial, max(rung) as rung, max(steps) filter (where value is not null) as steps, min(value) as value,
+select trial, max(steps) filter (where value is not null) as steps, min(value) as value,
        (array_agg(steps order by value) filter (where value is not null))[1] as value_at,
        (array_agg(params order by rung))[1] as params, coalesce(sum(tokens), 0)::bigint as tokens,
-       coalesce(sum(seconds), 0) as seconds, bool_or(state = 'running') as running,
-       bool_or(state = 'waiting') as waiting, bool_or(state = 'failed') as failed,
-       bool_or(state = 'pruned') as stopped, max(clone_of) as clone_of,
+       coalesce(sum(seconds), 0) as seconds, bool_or(state = 'failed') as failed, max(clone_of) as clone_of,
        (array_agg(error order by rung desc) filter (where state = 'failed'))[1] as error,
        array_agg(value order by rung) filter (where value is not null) as course,
        array_agg(steps order by rung) filter (where value is not null) as measured_at

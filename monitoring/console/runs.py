@@ -12,6 +12,7 @@ from infra.errors import NotFound
 from infra.settings import get_settings
 from monitoring.console import studies
 from monitoring.console.render import SQL, Visit, draw
+from registry.studies import jobs
 
 STAGES = ("prepare", "search", "evaluate", "register")
 
@@ -36,6 +37,7 @@ def show(visit: Visit) -> Response:
         stages = conn.execute(SQL["stages"], {"id": key}).fetchall()
         study = conn.execute(SQL["study"], {"study": run["study"]}).fetchone() if run["study"] else None
         trials = conn.execute(SQL["trials"], {"study": run["study"]}).fetchall() if study else []
+        begun = jobs(conn, run["study"]) if study else []
     return draw(
         visit,
         "run.html",
@@ -43,7 +45,7 @@ def show(visit: Visit) -> Response:
         stages={s["name"]: s for s in stages},
         order=STAGES,
         study=study,
-        **(studies.table(study, trials) if study else {}),
+        **(studies.table(study, trials, begun) if study else {}),
         prefect=prefect_page(),
         now=datetime.now(UTC),
     )

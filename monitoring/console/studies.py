@@ -12,6 +12,8 @@ from infra.db import transaction
 from infra.errors import NotFound
 from monitoring.console import plots, strips
 from monitoring.console.render import SQL, Visit, draw
+from registry import halving
+from registry.studies import Job, jobs
 
 
 def listing(visit: Visit) -> Response:
@@ -31,6 +33,7 @@ def show(visit: Visit) -> Response:
         rows = conn.execute(SQL["trials"], {"study": name}).fetchall()
         run = conn.execute(SQL["run_of_study"], {"study": name}).fetchone()
         measured = conn.execute(SQL["measures"], {"study": name}).fetchall()
+        begun = jobs(conn, name)
     best = best_of(study, rows)
     trials = [_trial(row, best) for row in rows]
     rungs = study["spec"].get("rungs") or sorted({steps for t in trials for steps, _ in t.course})
@@ -41,7 +44,7 @@ def show(visit: Visit) -> Response:
         "study.html",
         study=study,
         run=run,
-        **table(study, rows),
+        **table(study, rows, begun),
         history=plots.history(trials),
         courses=plots.courses(trials, rungs),
         importances=plots.importances((run or {}).get("importances") or {}),
@@ -71,32 +74,20 @@ def _trial(row: Mapping[str, Any], best: int | None) -> plots.Trial:
     )
 
 
-def table(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What `trials.html` shows: the trials with a word for their state and the course of their losses, and the
-    parameters apart into those that vary and those that do not."""
+def table(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], begun: Sequence[Job]) -> dict[str, Any]:
+    """What `trials.html` shows: the trials with the course of their losses and the word for their state that `study
+    show` has, by their jobs, and the parameters apart into those that vary and those that do not."""
     trials = [plots.Trial(number=row["trial"], params=row["params"]) for row in rows]
     names = plots.varied(trials) if len(rows) > 1 else sorted({n for row in rows for n in row["params"]})
     fixed = sorted({n for row in rows for n in row["params"]} - set(names))
     values = [value for row in rows for value in row["course"] or []]
     longest = max((len(row["course"] or []) for row in rows), default=0)
     domain = (min(values), max(values)) if values else None
-    top = len(study["spec"].get("rungs", ())) - 1
+    states = halving.states(halving.Plan.of(study["spec"]), begun, running=study["state"] == "running")
     best, shown = best_of(study, rows), []
     for row in rows:
         course = row["course"] or []
         title = f"Validation loss of trial {row['trial']}, rung by rung"
         spark = strips.sparkline([*course, *[None] * (longest - len(course))], title=title, domain=domain)
-        shown.append({**row, "spark": spark, "is": _state(study, row, top), "best": row["trial"] == best})
+        shown.append({**row, "spark": spark, "is": states[row["trial"]], "best": row["trial"] == best})
     return {"trials": shown, "names": names, "fixed": [(n, rows[0]["params"].get(n)) for n in fixed]}
-
-
-def _state(study: Mapping[str, Any], row: Mapping[str, Any], top: int) -> str:
-    if row["failed"]:
-        return "failed"
-    if row["stopped"]:
-        return "pruned by hand"
-    if row["running"]:
-        return "running"
-    if study["state"] == "running":
-        return "waiting" if row["waiting"] else "complete" if row["rung"] == top else "measured"
-    return "complete" if row["rung"] == top and not row["waiting"] else "pruned"

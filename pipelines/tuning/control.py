@@ -14,11 +14,10 @@ from infra.errors import Conflict, NotFound, UsageError
 from infra.settings import get_settings
 from pipelines import config_file
 from pipelines.config_space import KINDS, Space, did_you_mean, largest_rank
-from pipelines.tuning import halving
 from pipelines.tuning import space as spaces
 from pipelines.tuning.methods import fixed_by
 from pipelines.tuning.spec import StudySpec
-from registry import bases, studies
+from registry import bases, halving, studies
 
 
 def prune_trial(study: str, trial: int) -> dict[str, Any]:
@@ -31,7 +30,7 @@ def prune_trial(study: str, trial: int) -> dict[str, Any]:
         jobs = studies.jobs(conn, study)
         last = _of(jobs, study, trial)[-1]
         _running(row)
-        if ended := halving.fate(StudySpec.from_json(row["spec"]), jobs, trial):
+        if ended := halving.fates(halving.Plan.of(row["spec"]), jobs)[trial]:
             raise Conflict(f"Trial {trial} of {study} is {ended} already.")
         studies.prune(conn, last)
     return {"study": study, "trial": trial, "state": "pruned"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from infra.db import transaction
 from infra.errors import TunesmithError
 from infra.settings import get_settings
 from pipelines.tuning import devices
-from pipelines.tuning.worker import ALLOCATOR, name_of
+from pipelines.tuning.worker import ALLOCATOR, MARK, SHARING, name_of
 from registry import studies
 
 
@@ -21,6 +22,7 @@ class Crew:
 
     def __init__(self, study: str, wanted: int) -> None:
         self.study, self.wanted = study, wanted
+        self.mark = secrets.token_hex(4)  # in its workers' names
         self.places: dict[int, subprocess.Popen[bytes]] = {}  # number of the log file -> process
         self.deaths = 0  # since a job was last done or failed
 
@@ -37,7 +39,7 @@ class Crew:
             if code is None:
                 continue
             with transaction() as conn:
-                studies.bury(conn, self.study, name_of(process.pid))
+                studies.bury(conn, self.study, name_of(self.mark, process.pid))
             del self.places[place]
             if code == 0:  # it saw the study stop
                 continue
@@ -68,25 +70,33 @@ class Crew:
             # When the database is away, their leases run out by themselves
             with contextlib.suppress(TunesmithError), transaction() as conn:
                 leave = studies.give_back if process in alive else studies.bury
-                leave(conn, self.study, name_of(process.pid))
+                leave(conn, self.study, name_of(self.mark, process.pid))
         self.places.clear()
 
-    def _start(self, place: int) -> subprocess.Popen[bytes]:
+    def surroundings(self, place: int) -> dict[str, str]:
+        """The environment of a worker, which says how many share its device, or this machine."""
         environment = ALLOCATOR | os.environ | {
             "OMP_NUM_THREADS": "1",
             "PYTHONSAFEPATH": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            MARK: self.mark,
+            SHARING: str(self.wanted),
         }  # fmt: skip
         if gpus := devices.gpus():
-            environment["CUDA_VISIBLE_DEVICES"] = gpus[(place - 1) % len(gpus)]
+            mine = (place - 1) % len(gpus)
+            environment["CUDA_VISIBLE_DEVICES"] = gpus[mine]
+            environment[SHARING] = str(len(range(mine, self.wanted, len(gpus))))
+        return environment
+
+    def _start(self, place: int) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "pipelines.tuning.worker", self.study, str(os.getpid())]
         path = self._log(place)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as output:
             # Their own group: Ctrl-C is the coordinator's to handle
             return subprocess.Popen(
-                command, env=environment, start_new_session=True,
+                command, env=self.surroundings(place), start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             )  # fmt: skip
 

@@ -18,7 +18,7 @@ _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 def share(workers: int, device: str) -> int:
     """Bytes that one of so many workers on this machine, or on this one's GPU, may use: the setting, or its part of
-    what there is. Where more are at work, guests of other studies say, it is a part of them all."""
+    what there is. Where more are at work on the machine, guests say, it is a part of them all."""
     if (wanted := get_settings().worker_memory_gb) is not None:
         return round(wanted * 1e9)
     if device == "cuda":

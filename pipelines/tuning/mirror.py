@@ -4,20 +4,22 @@ nothing, so that a coordinator that is killed in between loses nothing."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from infra.db import transaction
 from infra.services import sqlalchemy_url
 from infra.settings import get_settings
-from pipelines.tuning import halving
 from pipelines.tuning import space as spaces
 from pipelines.tuning.spec import StudySpec
-from registry import mlflow, studies
+from registry import halving, mlflow, studies
 
 if TYPE_CHECKING:
     import optuna
 
-_WHOLE = "whole"  # user attribute of a trial that is another one's whole: that one's number
+# User attributes of a trial: of one that is another one's whole, that one's number; of one that was drawn, its place
+# among those; of a variant, its number among those
+WHOLE, PLACE, VARIANT = "whole", "place", "variant"
 
 
 class Mirror:
@@ -38,10 +40,10 @@ class Mirror:
 
         open_ = [mine for number, mine in halving.by_trial(jobs).items() if number not in self.told]
         trials = self.optuna.get_trials(deepcopy=False) if open_ else []
+        overs = self._overs(jobs)
         for mine in open_:
             last = mine[-1]
-            frozen = trials[last.trial]
-            over = self._over(last, jobs)
+            frozen, over = trials[last.trial], overs[last.trial]
             if frozen.state == optuna.trial.TrialState.RUNNING:
                 trial = optuna.trial.Trial(self.optuna, last.trial_id)
                 for job in mine:
@@ -66,7 +68,7 @@ class Mirror:
         course = {job.steps: job.value for job in mine if job.value is not None}
         if then.state == over and set(course) <= set(then.intermediate_values):
             return
-        if any(t.user_attrs.get(_WHOLE) == then.number for t in trials):  # by an earlier coordinator
+        if any(t.user_attrs.get(WHOLE) == then.number for t in trials):  # by an earlier coordinator
             return
         self.optuna.add_trial(
             optuna.trial.create_trial(
@@ -75,23 +77,26 @@ class Mirror:
                 params=then.params,
                 distributions=then.distributions,
                 intermediate_values=course,
-                user_attrs=then.user_attrs | {_WHOLE: then.number},
+                user_attrs=then.user_attrs | {WHOLE: then.number},
             )
         )
 
-    def _over(self, last: studies.Job, jobs: Sequence[studies.Job]) -> optuna.trial.TrialState | None:
-        """How a trial ended, or None while it may still go on."""
+    def _overs(self, jobs: Sequence[studies.Job]) -> dict[int, optuna.trial.TrialState | None]:
+        """How each trial ended, or None while it may still go on."""
         import optuna
 
         states = optuna.trial.TrialState
-        fates = {"complete": states.COMPLETE, "pruned": states.PRUNED, "failed": states.FAIL}
-        ended = halving.fate(self.spec, jobs, last.trial)
-        return fates[ended] if ended else None
+        words = {"complete": states.COMPLETE, "pruned": states.PRUNED, "failed": states.FAIL}
+        return {trial: words[ended] if ended else None for trial, ended in halving.fates(self.spec, jobs).items()}
 
     def log(self, jobs: Sequence[studies.Job]) -> None:
         """Bring MLflow up to what the jobs say: a nested run a trial, with its curves. Repeating it adds nothing."""
         if self.parent is None:
             return
+        overs = self._overs(jobs)
+        new = [j for j in jobs if j.value is not None and (j.trial, j.rung) not in self.logged]
+        with transaction() as conn:
+            curves = studies.curves(conn, self.spec.study, new) if new else {}
         for number, mine in halving.by_trial(jobs).items():
             if number in self.closed:
                 continue
@@ -107,12 +112,11 @@ class Mirror:
                     },
                     key=f"{self.spec.study}/{number}",
                 )
-            run, last, told = self.runs[number], mine[-1], False
-            over = self._over(last, jobs)
+            run, last, told, over = self.runs[number], mine[-1], False, overs[number]
             for job in mine:
-                if job.value is None or (number, job.rung) in self.logged:
+                if (curve := curves.get((number, job.rung))) is None:
                     continue
-                points = [("train_loss", loss, int(step)) for step, loss in job.curve or []]
+                points = [("train_loss", loss, int(step)) for step, loss in curve]
                 points.append(("validation_loss", halving.loss(job), job.steps))
                 # The time is the job's, so that another coordinator sends the same points
                 told = job is last and over is not None
@@ -146,9 +150,38 @@ def _outcome(word: str, last: studies.Job) -> dict[str, str]:
     return {"tunesmith.outcome": word, "tunesmith.error": last.error or ""}
 
 
-def is_drawn(trial: optuna.trial.FrozenTrial) -> bool:
-    """Whether the search drew it: not a variant, nor a drawn one's whole."""
-    return not trial.user_attrs.keys() & {"variant", _WHOLE}
+def begin(
+    study: optuna.Study, space: Mapping[str, Any], mark: str, wanted: Mapping[int, Mapping[str, Any]], **more: Any
+) -> dict[int, optuna.trial.FrozenTrial]:
+    """Have Optuna know configurations that are under way, by their numbers as one of the marks: each at once whole, of
+    what the space can draw of it, and not again where an earlier coordinator died before it put them up."""
+    import optuna
+
+    states = optuna.trial.TrialState
+    known, distributions = _running(study, mark), spaces.distributions(space)
+    for number, params in wanted.items():
+        drawn = spaces.drawable(space, params)
+        if number in known:
+            if known[number].params == drawn:
+                continue
+            study.tell(known[number].number, state=states.FAIL)  # what can be seen has changed since
+        study.add_trial(
+            optuna.trial.create_trial(
+                state=states.RUNNING,
+                params=drawn,
+                distributions={name: distributions[name] for name in drawn},
+                user_attrs={mark: number} | more,
+            )
+        )
+    return _running(study, mark)
+
+
+def _running(study: optuna.Study, mark: str) -> dict[int, optuna.trial.FrozenTrial]:
+    """The trials that are under way and have one of the marks, by its number."""
+    import optuna
+
+    trials = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
+    return {t.user_attrs[mark]: t for t in trials if mark in t.user_attrs}
 
 
 def open_store() -> optuna.storages.RDBStorage:
@@ -163,9 +196,10 @@ def open_study(spec: StudySpec, store: optuna.storages.RDBStorage) -> optuna.Stu
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(storage=store, study_name=spec.study, direction="minimize", load_if_exists=True)
-    if spec.warm_start and "warm" not in study.user_attrs:
-        for params in spec.warm_start:
-            study.enqueue_trial(spaces.drawable(spec.space, params), skip_if_exists=True)
-        study.set_user_attr("warm", True)
-    return study
+    return optuna.create_study(
+        storage=store,
+        sampler=optuna.samplers.RandomSampler(),  # never asked: draws.py has what draws
+        study_name=spec.study,
+        direction="minimize",
+        load_if_exists=True,
+    )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from infra.errors import TunesmithError
-from pipelines.tuning import halving
+from registry import halving
 from registry.studies import Job
 
 MEASURES: Mapping[str, str] = {

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.db import transaction
-from pipelines.tuning.mirror import open_store
+from pipelines.tuning.mirror import WHOLE, open_store
 from pipelines.tuning.objectives import measured
 from pipelines.tuning.spec import StudySpec
 from registry import mlflow, studies
@@ -176,10 +176,21 @@ def _weighed(study: optuna.Study, measures: Measures) -> optuna.Study:
     import optuna
 
     copy = optuna.create_study(directions=["minimize"] * len(measures), study_name=study.study_name)
-    for trial in study.get_trials(deepcopy=False):
-        values = [by_trial.get(trial.number, math.nan) for by_trial in measures.values()]
+    for number, trial in enumerate(_once(study)):
+        values = [by_trial.get(number, math.nan) for by_trial in measures.values()]
         _put(copy, trial, values if all(map(math.isfinite, values)) else None)
     return copy
+
+
+def _once(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """A study's trials by their numbers, without those that another one is the whole of: that one stands in the place
+    of the one that was left behind, and in its own nothing that was measured."""
+    from optuna.trial import TrialState, create_trial
+
+    trials = study.get_trials(deepcopy=False)
+    wholes = {t.user_attrs[WHOLE]: t for t in trials if WHOLE in t.user_attrs}
+    nothing = create_trial(state=TrialState.FAIL)
+    return [nothing if WHOLE in t.user_attrs else wholes.get(t.number, t) for t in trials]
 
 
 def _complete(study: optuna.Study, value: Callable[[optuna.trial.FrozenTrial], float | None]) -> optuna.Study:
@@ -187,7 +198,7 @@ def _complete(study: optuna.Study, value: Callable[[optuna.trial.FrozenTrial], f
     import optuna
 
     copy = optuna.create_study(study_name=study.study_name)
-    for trial in study.get_trials(deepcopy=False):
+    for trial in _once(study):
         found = value(trial)
         _put(copy, trial, None if found is None else [found])
     return copy
@@ -223,7 +234,7 @@ def _brief(choice: Any) -> Any:
 
 def _after_first_rung(study: optuna.Study) -> optuna.Study:
     """The copy in which a trial's value is its loss after the fewest steps, which all trials were measured at."""
-    first = min((step for t in study.get_trials(deepcopy=False) for step in t.intermediate_values), default=0)
+    first = min((step for t in _once(study) for step in t.intermediate_values), default=0)
     return _complete(study, lambda t: t.intermediate_values.get(first))
 
 
@@ -352,5 +363,5 @@ def _page(study: optuna.Study, pictures: Sequence[Picture], folder: Path) -> str
         }
         for picture in pictures
     ]
-    trials = sum(_lowest(t) is not None for t in study.get_trials(deepcopy=False))
+    trials = sum(_lowest(t) is not None for t in _once(study))
     return template.render(study=study.study_name, trials=trials, pictures=shown)

@@ -12,21 +12,23 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from infra import storage
 from infra.db import Connection, transaction
 from infra.errors import Conflict, TunesmithError, Unreachable
 from infra.settings import get_settings
-from pipelines.tuning import devices, halving
+from pipelines.tuning import budgets, devices, mirror
 from pipelines.tuning import space as spaces
 from pipelines.tuning.crew import Crew
 from pipelines.tuning.memory import DIED, OUT_OF_MEMORY
 from pipelines.tuning.methods import fixed_by
-from pipelines.tuning.mirror import Mirror, is_drawn, open_store, open_study
+from pipelines.tuning.mirror import Mirror, open_store, open_study
 from pipelines.tuning.objectives import Rule, front, measured, pick
-from pipelines.tuning.spec import StudySpec, alone, brackets, packs, reaching, rungs
-from registry import bases, pricing, studies
+from pipelines.tuning.outages import passes, patiently
+from pipelines.tuning.spec import StudySpec, packs, reaching, rungs
+from registry import bases, halving, studies
+from registry.halving import brackets
 
 if TYPE_CHECKING:
     import optuna
@@ -36,12 +38,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 _POLL = 0.4
 _PATIENCE = 300.0  # seconds without the database or MLflow, until the search gives up; its state stays
-_REDRAWS = 40  # draws of a configuration that was drawn before, until the space counts as exhausted
-
 _COUNT = 2.0  # seconds of a search, that are added to its time at once
 _THROUGH = ("trials", "space")  # how a search ends that was not cut short
 
-T = TypeVar("T")
 Progress = Callable[[str, float | None, float | None], None]
 Guard = Callable[[Connection], None]
 
@@ -135,31 +134,10 @@ def search(
     with contextlib.ExitStack() as over:
         over.callback(crew.dismiss)
         crew.muster()  # they load the base while Optuna's tables are opened
-        store = _when_there(open_store)
+        store = patiently(open_store, _PATIENCE)
         over.callback(store.engine.dispose)
-        study = _when_there(lambda: open_study(spec, store))
+        study = patiently(lambda: open_study(spec, store), _PATIENCE)
         return _Coordinator(spec, crew, study, Mirror(spec, study, mlflow_parent), progress, guard).run()
-
-
-def _when_there(action: Callable[[], T]) -> T:
-    """The action's result, tried again while the database restarts."""
-    end = time.monotonic() + _PATIENCE
-    while True:
-        try:
-            return action()
-        except Exception as error:
-            if not _passes(error) or time.monotonic() > end:
-                raise
-            log.warning("waiting for the search's database: %s", str(error).splitlines()[0])
-        time.sleep(1)
-
-
-def _passes(error: Exception) -> bool:
-    """Whether an error is of a database or MLflow that is away, perhaps for a moment."""
-    from optuna.exceptions import StorageInternalError
-    from sqlalchemy.exc import DBAPIError
-
-    return isinstance(error, Unreachable | StorageInternalError | DBAPIError)
 
 
 class _Coordinator:
@@ -168,6 +146,7 @@ class _Coordinator:
     ) -> None:
         self.spec, self.crew, self.optuna, self.mirror, self.progress = spec, crew, study, mirror, progress
         self.guard = guard
+        self.workers = max(1, crew.wanted)
         # The space had no other configuration when so many trials had failed. Where those are tried anew it may have
         self.exhausted_with: int | None = study.user_attrs.get("exhausted")
         self.per_pass: int | None = spec.adapters_per_pass or None  # None until a worker measured it
@@ -192,7 +171,7 @@ class _Coordinator:
     def _outlast(self, error: Exception) -> None:
         """A database or MLflow that restarts costs some turns and nothing else. Raises any other error, and
         Unreachable when it stays away."""
-        if not _passes(error):
+        if not passes(error):
             raise error
         now = self.counted = time.monotonic()
         self.seen = None
@@ -213,17 +192,18 @@ class _Coordinator:
                 studies.reap(conn, self.spec.study)
             row, jobs = studies.get(conn, self.spec.study), studies.jobs(conn, self.spec.study)
             asked = [v for v in studies.variants(conn, self.spec.study) if v.trial is None]
-        state, self.per_pass = row["state"], self.per_pass or row["adapters_per_pass"]
+        state, left, self.per_pass = row["state"], None, self.per_pass or row["adapters_per_pass"]
         over = sum(j.state in ("done", "failed") for j in jobs)
         if over > self.over:
             self.over = over
             self.crew.progressed()
         if state == "running":
-            self._count(jobs)
-            if self._budget(row, jobs) is not None:
+            left = self._seconds_left(row, jobs)
+            self._count(left)
+            if budget := budgets.used_up(self.spec, jobs, seconds=row["seconds"], workers=self.workers):
                 # Unless a person was quicker
                 with self._deciding() as conn, contextlib.suppress(Conflict):
-                    studies.stop(conn, self.spec.study)
+                    studies.stop(conn, self.spec.study, by=budget)
                 return None
             self.crew.muster()
         seen = (state, self.per_pass, len(asked), [(j.trial, j.rung, j.state, j.token) for j in jobs])
@@ -233,10 +213,10 @@ class _Coordinator:
             if self._plan(jobs, asked):
                 return self._end(jobs, "space" if self._exhausted(jobs) else "trials")
         elif not any(j.state == "running" for j in jobs):
-            return self._end(jobs, self._budget(row, jobs) or "user")
+            return self._end(jobs, row["stopped_by"] or "user")
         self.mirror.tell(jobs)
         self.mirror.log(jobs)
-        self._report(jobs)
+        self._report(jobs, left)
         self.seen = seen
         return None
 
@@ -247,33 +227,19 @@ class _Coordinator:
             self.guard(conn)
             yield conn
 
-    def _count(self, jobs: Sequence[studies.Job]) -> None:
+    def _seconds_left(self, row: Mapping[str, Any], jobs: Sequence[studies.Job]) -> float | None:
+        return budgets.seconds_left(
+            self.spec, jobs, seconds=row["seconds"], workers=self.workers, begins_more=not self._exhausted(jobs)
+        )
+
+    def _count(self, left: float | None) -> None:
         """Add the time since the last turn to the study's, once in some seconds; none while nobody coordinates it, or
         the database is away."""
         now = time.monotonic()
         if now - self.counted >= _COUNT:
             with self._deciding() as conn:
-                studies.went_on(conn, self.spec.study, now - self.counted, left=self._seconds_left(jobs))
+                studies.went_on(conn, self.spec.study, now - self.counted, left=left)
             self.counted = now
-
-    def _budget(self, row: Mapping[str, Any], jobs: Sequence[studies.Job]) -> str | None:
-        """The budget that is used up: minutes that the search has gone on for, tokens trained on (also by trials that
-        failed), and what machines cost that were at work for all of that time, more of them where guests help. None
-        before a trial has come to anything, since a search ends with what it has."""
-        if not any(j.state in ("done", "failed") for j in jobs):
-            return None
-        seconds = sum(j.seconds or 0.0 for j in jobs)
-        spec, workers = self.spec, max(1, self.crew.wanted)
-        if spec.max_minutes is not None and row["seconds"] >= spec.max_minutes * 60:
-            return "max_minutes"
-        if spec.max_training_tokens is not None and sum(j.tokens or 0 for j in jobs) >= spec.max_training_tokens:
-            return "max_tokens"
-        hourly = spec.machine_usd_per_hour
-        price = {"per_machine_hour_usd": get_settings().machine_usd_per_hour if hourly is None else hourly}
-        machine_seconds = max(row["seconds"], seconds / workers)
-        if spec.max_usd is not None and pricing.cost_usd(0, 0, machine_seconds, price) >= spec.max_usd:
-            return "max_usd"
-        return None
 
     def _plan(self, jobs: list[studies.Job], asked: Sequence[studies.Variant]) -> bool:
         """Put up what is to be done next; True when all is done.
@@ -286,9 +252,8 @@ class _Coordinator:
         spec = self.spec
         if self.per_pass is None:
             return False
-        variants = [
-            j for j in halving.last(jobs) if j.clone_of is not None and halving.fate(spec, jobs, j.trial) is None
-        ]
+        fates = halving.fates(spec, jobs)
+        variants = [j for j in halving.last(jobs) if j.clone_of is not None and fates[j.trial] is None]
         if self._try_variants(jobs, asked, variants):
             return False
         begun = sorted({j.trial for j in jobs if j.clone_of is None})
@@ -337,13 +302,15 @@ class _Coordinator:
         """Put up the variants that were asked for, and the next rung of those that earned it; whether there were
         any. They train alone."""
         for variant in asked:
-            trial, trial_id = self._known_to_optuna(variant)
+            wanted = {variant.number: variant.params}
+            known = mirror.begin(self.optuna, self.spec.space, mirror.VARIANT, wanted, clone_of=variant.clone_of)
+            trial = known[variant.number]
             with self._deciding() as conn:
                 studies.add_job(
-                    conn, self.spec.study, trial=trial, rung=0, trial_id=trial_id, params=variant.params,
+                    conn, self.spec.study, trial=trial.number, rung=0, trial_id=trial._trial_id, params=variant.params,
                     steps=self.spec.rungs[0], checkpoint=None, clone_of=variant.clone_of,
                 )  # fmt: skip
-                studies.variant_begun(conn, self.spec.study, variant, trial)
+                studies.variant_begun(conn, self.spec.study, variant, trial.number)
         onward = [j for j in going if j.state == "done" and halving.goes_on(self.spec, jobs, j)]
         with self._deciding() as conn:
             for j in onward:
@@ -352,29 +319,6 @@ class _Coordinator:
                     steps=self.spec.rungs[j.rung + 1], checkpoint=j.checkpoint, clone_of=j.clone_of,
                 )  # fmt: skip
         return bool(asked or onward)
-
-    def _known_to_optuna(self, variant: studies.Variant) -> tuple[int, int]:
-        """A variant's trial in Optuna (number, id), made unless an earlier coordinator did. Of its configuration
-        Optuna is told what the space can draw."""
-        import optuna
-
-        def known() -> list[optuna.trial.FrozenTrial]:
-            trials = self.optuna.get_trials(deepcopy=False)
-            return [t for t in trials if t.user_attrs.get("variant") == variant.number]
-
-        if not known():
-            params = spaces.drawable(self.spec.space, variant.params)
-            distributions = spaces.distributions(self.spec.space)
-            self.optuna.add_trial(
-                optuna.trial.create_trial(
-                    state=optuna.trial.TrialState.RUNNING,
-                    params=params,
-                    distributions={name: distributions[name] for name in params},
-                    user_attrs={"variant": variant.number, "clone_of": variant.clone_of},
-                )
-            )
-        trial = known()[0]
-        return trial.number, trial._trial_id
 
     def _put_up(self, trials: Sequence[tuple[int, int, dict[str, Any], str | None]], rung: int) -> None:
         """Jobs for trials (number, Optuna's id, params, checkpoint), in packs, all or none."""
@@ -390,11 +334,9 @@ class _Coordinator:
     def _draw(
         self, jobs: Sequence[studies.Job], number: int, seen: Sequence[studies.Job], members: Sequence[int]
     ) -> int:
-        """Ask Optuna for configurations that were not drawn before and put them up; how many there were. `members`
-        of the group that were put up already."""
-        import optuna
-
-        from pipelines.tuning.draws import Seen
+        """Draw configurations that were not drawn before, have Optuna know them, and put them up; how many there were.
+        `members` of the group that were put up already."""
+        from pipelines.tuning import draws
 
         self.mirror.tell(jobs)
         spec = self.spec
@@ -405,38 +347,25 @@ class _Coordinator:
         done = [j.params for j in seen if j.state == "done"]
         killed = [j.params for j in seen if j.state == "failed" and str(j.error).startswith(DIED)]
         beyond += [params for params in killed if not any(as_large(other, params) for other in done)]
-        found: list[tuple[int, int, dict[str, Any], str | None]] = []
-        again = 0
-        waiting = [t for t in self.optuna.get_trials(deepcopy=False) if t.state == optuna.trial.TrialState.RUNNING]
-        # Asked, but not put up when an earlier coordinator died
-        orphans = [t for t in waiting if t.number not in {j.trial for j in jobs} and is_drawn(t)]
-        while len(found) < number and again < _REDRAWS:
-            orphan = orphans.pop(0) if orphans else None
-            trial = optuna.trial.Trial(self.optuna, orphan._trial_id) if orphan else self.optuna.ask()
-            earlier = self.optuna.get_trials(deepcopy=False)[: trial.number]
-            place = sum(is_drawn(t) for t in earlier)  # whatever a person had tried in between
-            kind = spec.sampler if again < _REDRAWS // 2 else "random"  # a model may be too sure to find what is left
-            self.optuna.sampler = Seen(kind, spec.seed, place, spec.space, seen, begun)
-            params = spaces.draw(spec.space, trial._suggest)
-            if params in known or any(as_large(params, other) for other in beyond):
-                self.optuna.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-                again += 1
-                continue
-            found.append((trial.number, trial._trial_id, params, None))
+
+        def new(params: Mapping[str, Any]) -> bool:
+            return params not in known and not any(as_large(params, other) for other in beyond)
+
+        first = sum(j.rung == 0 and j.clone_of is None for j in jobs)
+        drawn: dict[int, dict[str, Any]] = {}  # by place, whatever a person had tried in between
+        for place in range(first, first + number):
+            params = draws.find(spec, place, seen=seen, begun=begun, wanted=new)
+            if params is None:
+                break
+            drawn[place] = params
             known.append(params)
             begun.append(params)
-        if found:
-            self._put_up(found, 0)
-        return len(found)
+        if drawn:
+            asked = mirror.begin(self.optuna, spec.space, mirror.PLACE, drawn)
+            self._put_up([(asked[n].number, asked[n]._trial_id, params, None) for n, params in drawn.items()], 0)
+        return len(drawn)
 
-    def _seconds_left(self, jobs: Sequence[studies.Job]) -> float | None:
-        """By what a step took so far; None before a rung is done."""
-        done = [j for j in jobs if j.state in ("done", "failed")]
-        spent, worked = sum((j.seconds or 0.0) for j in done), sum(alone(self.spec, j.rung) for j in done)
-        left = sum(alone(self.spec, r) * n for r, n in enumerate(reaching(self.spec))) - worked
-        return spent / worked * max(0, left) / max(1, self.crew.wanted) if worked else None
-
-    def _report(self, jobs: Sequence[studies.Job]) -> None:
+    def _report(self, jobs: Sequence[studies.Job], left: float | None) -> None:
         spec = self.spec
         done = [j for j in jobs if j.state in ("done", "failed")]
         total = reaching(spec)
@@ -450,7 +379,7 @@ class _Coordinator:
             text += f", {failed} failed"
         if best is not None:
             text += f", best loss {best.value:.3f} (trial {best.trial}, {best.steps} steps)"
-        if left := self._seconds_left(jobs):
+        if left is not None:
             text += f", about {max(1, round(left / 60))} min left"
         self.progress(text, len(done), sum(total) + sum(j.clone_of is not None for j in jobs))
 
@@ -470,7 +399,6 @@ class _Coordinator:
             raise TunesmithError(
                 f"No trial of {self.spec.study} succeeded: {causes}.", hint="Mend tuning.space, or raise the budget."
             )
-        self.mirror.leave_behind(jobs)
         rows = measured(jobs)
         rule = Rule(**self.spec.pick) if self.spec.pick else None
         try:
@@ -478,6 +406,7 @@ class _Coordinator:
         except TunesmithError:  # no trial keeps the constraints
             if not self._close_study("failed", stopped_by, None):
                 return None
+            self.mirror.leave_behind(jobs)
             raise
         last = halving.last(jobs)
         assert winner.checkpoint is not None  # noqa: S101  a done job has one
@@ -505,6 +434,7 @@ class _Coordinator:
         state = "completed" if stopped_by in _THROUGH else "stopped"
         if not self._close_study(state, stopped_by, best):
             return None
+        self.mirror.leave_behind(jobs)  # not before: who is resumed goes on with them
         self.progress(f"best loss {best.value:.3f} of {best.trials} trials", 1, 1)
         return best
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -96,9 +97,39 @@ def drawable(space: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, A
     return found
 
 
-def typical(space: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration in the middle of the space: what a trial of it costs."""
-    return draw(space, lambda _, distribution: _middle(distribution))
+def every(space: Mapping[str, Any], most: int) -> list[dict[str, Any]] | None:
+    """All configurations, each as `draw` gives it, always in the same order; None where a dimension has no end of
+    values, or there are more than `most`."""
+    full = FIXED | dict(space)
+    found: list[dict[str, Any]] = [{}]
+    for name in order(full):
+        longer: list[dict[str, Any]] = []
+        for params in found:
+            values = _every(name, drawn_from(name, full[name], params)[1])
+            if values is None or len(longer) + len(values) > most:
+                return None
+            longer += [params | {name: value} for value in values]
+        found = longer
+    return found
+
+
+def typical(space: Mapping[str, Any], wanted: Callable[[Mapping[str, Any]], bool] = lambda _: True) -> dict[str, Any]:
+    """A configuration in the middle of the space: what a trial of it costs. One that is `wanted`, if another method or
+    start of the adapter makes it so."""
+    middle = draw(space, lambda _, distribution: _middle(distribution))
+    if wanted(middle):
+        return middle
+    decide = {"use_dora", "init_lora_weights"}
+    for form in [space.get(name) for name in decide]:  # and what these hang on
+        decide |= set(form["when"]) if isinstance(form, Mapping) and "when" in form else set()
+    known = distributions({name: form for name, form in space.items() if name in decide})
+    choices = {label: list(distribution.choices) for label, distribution in known.items()}
+    for values in itertools.product(*choices.values()):
+        chosen = dict(zip(choices, values, strict=True))
+        params = draw(space, lambda label, other, chosen=chosen: chosen.get(label, _middle(other)))  # type: ignore[misc]
+        if wanted(params):
+            return params
+    return middle
 
 
 def _middle(distribution: Any) -> Any:
@@ -135,6 +166,20 @@ def _distribution(name: str, plain: Any) -> BaseDistribution | None:
         return ranged(plain["low"], plain["high"], log=plain["log"])
     if isinstance(plain, list) and len(plain) > 1:
         return CategoricalDistribution([_text(choice) for choice in plain])
+    return None
+
+
+def _every(name: str, plain: Any) -> list[Any] | None:
+    """All values of a dimension; None where they have no end."""
+    from optuna.distributions import CategoricalDistribution, IntDistribution
+
+    distribution = _distribution(name, plain)
+    if distribution is None:
+        return [_only(plain)]
+    if isinstance(distribution, CategoricalDistribution):
+        return [_value(choice) for choice in distribution.choices]
+    if isinstance(distribution, IntDistribution):
+        return list(range(distribution.low, distribution.high + 1))
     return None
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from infra import storage
 from pipelines.tuning.methods import packable
+from registry.halving import Plan, brackets
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudySpec:
-    """`rungs` are the optimizer steps at which trials are compared, the last being the whole of a trial; after each
-    rung but the last, the best 1/`reduction` go on. `space` is the YAML's section. With `init_bundle`, the
+class StudySpec(Plan):
+    """The plan, and what trials are made of. `space` is the YAML's section. With `init_bundle`, the
     digest of a version's bundle, every trial starts from its adapter's weights. `max_tokens` bounds a row.
     `adapters_per_pass` 0 is measured by the study's first worker. Trials are validated on at most `validation_rows`,
     a seeded sample. `objectives`, `pick` and `constraints` are those of tuning/objectives.py."""
@@ -26,13 +26,9 @@ class StudySpec:
     dataset: str
     system: str | None
     max_tokens: int
-    trials: int
-    rungs: tuple[int, ...]
-    reduction: int
     space: dict[str, Any]
     sampler: str = "tpe"
     seed: int = 0
-    workers: int = 0
     adapters_per_pass: int = 0
     validation_rows: int | None = None
     max_minutes: float | None = None
@@ -43,7 +39,6 @@ class StudySpec:
     warm_start: list[dict[str, Any]] = field(default_factory=list)
     objectives: list[str] = field(default_factory=lambda: ["loss"])
     pick: dict[str, Any] | None = None
-    constraints: dict[str, float] = field(default_factory=dict)
 
     def init_adapter(self) -> Path | None:
         """The folder of the adapter to start from. Raises NotFound when the store does not have it."""
@@ -53,9 +48,10 @@ class StudySpec:
         """Whether trials are compared by a measure."""
         return measure in (*self.objectives, *self.constraints, (self.pick or {}).get("then"))
 
-    def trial_seed(self, trial: int) -> int:
-        """The seed of all that is random in one trial, but for the order of the rows."""
-        return self.seed * 100_003 + trial
+    def trial_seed(self, place: int) -> int:
+        """The seed of all that is random in the trial of that place (`studies.places`), but for the order of the
+        rows."""
+        return self.seed * 100_003 + place
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"rungs": list(self.rungs)}
@@ -70,13 +66,6 @@ def rungs(max_steps: int, *, number: int, reduction: int) -> tuple[int, ...]:
     halving); rungs of less than one step are left out."""
     steps = [math.ceil(max_steps / reduction ** (number - 1 - k)) for k in range(number)]
     return tuple(dict.fromkeys(steps))
-
-
-def brackets(spec: StudySpec) -> list[range]:
-    """Trials in groups that are begun together, each as large as it takes for one of them to reach the last rung and
-    for no worker to be idle; a group's configurations are drawn with what earlier groups showed."""
-    size = max(spec.reduction ** (len(spec.rungs) - 1), spec.workers, 1)
-    return [range(start, min(start + size, spec.trials)) for start in range(0, spec.trials, size)]
 
 
 def reaching(spec: StudySpec) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -24,8 +25,11 @@ from infra.errors import Conflict, NotFound, StoreFull, TunesmithError, Unreacha
 from pipelines.tuning import devices, memory
 from pipelines.tuning import space as spaces
 from pipelines.tuning.latency import Stopwatch
-from pipelines.tuning.spec import StudySpec, alone, brackets, reaching
+from pipelines.tuning.methods import packable
+from pipelines.tuning.outages import patiently
+from pipelines.tuning.spec import StudySpec, alone, reaching
 from registry import bases, datasets, studies
+from registry.halving import brackets
 
 log = logging.getLogger(__name__)
 _IDLE = 0.3  # seconds between looks for work
@@ -39,9 +43,19 @@ ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "M
 _DATABASE_AWAY = 120.0  # seconds a worker waits for the database before it gives up
 
 
-def name_of(pid: int) -> str:
-    """A worker's name in `rung_job`."""
-    return f"{socket.gethostname()}:{pid}"
+# What a crew says to its workers, which a guest has not
+MARK = "TUNESMITH_CREW_MARK"
+SHARING = "TUNESMITH_CREW_SHARING"
+
+
+def name_of(mark: str, pid: int) -> str:
+    """A worker's name in `rung_job`. Containers may have the same host's name and the same process ids, so it has a
+    mark drawn at random."""
+    return f"{socket.gethostname()}-{mark}:{pid}"
+
+
+def _my_name() -> str:
+    return name_of(os.environ.setdefault(MARK, secrets.token_hex(4)), os.getpid())  # the same when it begins anew
 
 
 def work(study: str, *, max_idle: float | None = None, parent: int | None = None) -> None:
@@ -58,11 +72,11 @@ def work(study: str, *, max_idle: float | None = None, parent: int | None = None
     trainer = make_trainer(spec)
     if spec.weighs("latency_ms"):
         trainer.stopwatch = Stopwatch(trainer.model, bases.load(spec.base), trainer.validation.row(0).tolist())
-    _patiently(lambda: _measure(trainer, spec))
+    patiently(lambda: _measure(trainer, spec), _DATABASE_AWAY)
     idle_since = time.monotonic()
     too_large: set[int] = set()  # trials that a guest leaves to others
     while parent is None or os.getppid() == parent:
-        jobs = _patiently(lambda: _next(study, too_large))
+        jobs = patiently(lambda: _next(study, too_large), _DATABASE_AWAY)
         if jobs is None:
             return
         if not jobs:
@@ -82,7 +96,12 @@ def _next(study: str, without: Collection[int]) -> list[studies.Job] | None:
     with transaction() as conn:
         if studies.get(conn, study)["state"] != "running":
             return None
-        return studies.claim(conn, study, name_of(os.getpid()), without=without)
+        return studies.claim(conn, study, _my_name(), without=without)
+
+
+def _places(study: str) -> dict[int, int]:
+    with transaction() as conn:
+        return studies.places(conn, study)
 
 
 def _measure(trainer: Any, spec: StudySpec) -> None:
@@ -95,7 +114,7 @@ def _measure(trainer: Any, spec: StudySpec) -> None:
     workers = max(1, spec.workers)
     steps = sum(count * alone(spec, rung) for rung, count in enumerate(reaching(spec))) // workers
     most = -(-len(brackets(spec)[0]) // workers)  # of a larger pack a part would go to an idle worker
-    best = trainer.best_pack(spaces.typical(spec.space), most=most, steps=steps)
+    best = trainer.best_pack(spaces.typical(spec.space, packable), most=most, steps=steps)
     with transaction() as conn:
         studies.measured(conn, spec.study, best)
 
@@ -124,7 +143,7 @@ def make_trainer(spec: StudySpec) -> Any:
     if device == "cpu" and spec.max_tokens <= _EAGER_UP_TO:
         model.set_attn_implementation("eager")
     pad = model.config.pad_token_id if isinstance(model.config.pad_token_id, int) else 0
-    room = memory.share(-(-spec.workers // max(1, len(devices.gpus()))), device)
+    room = memory.share(int(os.environ.get(SHARING, "1")), device)
     trainer = Trainer(model, rows["train"], rows["validation"], pad=pad, seed=spec.seed, room=room)
     memory.confine(room, device)
     return trainer
@@ -143,8 +162,9 @@ def _carry_out(trainer: Any, spec: StudySpec, jobs: Sequence[studies.Job], *, gu
             _write([_Result(job, studies.unpack) for job in jobs])  # a pack's members stand at one step
             return left
         with _Hold(jobs) as hold, contextlib.ExitStack() as folders:
+            places = patiently(lambda: _places(spec.study), _DATABASE_AWAY)
             members = [
-                _member(spec, job, start, folders.enter_context(storage.scratch("checkpoint")))
+                _member(spec, job, places[job.trial], start, folders.enter_context(storage.scratch("checkpoint")))
                 for job, start in zip(jobs, starts, strict=True)
             ]
             outcomes = trainer.run(members, total_steps=spec.rungs[-1], until=jobs[0].steps, lost=hold.lost)
@@ -170,14 +190,14 @@ def _carry_out(trainer: Any, spec: StudySpec, jobs: Sequence[studies.Job], *, gu
         raise
     except (StoreFull, OSError) as error:  # of the artifacts: no trial's fault, and what is in the way of all
         with transaction() as conn:
-            studies.give_back(conn, spec.study, name_of(os.getpid()))
+            studies.give_back(conn, spec.study, _my_name())
         if isinstance(error, TunesmithError):
             raise
         raise TunesmithError(f"The artifacts cannot be read or written: {error}.") from error
     except TunesmithError as error:
         if isinstance(error, NotFound) and not storage.root().is_dir():  # they are not mounted here
             with transaction() as conn:
-                studies.give_back(conn, spec.study, name_of(os.getpid()))
+                studies.give_back(conn, spec.study, _my_name())
             raise
         _write([_failed(job, error.message) for job in jobs])
     except Exception as error:  # whatever it is, the study should say so, and the other trials go on
@@ -201,12 +221,12 @@ def _start(job: studies.Job) -> Path | None:
     return None
 
 
-def _member(spec: StudySpec, job: studies.Job, start: Path | None, folder: Path) -> Any:
+def _member(spec: StudySpec, job: studies.Job, place: int, start: Path | None, folder: Path) -> Any:
     from pipelines.tuning.trainer import Member
 
     return Member(
         params=job.params,
-        seed=spec.trial_seed(job.trial),
+        seed=spec.trial_seed(place),
         start=start,
         init_adapter=spec.init_adapter(),
         save_to=folder,
@@ -264,19 +284,7 @@ def _write(results: Sequence[_Result]) -> None:
                 except Conflict as lost:
                     log.warning("%s", lost)
 
-    _patiently(tell)
-
-
-def _patiently(action: Any) -> Any:
-    """The action's result, tried again while the database restarts."""
-    end = time.monotonic() + _DATABASE_AWAY
-    while True:
-        try:
-            return action()
-        except Unreachable:
-            if time.monotonic() > end:
-                raise
-            time.sleep(1)
+    patiently(tell, _DATABASE_AWAY)
 
 
 class _Hold:

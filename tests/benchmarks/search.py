@@ -162,7 +162,7 @@ def run_ours(bench: Bench, world: World, **other: Any) -> Run:
     spec = replace(spec, **other)
     (best,) = bench.ours("search", spec.to_json())
     with transaction() as conn:
-        jobs = studies.jobs(conn, spec.study)
+        jobs = studies.jobs(conn, spec.study, curves=True)
     done = [j for j in jobs if j.state == "done" and j.value is not None]
     for job in done:
         begun = spec.rungs[job.rung - 1] if job.rung else 0

@@ -11,6 +11,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -30,7 +31,13 @@ from registry import bases
 @pytest.fixture(scope="session")
 def mlflow_process(server: object) -> Iterator[str]:
     """The address of an MLflow server with a database of its own."""
-    url = str(server.url)  # type: ignore[attr-defined]
+    with mlflow_on(str(server.url)) as address:  # type: ignore[attr-defined]
+        yield address
+
+
+@contextmanager
+def mlflow_on(url: str) -> Iterator[str]:
+    """An MLflow server with a database of its own in the PostgreSQL server at an address; gives its own address."""
     with psycopg.connect(url, autocommit=True) as conn:
         conn.execute("create database mlflow_tests")
     store = make_url(url).set(drivername="postgresql+psycopg", database="mlflow_tests")

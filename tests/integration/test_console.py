@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import uuid
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from console_seed import HOSTILE, MODEL, seed
 from starlette.testclient import TestClient
 
@@ -19,7 +21,8 @@ from deploy.rollout import Stream, decide
 from infra.db import transaction
 from infra.settings import Settings
 from monitoring.console.app import console_routes
-from registry import deployments, rollouts
+from pipelines import commands
+from registry import deployments, rollouts, studies
 
 SITE = "http://testserver"
 BROWSER = {"accept": "text/html", "origin": SITE}
@@ -274,6 +277,36 @@ def test_a_study_shows_each_trial_and_its_best(app: TestClient) -> None:
     live = app.get(f"/studies/{MODEL}-s3", headers={"x-live": "1"}).text
     assert "history-title" in live
     assert "<html" not in live
+
+
+def test_a_trial_is_where_the_command_says_it_is(app: TestClient) -> None:
+    """Also while the search runs: who is out after a rung is, as soon as the others go on."""
+    fill()
+    log_in(app, "viewer")
+    name = f"{MODEL}-s9"
+    with transaction() as conn:
+        studies.create(conn, name, MODEL, {"trials": 3, "rungs": [10, 30], "reduction": 3, "space": {}})
+        for trial in range(3):
+            studies.add_job(conn, name, trial=trial, rung=0, trial_id=trial, params={}, steps=10, checkpoint=None)
+            (job,) = studies.claim(conn, name, "w")
+            studies.finish(conn, job, value=abs(trial - 1.0), curve=[], checkpoint="c", tokens=1, seconds=1.0,
+                           adapter_parameters=8)  # fmt: skip
+
+    def words() -> dict[int, str]:
+        page = check(app, f"/studies/{name}")[0]
+        rows = re.findall(r'<th scope="row" class="nowrap">(\d+).*?light">([^<]+)<', page, re.DOTALL)
+        told = json.loads(CliRunner().invoke(commands.study, ["show", name, "--json"]).output)["trials"]
+        found = {int(trial): word for trial, word in rows}
+        assert found == {t["trial"]: t["state"] for t in told}
+        return found
+
+    assert words() == {0: "measured", 1: "measured", 2: "measured"}
+    with transaction() as conn:
+        studies.add_job(conn, name, trial=1, rung=1, trial_id=1, params={}, steps=30, checkpoint="c")
+    assert words() == {0: "pruned", 1: "waiting", 2: "pruned"}
+    with transaction() as conn:
+        studies.stop(conn, name)
+    assert words() == {0: "pruned", 1: "pruned", 2: "pruned"}
 
 
 def test_the_winner_is_who_was_picked_rather_than_who_had_the_lowest_loss(app: TestClient) -> None:

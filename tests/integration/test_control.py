@@ -310,6 +310,28 @@ def test_a_variant_comes_before_what_was_drawn_and_waits(spec: StudySpec) -> Non
             worker.kill()
 
 
+def test_a_variant_between_two_groups_changes_nothing_for_the_second(spec: StudySpec) -> None:
+    """Though the numbers of all that come after it are higher: its trials have the same seeds."""
+    two = replace(spec, trials=6, rungs=(40, 120), space=SPACE | {"lora_dropout": 0.1})
+    search(replace(two, study="calm"), progress=lambda *_: None)
+    process = search_process(two)
+    try:
+        until(lambda: running(0))
+        control.clone_trial("s", 0, ["r=16"])
+        assert process.wait(300) == 0
+    finally:
+        process.kill()
+        process.wait()
+    variant = next(j for j in jobs() if j.clone_of is not None)
+    drawn = [j for j in jobs() if j.clone_of is None]
+    assert variant.trial == 3
+    assert sorted({j.trial for j in drawn}) == [0, 1, 2, 4, 5, 6]
+    place = {trial: n for n, trial in enumerate(sorted({j.trial for j in drawn}))}
+    assert [(place[j.trial], j.rung, j.params, j.value) for j in drawn] == [
+        (j.trial, j.rung, j.params, j.value) for j in jobs("calm")
+    ]
+
+
 def test_a_variant_takes_part_in_halving_and_changes_nothing_for_the_others(spec: StudySpec) -> None:
     calm = search(replace(spec, study="calm", rungs=(40, 120)), progress=lambda *_: None)
     process = search_process(replace(spec, rungs=(40, 120)))

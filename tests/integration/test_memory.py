@@ -20,10 +20,12 @@ from infra.db import transaction
 from infra.settings import get_settings
 from pipelines.tuning import memory
 from pipelines.tuning.search import search
-from pipelines.tuning.spec import StudySpec, brackets
+from pipelines.tuning.spec import StudySpec
+from pipelines.tuning.worker import SHARING
 from registry import datasets, studies
 from registry.bases import Base
 from registry.datasets import Row, make_row
+from registry.halving import brackets
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="other kernels neither tell nor limit it")
 SPACE = {
@@ -59,6 +61,7 @@ for batch, count in ((8, 1), (64, 1), (64, 4)):
 print(json.dumps(found))
 """
 _RANKS = "print(json.dumps([trainer.needs([params(2) | {'r': r}]) for r in (8, 2048)]))"
+_SHARE = "print(json.dumps([trainer.room, memory.share(6, 'cpu')]))"
 _NEEDS = "print(json.dumps([trainer.needs([params(batch)]) for batch in (3, 256)]))"
 # Without the estimate the limit of the process holds
 _LIMIT = """
@@ -107,6 +110,19 @@ def spec(tiny_base: Base) -> StudySpec:
         study="m-1", model="m", base=tiny_base.digest, dataset=kept.digest, system=None, max_tokens=256, trials=4,
         rungs=(2,), reduction=3, space=SPACE, workers=1, adapters_per_pass=1,
     )  # fmt: skip
+
+
+def test_a_guest_counts_itself_alone_and_one_of_a_crew_its_mates(
+    spec: StudySpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the number of workers that the coordinator's machine has."""
+    monkeypatch.delenv(SHARING, raising=False)
+    many = replace(spec, workers=10_000)
+    room, _ = python(many, _SHARE)
+    assert room > 100 * memory.share(10_000, "cpu")  # other tests' workers may be at work here too
+    monkeypatch.setenv(SHARING, "6")
+    room, sixth = python(many, _SHARE)
+    assert room == pytest.approx(sixth, rel=0.01)
 
 
 @linux

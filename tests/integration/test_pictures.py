@@ -131,6 +131,27 @@ def test_a_running_search_can_be_drawn(store: optuna.storages.RDBStorage, tmp_pa
     assert "4 trials" in texts(tmp_path / "index.html")
 
 
+def test_a_trial_that_went_on_when_the_search_was_resumed_counts_once(
+    store: optuna.storages.RDBStorage, tmp_path: Path
+) -> None:
+    study = search(store, 8)
+    then = study.trials[1]
+    assert then.state == optuna.trial.TrialState.PRUNED
+    study.add_trial(
+        optuna.trial.create_trial(
+            state=optuna.trial.TrialState.COMPLETE, value=0.5, params=then.params, distributions=then.distributions,
+            intermediate_values=then.intermediate_values | {18: 0.75, 54: 0.5}, user_attrs={"whole": 1},
+        )
+    )  # fmt: skip
+    once = pictures._complete(study, pictures._lowest)
+    values = {t.number: t.value for t in once.trials if t.state == optuna.trial.TrialState.COMPLETE}
+    assert sorted(values) == [0, 1, 2, 3, 4, 5, 7]  # the one with number 6 failed
+    assert values[1] == 0.5
+    assert once.trials[1].intermediate_values == then.intermediate_values | {18: 0.75, 54: 0.5}
+    assert "history.svg" in pictures.draw(study, tmp_path)
+    assert "7 trials" in texts(tmp_path / "index.html")
+
+
 def test_what_the_winner_is_picked_by_has_a_front(store: optuna.storages.RDBStorage, tmp_path: Path) -> None:
     study = search(store, 6)
     measures = {"loss": {0: 2.0, 1: 1.5, 2: 1.9, 4: float("inf")}, "adapter_parameters": {0: 10.0, 1: 30.0, 2: 40.0}}

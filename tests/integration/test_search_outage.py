@@ -1,4 +1,5 @@
-"""Fault 4: the database server itself goes down in the middle of a search, at once and for a while."""
+"""Fault 4: the database server itself, which MLflow has too, goes down in the middle of a search, at once and for a
+while."""
 
 from __future__ import annotations
 
@@ -8,17 +9,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import psycopg
 import pytest
+from mlflow import MlflowClient
 
 from infra import db, migrate, ports, postgres, settings
+from infra.errors import Unreachable
 from pipelines.tuning.spec import StudySpec
-from registry import datasets, studies
+from registry import datasets, mlflow, studies
 from registry.bases import Base
 from registry.datasets import make_row
 from tests.conftest import give_base
+from tests.integration.conftest import mlflow_on
 
 ROWS = [
     make_row(
@@ -42,20 +47,23 @@ def until(true: Callable[[], bool], seconds: float = 300) -> None:
 
 def jobs() -> list[studies.Job]:
     with db.transaction() as conn:
-        return studies.jobs(conn, "m-1")
+        return studies.jobs(conn, "m-1", curves=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seconds_away", [0.0, 12.0])
+@pytest.mark.parametrize("away", [False, True])
 def test_a_search_outlasts_an_immediate_restart_of_its_database(
-    tiny_made: Base, home: Path, monkeypatch: pytest.MonkeyPatch, seconds_away: float
+    tiny_made: Base, home: Path, monkeypatch: pytest.MonkeyPatch, away: bool
 ) -> None:
     cluster, port = postgres.prepare(home), ports.free()
-    server = cluster.start(port)
+    running = [cluster.start(port)]
     coordinator = None
-    try:
-        cluster.wait(server, port)
+    with ExitStack() as over:
+        over.callback(lambda: postgres.stop(running[-1]))
+        over.callback(_forget_pool)
+        cluster.wait(running[-1], port)
         monkeypatch.setenv("TUNESMITH_DATABASE_URL", cluster.url(port))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", over.enter_context(mlflow_on(cluster.url(port))))
         settings.get_settings.cache_clear()
         with psycopg.connect(cluster.url(port), autocommit=True) as conn:
             conn.execute("create database tunesmith")
@@ -72,27 +80,31 @@ def test_a_search_outlasts_an_immediate_restart_of_its_database(
         code = (
             "import json, sys; from pipelines.tuning.search import search\n"
             "from pipelines.tuning.spec import StudySpec\n"
-            "best = search(StudySpec.from_json(json.loads(sys.argv[1])), progress=lambda *_: None)\n"
-            "print(json.dumps(best.to_json()))"
+            "spec = StudySpec.from_json(json.loads(sys.argv[1]))\n"
+            "print(json.dumps(search(spec, progress=lambda *_: None, mlflow_parent=sys.argv[2]).to_json()))"
         )
+        parent = mlflow.start_run(mlflow.experiment_of("m"), "train")
         coordinator = subprocess.Popen(
-            [sys.executable, "-c", code, json.dumps(spec.to_json())], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", code, json.dumps(spec.to_json()), parent], stdout=subprocess.PIPE, text=True
         )
+        over.callback(coordinator.wait)
+        over.callback(coordinator.kill)
 
         def under_way() -> bool:
-            assert coordinator is not None
             assert coordinator.poll() is None
             with psycopg.connect(cluster.url(port, "tunesmith")) as look:
                 found = look.execute("select 1 from rung_job where state = 'running'").fetchone()
             return found is not None
 
         until(under_way)
-        server.send_signal(signal.SIGQUIT)  # as `pg_ctl stop -m immediate`
-        server.wait(30)
+        running[-1].send_signal(signal.SIGQUIT)  # as `pg_ctl stop -m immediate`
+        running[-1].wait(30)
         assert coordinator.poll() is None
-        time.sleep(seconds_away)
-        server = cluster.start(port)
-        cluster.wait(server, port)
+        if away:  # longer than MLflow's client tries
+            with pytest.raises(Unreachable):
+                mlflow.log_points(parent, [("loss", 1.0, 1)])
+        running.append(cluster.start(port))
+        cluster.wait(running[-1], port)
         said, _ = coordinator.communicate(timeout=300)
         assert coordinator.returncode == 0
         best = json.loads(said)
@@ -104,11 +116,18 @@ def test_a_search_outlasts_an_immediate_restart_of_its_database(
             first = 1 if job.rung == 0 else 21
             assert [step for step, _ in job.curve or []] == list(range(first, job.steps + 1))
         assert (best["trials"], best["failed"], best["stopped_by"], best["steps"]) == (3, 0, "trials", 60)
-    finally:
-        if coordinator is not None and coordinator.poll() is None:
-            coordinator.kill()
-            coordinator.wait()
-        if db.pool.cache_info().currsize:
-            db.pool().close()
-        db.pool.cache_clear()
-        postgres.stop(server)
+        client = MlflowClient(tracking_uri=settings.get_settings().need("mlflow_url"))
+        experiment = client.get_run(parent).info.experiment_id
+        nested = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
+        assert {run.info.status for run in nested} == {"FINISHED"}
+        for run in nested:  # and MLflow has each of them
+            mine = [job for job in found if str(job.trial) == run.data.tags["tunesmith.trial"]]
+            points = client.get_metric_history(run.info.run_id, "train_loss")
+            assert sorted(point.step for point in points) == list(range(1, mine[-1].steps + 1))
+        assert len(nested) == 3
+
+
+def _forget_pool() -> None:
+    if db.pool.cache_info().currsize:
+        db.pool().close()
+    db.pool.cache_clear()

@@ -11,6 +11,8 @@ from infra.db import transaction
 from infra.errors import Conflict, NotFound
 from infra.settings import Settings
 from pipelines import runs
+from pipelines.tuning.crew import Crew
+from pipelines.tuning.worker import name_of
 from registry import leases, studies
 from registry.studies import Job
 
@@ -176,6 +178,53 @@ def test_a_job_whose_worker_died_is_tried_again_and_then_fails_with_its_cause(st
     assert job(0).state == "failed"
     assert job(0).error == "its worker died 3 times, as it does where memory runs out; last host:3"
     assert taken("w").trial == 1
+
+
+def test_a_job_whose_workers_went_with_their_machine_stays_in_its_pack_and_fails_late(study: str) -> None:
+    with transaction() as conn:
+        for trial in (3, 4):
+            put_up(conn, trial, rung=1, pack=3)
+    for attempt in range(1, studies.MOST_ATTEMPTS // 2 + 1):
+        assert [(j.trial, j.attempts) for j in take_pack("w")] == [(3, attempt), (4, attempt)]
+        for trial in (3, 4):
+            let_expire(trial)
+        reap()
+    for attempt in range(studies.MOST_ATTEMPTS // 2 + 1, studies.MOST_ATTEMPTS + 1):
+        assert [(j.trial, j.attempts) for j in take_pack("host:1")] == [(3, attempt)]  # who takes the machine with it
+        let_expire(3)
+        reap()
+    assert job(3, 1).state == "failed"
+    assert job(3, 1).error == "its workers were gone 10 times, perhaps with their machines; last host:1"
+    assert [j.trial for j in take_pack("w")] == [4]
+    finish(job(4, 1))
+
+
+def test_a_dead_worker_is_not_taken_for_one_of_another_container(study: str) -> None:
+    """Which may have the same host's name and the same process ids."""
+    one, other = Crew("s", 1), Crew("s", 1)
+    held = taken(name_of(one.mark, 7))
+    with transaction() as conn:
+        studies.bury(conn, "s", name_of(other.mark, 7))
+        studies.give_back(conn, "s", name_of(other.mark, 7))
+    finish(held)
+
+
+def test_a_curve_is_read_when_it_is_asked_for(study: str) -> None:
+    finish(taken("w"))
+    done, other = job(0), job(1)
+    with transaction() as conn:
+        assert [j.curve for j in studies.jobs(conn, "s")] == [None] * 3
+        assert [j.curve for j in studies.jobs(conn, "s", curves=True)] == [[[1, 2.0]], None, None]
+        assert studies.curves(conn, "s", [done, other]) == {(0, 0): [[1, 2.0]], (1, 0): []}
+
+
+def test_a_place_counts_what_was_drawn(study: str) -> None:
+    with transaction() as conn:
+        for trial, clone_of in ((3, 1), (4, None), (5, 3), (6, 4)):
+            studies.add_job(
+                conn, "s", trial=trial, rung=0, trial_id=trial, params={}, steps=5, checkpoint=None, clone_of=clone_of
+            )
+        assert studies.places(conn, "s") == {0: 0, 1: 1, 2: 2, 3: 1, 4: 3, 5: 1, 6: 3}
 
 
 def test_a_study_in_which_nothing_succeeded_is_tried_anew(study: str) -> None:

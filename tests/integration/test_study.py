@@ -73,7 +73,7 @@ def spec(tiny_base: Base) -> StudySpec:
 
 def jobs(study: str = "m-1") -> list[studies.Job]:
     with transaction() as conn:
-        return studies.jobs(conn, study)
+        return studies.jobs(conn, study, curves=True)
 
 
 def in_optuna() -> list[Any]:
@@ -488,6 +488,7 @@ def test_broken_and_repeated_trials_do_not_stop_the_others(spec: StudySpec) -> N
     assert all(j.attempts == 1 for j in found)
     assert (best.failed, best.pruned, best.params["learning_rate"]) == (2, 0, 1e-3)
     assert best.stopped_by == "space"
+    assert len(in_optuna()) == 4, "and Optuna was asked for no more"
     assert all(j.seconds and j.tokens for j in broken), "a budget counts what failed too"
 
 
@@ -539,6 +540,42 @@ def test_a_budget_ends_a_search_with_what_it_has(spec: StudySpec, name: str, bud
     assert {t.state.name for t in in_optuna()} == {"PRUNED"}  # none is left running
 
 
+def test_what_ended_a_search_is_kept_rather_than_reckoned_again(spec: StudySpec) -> None:
+    """A person stopped it, and what was under way then used the budget up."""
+    short = replace(spec, trials=6, rungs=(20,), max_training_tokens=1)
+    assert search(short, progress=quiet).stopped_by == "max_tokens"
+    with transaction() as conn:
+        assert studies.get(conn, "m-1")["stopped_by"] == "max_tokens"
+        conn.execute("update study set best = null, stopped_by = 'user'")
+    assert search(short, progress=quiet).stopped_by == "user"
+
+
+def test_a_search_that_is_resumed_as_it_ends_goes_on_with_all_its_trials(spec: StudySpec) -> None:
+    asked: list[str] = []
+
+    def stop_once(*_: object) -> None:
+        if not asked and any(j.state == "done" for j in jobs()):
+            asked.append("stopped")
+            with transaction() as conn:
+                studies.stop(conn, "m-1")
+
+    def resume(_: object) -> None:
+        """In the last turn: when it looks, and then when it says how the study ended."""
+        if not asked or asked[-1] == "resumed":
+            return
+        with transaction() as conn:
+            if studies.get(conn, "m-1")["state"] != "stopped" or any(j.state == "running" for j in jobs()):
+                return
+            asked.append("ends" if asked[-1] == "stopped" else "resumed")
+            if asked[-1] == "resumed":
+                studies.resume(conn, "m-1")
+
+    best = search(replace(spec, adapters_per_pass=1, rungs=(60, 180)), progress=stop_once, guard=resume)
+    assert asked == ["stopped", "ends", "resumed"]
+    assert (best.trials, best.stopped_by) == (4, "trials")
+    assert [t.number for t in in_optuna()] == [0, 1, 2, 3]  # none was over, to stand there twice
+
+
 def test_who_lost_the_study_decides_nothing_more_of_it(spec: StudySpec) -> None:
     """Fault 3, of a coordinator that was taken for dead: another one has the study when it wakes up."""
     lost = threading.Event()
@@ -560,6 +597,27 @@ def test_who_lost_the_study_decides_nothing_more_of_it(spec: StudySpec) -> None:
     assert (row["state"], row["best"]) == ("running", None)
     best = search(replace(spec, adapters_per_pass=1, rungs=(150, 300)), progress=quiet)
     assert best.trials == 4
+
+
+@pytest.mark.slow
+def test_a_pack_whose_machine_went_three_times_ends_as_an_undisturbed_one(spec: StudySpec) -> None:
+    """Nobody saw its worker die, so it is neither taken apart nor blamed: alone, its trials would round otherwise."""
+    packed = replace(spec, trials=3, rungs=(150, 300))
+    calm = search(packed, progress=quiet)
+    again = replace(packed, study="m-2")
+    for attempt in (1, 2, 3):
+        coordinator = coordinate(again)
+        try:
+            until(lambda attempt=attempt: any(j.state == "running" and j.attempts == attempt for j in jobs("m-2")))
+        finally:
+            kill_all(coordinator)
+        with transaction() as conn:
+            conn.execute("update rung_job set lease_until = now() - interval '1 second' where state = 'running'")
+    outcome = search(again, progress=quiet)
+    assert outline("m-2") == outline("m-1")
+    assert [(j.trial, j.rung, j.pack) for j in jobs("m-2")] == [(j.trial, j.rung, j.pack) for j in jobs("m-1")]
+    assert any(j.attempts == 4 and j.pack != j.trial for j in jobs("m-2"))
+    assert (outcome.trial, outcome.value) == (calm.trial, calm.value)
 
 
 @pytest.mark.slow

@@ -7,14 +7,10 @@ from datetime import UTC, datetime
 
 import pytest
 
-from pipelines.tuning import halving
-from pipelines.tuning.spec import StudySpec
+from registry import halving
 from registry.studies import Job
 
-SPEC = StudySpec(
-    study="s", model="m", base="b", dataset="d", system=None, max_tokens=9, trials=18, rungs=(6, 18, 54), reduction=3,
-    space={},
-)  # fmt: skip
+SPEC = halving.Plan(trials=18, rungs=(6, 18, 54), reduction=3)
 
 
 def job(trial: int, rung: int = 0, value: float | None = None, state: str = "done", clone_of: int | None = None) -> Job:
@@ -48,8 +44,8 @@ def test_a_rung_is_judged_when_all_are_through() -> None:
     assert [j.trial for j in halving.chosen(SPEC, jobs)] == [8, 7, 6]
     assert stands(jobs, 1) is None  # chosen, but not put up
     assert stands(judged(), 1) is None
-    assert {halving.fate(SPEC, jobs, n) for n in range(9)} == {None}  # nobody is told before the others are put up
-    assert [halving.fate(SPEC, judged(), n) for n in range(9)] == ["pruned"] * 6 + [None] * 3
+    assert set(halving.fates(SPEC, jobs).values()) == {None}  # nobody is told before the others are put up
+    assert [halving.fates(SPEC, judged())[n] for n in range(9)] == ["pruned"] * 6 + [None] * 3
 
 
 @pytest.mark.parametrize("state", ["failed", "pruned"])
@@ -57,10 +53,10 @@ def test_who_failed_or_was_stopped_by_hand_has_no_place(state: str) -> None:
     jobs = first_rung()
     jobs[8] = replace(jobs[8], state=state)
     assert [j.trial for j in halving.chosen(SPEC, jobs)] == [7, 6, 5]
-    assert halving.fate(SPEC, jobs, 8) == state
+    assert halving.fates(SPEC, jobs)[8] == state
     later = [*judged()[:11], replace(job(8, 1), state=state)]  # after it was promoted: its place stays empty
-    assert halving.fate(SPEC, later, 8) == state
-    assert halving.fate(SPEC, later, 5) == "pruned"
+    assert halving.fates(SPEC, later)[8] == state
+    assert halving.fates(SPEC, later)[5] == "pruned"
 
 
 def test_an_adapter_that_is_larger_than_allowed_takes_nobodys_place() -> None:
@@ -68,14 +64,14 @@ def test_an_adapter_that_is_larger_than_allowed_takes_nobodys_place() -> None:
     jobs = [replace(j, adapter_parameters=2000 if j.trial in (7, 8) else 1000) for j in first_rung()]
     assert [j.trial for j in halving.chosen(spec, jobs)] == [6, 5, 4]
     jobs += [job(n, 1, state="waiting") for n in (6, 5, 4)]
-    assert halving.fate(spec, jobs, 8) == "pruned"
+    assert halving.fates(spec, jobs)[8] == "pruned"
     large = replace(job(20, value=0.1, clone_of=3), adapter_parameters=2000)
     assert halving.goes_on(spec, [*jobs, large], large) is False
 
 
 def test_a_trial_ends_complete_on_the_last_rung_only() -> None:
     jobs = [*first_rung(), *(job(n, 1, value=9.0 - n) for n in (6, 7, 8)), job(8, 2, value=0.5)]
-    assert [halving.fate(SPEC, jobs, n) for n in (6, 7, 8)] == ["pruned", "pruned", "complete"]
+    assert [halving.fates(SPEC, jobs)[n] for n in (6, 7, 8)] == ["pruned", "pruned", "complete"]
 
 
 def test_a_variant_takes_nobodys_place_and_does_not_shift_the_groups() -> None:
@@ -85,7 +81,7 @@ def test_a_variant_takes_nobodys_place_and_does_not_shift_the_groups() -> None:
     assert halving.groups(SPEC, jobs) == [list(range(9)), [10, 11, 12, 13]]
     assert halving.groups(SPEC, [*judged(), variant]) == [list(range(9)), []]
     assert [j.trial for j in halving.chosen(SPEC, first_rung())] == [8, 7, 6]
-    assert halving.fate(SPEC, jobs, 5) == "pruned"
+    assert halving.fates(SPEC, jobs)[5] == "pruned"
 
 
 @pytest.mark.parametrize(
@@ -96,7 +92,7 @@ def test_a_variant_goes_on_when_it_would_have_had_a_place(value: float | None, g
     variant = job(9, value=value, clone_of=3)
     jobs = [*judged(), variant]
     assert halving.goes_on(SPEC, jobs, variant) is going
-    assert halving.fate(SPEC, jobs, 9) == (None if going else "pruned")
+    assert halving.fates(SPEC, jobs)[9] == (None if going else "pruned")
 
 
 def test_a_variant_waits_for_the_group_it_is_measured_against() -> None:
@@ -104,7 +100,7 @@ def test_a_variant_waits_for_the_group_it_is_measured_against() -> None:
     running = [*first_rung()[:8], job(8, state="running")]
     for jobs in (running, first_rung()):  # still running; not put up yet, so that a hand may still take one out
         assert halving.goes_on(SPEC, [*jobs, variant], variant) is None
-        assert halving.fate(SPEC, [*jobs, variant], 9) is None
+        assert halving.fates(SPEC, [*jobs, variant])[9] is None
     second = job(9, 1, value=0.1, clone_of=3)
     at_second = [*judged(), job(9, value=0.5, clone_of=3), second]
     assert halving.goes_on(SPEC, at_second, second) is None

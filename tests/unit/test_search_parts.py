@@ -13,8 +13,10 @@ import pytest
 
 from pipelines import stages
 from pipelines.tuning import devices, memory
+from pipelines.tuning.crew import Crew
 from pipelines.tuning.search import as_large
 from pipelines.tuning.trainer import Trainer
+from pipelines.tuning.worker import SHARING
 
 PLAIN = {"r": 8, "use_dora": False, "init_lora_weights": True, "per_device_train_batch_size": 4}
 
@@ -81,8 +83,16 @@ def test_gpus_are_those_that_this_process_may_see(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, GPU-a1")
     assert devices.gpus() == ["2", "GPU-a1"]
     assert devices.workers() == 2
+    # A worker is told with how many it shares its GPU, or where there is none, the machine
+    shares = [Crew("s", 3).surroundings(place) for place in (1, 2, 3)]
+    assert [(each["CUDA_VISIBLE_DEVICES"], each[SHARING]) for each in shares] == [
+        ("2", "2"),
+        ("GPU-a1", "1"),
+        ("2", "2"),
+    ]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert devices.gpus() == []
+    assert Crew("s", 3).surroundings(1)[SHARING] == "3"
 
 
 def test_a_share_of_memory_counts_the_workers_of_other_studies(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from pipelines.config_space import KINDS, Space, clash
 from pipelines.tuning import space as spaces
 from pipelines.tuning.defaults import FIXED, SMALL, defaults_for
+from pipelines.tuning.methods import packable
 
 RSLORA = {"when": {"use_rslora": True}, "then": [8, 16], "else": {"low": 16, "high": 32, "log": False}}
 # Everything that hangs on something else, at once
@@ -153,6 +154,43 @@ def test_what_the_file_leaves_out_is_of_the_bases_size() -> None:
         assert Space(**found).full(1) == found
     rates = [defaults_for(size)["learning_rate"]["high"] for size in (10**8, 10**9, 10**10, 10**10 + 1)]
     assert rates == [5e-3, 2e-3, 2e-3, 1e-3]
+
+
+@pytest.mark.parametrize(
+    ("named", "found"),
+    [
+        ({}, True),
+        ({"init_lora_weights": [True, "pissa"], "lora_dropout": 0.0}, True),
+        ({"use_dora": [False, True]}, True),
+        ({"use_dora": {"when": {"r": 8}, "then": True, "else": False}, "r": [4, 8]}, True),
+        ({"use_dora": [True, False], "init_lora_weights": {"when": {"use_dora": True}, "then": True, "else": "pissa"},
+          "lora_dropout": 0.0}, False),
+        ({"use_dora": True}, False),
+    ],
+)  # fmt: skip
+def test_a_typical_configuration_can_train_beside_others_where_any_can(named: dict[str, Any], found: bool) -> None:
+    space = full(**named)
+    params = spaces.typical(space, packable)
+    assert packable(params) is found
+    middle = spaces.typical(space)
+    assert {name for name in params if params[name] != middle[name]} <= {"use_dora", "init_lora_weights", "r"}
+    assert spaces.draw(space, lambda name, _: spaces.drawable(space, params)[name]) == params
+
+
+def test_all_configurations_of_a_space_are_told_where_they_have_an_end() -> None:
+    space = full(
+        use_rslora=[False, True], lora_alpha={"when": {"use_rslora": True}, "then": [8, 16], "else": 32},
+        r={"low": 4, "high": 6}, target_modules=[["q_proj"], "mlp"], lora_dropout=0.0, learning_rate=1e-3,
+        lr_scheduler_type="linear", per_device_train_batch_size=8,
+    )  # fmt: skip
+    found = spaces.every(space, 18)
+    assert found is not None
+    assert len(found) == 3 * 3 * 2
+    assert len({str(params) for params in found}) == 18
+    for params in found:
+        assert spaces.draw(space, lambda name, _, params=params: spaces.drawable(space, params)[name]) == params  # type: ignore[misc]
+    assert spaces.every(space, 17) is None
+    assert spaces.every(space | {"learning_rate": {"low": 1e-4, "high": 1e-3, "log": True}}, 10**6) is None
 
 
 def test_every_default_space_can_draw_pissa_and_dora() -> None:
