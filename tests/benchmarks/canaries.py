@@ -7,8 +7,8 @@ rollouts for each line.
 Traffic is drawn, looked at every few minutes, and decided on by the code that decides on real one. The bounds are
 binomial, at 99 %. The program fails when a promise is broken. Two lines, of users who differ and stay with their
 version, are promised nothing: there requests of a user are not independent, which the test takes them to be. Then the
-plan that a rollout has where the file says nothing: it promises as much of versions that are no worse, and asks for so
-few requests a step that a version 10 % worse is often promoted; how often is printed.
+plan that a rollout has where the file says nothing: it promises as much of versions that are no worse; how many of
+those that are worse it takes back, and promotes, hangs on the traffic of its minutes, and is printed.
 """
 
 from __future__ import annotations
