@@ -31,12 +31,15 @@ def seconds_left(
     if not begins_more:
         spec = replace(spec, trials=len({job.trial for job in jobs if job.clone_of is None}))
     planned = sum(alone(spec, rung) * count for rung, count in enumerate(reaching(spec)))
-    open_ = [job for job in jobs if job.state in ("waiting", "running")]
-    over = sum(alone(spec, job.rung) for job in jobs if job.clone_of is None and job not in open_)
-    variants = sum(alone(spec, job.rung) for job in open_ if job.clone_of is not None)
+    variants = sum(alone(spec, job.rung) for job in jobs if job.clone_of is not None and _is_open(job))
+    over = sum(alone(spec, job.rung) for job in jobs if job.clone_of is None and not _is_open(job))
     steps = max(0, planned - over) + variants
     budgets = [left for _, left in _left(spec, jobs, seconds, workers)]
     return max(0.0, min([spent / worked * steps / workers, *budgets]))
+
+
+def _is_open(job: Job) -> bool:
+    return job.state in ("waiting", "running")
 
 
 def _left(spec: StudySpec, jobs: Sequence[Job], seconds: float, workers: int) -> Iterator[tuple[str, float]]:
