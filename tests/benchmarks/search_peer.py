@@ -75,6 +75,7 @@ def sampler(seed: int, number: int) -> Any:
     import optuna
 
     mixed = int(hashlib.sha256(f"{seed} {number}".encode()).hexdigest()[:8], 16)
+    # Optuna's own; ours is the same but for what it does with few results (`draws.good`)
     return optuna.samplers.TPESampler(seed=mixed, constant_liar=True)
 
 
