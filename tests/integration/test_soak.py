@@ -52,6 +52,7 @@ def recorded() -> dict[int, int]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(MINUTES * 60 + 900)
 def test_half_an_hour_at_half_load(database: Settings, tmp_path: Path) -> None:
     base = bases.resolve(str(save_base(tmp_path / "base")))
     adapter = save_adapter(bases.load_model(base.folder, "float32"), tmp_path / "adapter", seed=1)
