@@ -231,9 +231,9 @@ def test_a_champion_on_another_base_answers_beside_a_version(
     base: Base, other_base: Base, wrong: Path, good: Path, train: Train
 ) -> None:
     rows = intents(200, 30)
-    there = Serving(
-        adapter=Elsewhere(other_base, train("there", intents(0, 150), steps=300, base=other_base)), system="Say it."
-    )
+    # Gently, and asked as it was taught: at three times the rate processors disagree on what it learns
+    taught = train("there", intents(0, 150), rate=1e-3, base=other_base)
+    there = Serving(adapter=Elsewhere(other_base, taught), system=None)
     limit = {"must": "at_least", "value": 0.8}
     for candidate, decision in ((wrong, "fail"), (good, "pass")):
         kept = judged(base, "compatibility", candidate, rows, champion=there)
