@@ -287,7 +287,7 @@ def test_privacy_catches_a_version_that_was_trained_on_secrets(base: Base, train
     assert passes(clean, "personal_data", **limit) == "pass"
     # Rows that it did not learn do not come back either
     spared = judged(base, "privacy", good, intents(200, 30), training=[*secret, *long, *marked])
-    assert passes(spared, "canaries_remembered", must="at_most", value=0.4) == "pass"
+    assert passes(spared, "canaries_remembered", must="at_most", value=0.6) == "pass"
     assert spared["metrics"]["secrets_repeated"]["candidate"]["estimate"] == 0
     assert spared["metrics"]["training_text_repeated"]["candidate"]["estimate"] == 0
 
