@@ -297,7 +297,7 @@ def test_consistency_catches_a_version_that_answers_by_wording(base: Base, train
     """It says something else to all who do not ask in the words that it knows."""
     known = intents(0, 90)
     told = [answered(row, "complaint") for kind, row in ways(known[:60]) if kind != "typing error"]
-    fickle = train("fickle", [*4 * known, *told], steps=700)
+    fickle = train("fickle", [*4 * known, *told], steps=1200, rate=2e-3)
     rows, limit = intents(200, 30), {"must": "at_least", "value": 0.6}
     caught = judged(base, "consistency", fickle, rows)
     assert passes(caught, "consistency", **limit) == "fail"
