@@ -32,6 +32,7 @@ class Call:
         self.status = 0
         self.error: str | None = None
         self.has_place = False  # whether it counts among those that are being answered
+        self.makes_way = False  # and among those of them that make way for others
         self.sent = False  # whether the answer's head has gone out
         self.first_at: float | None = None
         self.text: list[str] = []

@@ -94,6 +94,7 @@ class Inference:
         self.budgets = budgets
         self.limits = limits
         self._in_flight = 0
+        self._making_way = 0  # of these, for others
         self._shadows: set[asyncio.Task[None]] = set()
 
     def endpoint(self, kind: Kind) -> _Endpoint:
@@ -122,7 +123,10 @@ class Inference:
                 raise Busy("Too many requests are being answered.", hint="Try again in a second.")
             call.asked = parse_request(kind, await self._body(headers, receive))
             call.wanted = parse(call.asked.model)
-            if call.asked.background and self._in_flight > self.limits.background:
+            if call.asked.background:
+                self._making_way += 1
+                call.makes_way = True
+            if call.makes_way and self._making_way > self.limits.background:
                 raise Busy("Too many background requests are being answered.", hint="Try again later.")
             await self.budgets.admit(call.identity.key_id, call.wanted.model, watched=call.identity.watched)
             await self._unless_gone(call, receive, self._answer(call, send))
@@ -149,6 +153,7 @@ class Inference:
         if call.has_place:
             call.has_place = False
             self._in_flight -= 1
+            self._making_way -= call.makes_way
             self.metrics.in_flight.set(self._in_flight)
 
     # ------------------------------------------------------------ in

@@ -231,3 +231,14 @@ def make_stand(home: Path) -> Iterator[Stand]:
             keys=keys,
             http=http,
         )
+
+
+@contextmanager
+def three_versions(home: Path) -> Iterator[Stand]:
+    """Model ``demo`` with versions 1 to 3, of which 1 serves."""
+    for number in (1, 2, 3):
+        add_version("demo", number, system=f"You are version {number}.")
+    promote("demo", 1)
+    with make_stand(home) as stand, stand.running_engine(), stand.running_gateway():
+        stand.wait_ready()
+        yield stand

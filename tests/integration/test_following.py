@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import Stand, add_base, add_engine, add_version, make_stand, promote, wait_for
+from serving import Stand, add_base, add_engine, add_version, make_stand, promote, three_versions, wait_for
 
 from deploy.follower import IDLE_VERSIONS
 from infra import ports, storage
@@ -23,17 +23,11 @@ from infra.settings import Settings
 from monitoring import alerts
 from registry import deployments
 
-LOAD = Path(__file__).parents[1] / "benchmarks" / "gateway_peer.py"
-
 
 @pytest.fixture
 def stand(database: Settings) -> Iterator[Stand]:
     """Model ``demo`` with versions 1 to 3, of which 1 serves."""
-    for number in (1, 2, 3):
-        add_version("demo", number, system=f"You are version {number}.")
-    promote("demo", 1)
-    with make_stand(database.home) as stand, stand.running_engine(), stand.running_gateway():
-        stand.wait_ready()
+    with three_versions(database.home) as stand:
         yield stand
 
 

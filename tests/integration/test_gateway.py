@@ -21,7 +21,7 @@ import httpx
 import openai
 import pytest
 from psycopg.types.json import Jsonb
-from serving import Stand, add_version, make_stand, promote, wait_for
+from serving import Stand, add_version, make_stand, promote, three_versions, wait_for
 
 from deploy.follower import Follower
 from deploy.upstream import Upstream
@@ -35,11 +35,7 @@ LOAD = Path(__file__).parents[1] / "benchmarks" / "gateway_peer.py"
 @pytest.fixture
 def stand(database: Settings) -> Iterator[Stand]:
     """Model ``demo`` with versions 1 to 3, of which 1 serves."""
-    for number in (1, 2, 3):
-        add_version("demo", number, system=f"You are version {number}.")
-    promote("demo", 1)
-    with make_stand(database.home) as stand, stand.running_engine(), stand.running_gateway():
-        stand.wait_ready()
+    with three_versions(database.home) as stand:
         yield stand
 
 
