@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import signal
 import statistics
 import sys
@@ -264,11 +265,10 @@ def profile(bench: Bench) -> None:
     run = run_ours(bench, world, study="profile", trials=size.trials)
     with transaction() as conn:
         jobs, row = studies.jobs(conn, "profile"), studies.get(conn, "profile")
-    packs = {(j.rung, j.pack, j.worker, j.updated_at): 0.0 for j in jobs}
-    for j in jobs:
-        packs[j.rung, j.pack, j.worker, j.updated_at] += j.seconds or 0.0
-    first = min(at.timestamp() - seconds for (*_, at), seconds in packs.items())
-    busy = sum(packs.values())
+    busy, first = sum(j.seconds or 0.0 for j in jobs), math.inf
+    for lead in {j.pack for j in jobs if j.rung == 0}:  # a member's seconds are its share of its pack's
+        pack = [j for j in jobs if j.rung == 0 and j.pack == lead]
+        first = min(first, max(j.updated_at for j in pack).timestamp() - sum(j.seconds or 0.0 for j in pack))
     members = [j.params for j in jobs if j.rung == 0][: row["adapters_per_pass"]]
     job = {"base": str(bench.base.folder), "dtype": bench.base.dtype, "rows": str(world.rows), "steps": 1 + size.pace}
     events = bench.ours("pack", *[job | {"adapters": members}] * CORES)
