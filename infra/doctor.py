@@ -94,7 +94,7 @@ def multiplies_bf16() -> bool:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux
         return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    return any(flag in flags.split() for flag in ("avx512_bf16", "amx_bf16", "bf16"))  # the last one is ARM's
 
 
 def _memory(own: Settings) -> Iterator[Finding]:

@@ -155,10 +155,14 @@ def _one_at_a_time(id: str) -> Iterator[None]:
 
 
 def _dtype() -> str:
-    """bfloat16 where the processor (or a GPU) multiplies in it, since there a step takes half the time."""
+    """bfloat16 where the GPU, or without one the processor, multiplies in it: a step takes half the time then."""
     import torch
 
-    return "bfloat16" if torch.cuda.is_available() or doctor.multiplies_bf16() else "float32"
+    if torch.cuda.is_available():
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        able = doctor.multiplies_bf16()
+    return "bfloat16" if able else "float32"
 
 
 def _source(id: str, revision: str) -> tuple[Path | None, str]:

@@ -134,9 +134,11 @@ class Mirror:
         self.closed.add(last.trial)
 
     def leave_behind(self, jobs: Sequence[studies.Job]) -> None:
-        """Trials that a stopped search did not get to judge are over in Optuna and MLflow too."""
+        """Of a search that is over, tell all, and that trials that it did not get to judge are over too."""
         import optuna
 
+        self.tell(jobs)
+        self.log(jobs)
         for number, mine in halving.by_trial(jobs).items():
             if number not in self.told:
                 with contextlib.suppress(ValueError):  # told by an earlier coordinator

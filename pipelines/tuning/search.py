@@ -128,16 +128,19 @@ def search(
         if row["state"] == "failed":
             studies.resume(conn, spec.study)
     spec = StudySpec.from_json(row["spec"])
-    if row["best"] is not None:
-        return Best(**row["best"])
     crew = Crew(spec.study, min(spec.workers, spec.trials))
     with contextlib.ExitStack() as over:
         over.callback(crew.dismiss)
-        crew.muster()  # they load the base while Optuna's tables are opened
+        if row["best"] is None:
+            crew.muster()  # they load the base while Optuna's tables are opened
         store = patiently(open_store, _PATIENCE)
         over.callback(store.engine.dispose)
         study = patiently(lambda: open_study(spec, store), _PATIENCE)
-        return _Coordinator(spec, crew, study, Mirror(spec, study, mlflow_parent), progress, guard).run()
+        mirror = Mirror(spec, study, mlflow_parent)
+        if row["best"] is not None:  # the coordinator that ended it may not have come to tell of it
+            patiently(lambda: mirror.leave_behind(_jobs(spec.study)), _PATIENCE)
+            return Best(**row["best"])
+        return _Coordinator(spec, crew, study, mirror, progress, guard).run()
 
 
 class _Coordinator:
@@ -386,12 +389,10 @@ class _Coordinator:
     def _end(self, jobs: Sequence[studies.Job], stopped_by: str) -> Best | None:
         """The result, written down; None when it is not over yet: a person asked for one more trial at the last moment,
         or had the search go on, or what was best is damaged."""
-        self.mirror.tell(jobs)
-        self.mirror.log(jobs)
         done = [j for j in jobs if j.value is not None]  # also of what was pruned by hand after it was measured
         failed = [j for j in jobs if j.state == "failed"]
         if not done:
-            if not self._close_study("failed", stopped_by, None):
+            if not self._close_study(jobs, "failed", stopped_by, None):
                 return None
             causes = (
                 "; ".join(sorted({j.error or "unknown" for j in failed})) or f"the search was stopped by {stopped_by}"
@@ -404,9 +405,8 @@ class _Coordinator:
         try:
             winner = rows[pick([m for _, m in rows], self.spec.objectives, rule, self.spec.constraints)][0]
         except TunesmithError:  # no trial keeps the constraints
-            if not self._close_study("failed", stopped_by, None):
+            if not self._close_study(jobs, "failed", stopped_by, None):
                 return None
-            self.mirror.leave_behind(jobs)
             raise
         last = halving.last(jobs)
         assert winner.checkpoint is not None  # noqa: S101  a done job has one
@@ -432,13 +432,12 @@ class _Coordinator:
             pareto=front(rows, self.spec.objectives, self.spec.constraints),
         )
         state = "completed" if stopped_by in _THROUGH else "stopped"
-        if not self._close_study(state, stopped_by, best):
+        if not self._close_study(jobs, state, stopped_by, best):
             return None
-        self.mirror.leave_behind(jobs)  # not before: who is resumed goes on with them
         self.progress(f"best loss {best.value:.3f} of {best.trials} trials", 1, 1)
         return best
 
-    def _close_study(self, state: str, stopped_by: str, best: Best | None) -> bool:
+    def _close_study(self, jobs: Sequence[studies.Job], state: str, stopped_by: str, best: Best | None) -> bool:
         with self._deciding() as conn:
             now = studies.lock(conn, self.spec.study)["state"]
             if stopped_by not in _THROUGH and now == "running":  # resumed meanwhile
@@ -447,7 +446,13 @@ class _Coordinator:
                 return False
             row = best.to_json() if best else None
             studies.end(conn, self.spec.study, state=state, stopped_by=stopped_by, best=row)
+        self.mirror.leave_behind(jobs)  # not before: who is resumed goes on with them
         return True
+
+
+def _jobs(study: str) -> list[studies.Job]:
+    with transaction() as conn:
+        return studies.jobs(conn, study)
 
 
 def as_large(params: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

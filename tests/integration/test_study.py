@@ -28,6 +28,8 @@ from infra.db import transaction
 from infra.errors import Conflict, TunesmithError, UsageError
 from pipelines import plans, runs, stages
 from pipelines.cli import tunesmith
+from pipelines.tuning.methods import fixed_by
+from pipelines.tuning.mirror import Mirror
 from pipelines.tuning.search import search
 from pipelines.tuning.space import check_parts
 from pipelines.tuning.spec import StudySpec
@@ -548,6 +550,44 @@ def test_what_ended_a_search_is_kept_rather_than_reckoned_again(spec: StudySpec)
         assert studies.get(conn, "m-1")["stopped_by"] == "max_tokens"
         conn.execute("update study set best = null, stopped_by = 'user'")
     assert search(short, progress=quiet).stopped_by == "user"
+
+
+def test_what_a_search_that_died_as_it_ended_had_not_told_is_told_by_the_next_one(
+    spec: StudySpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = replace(spec, max_training_tokens=1)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Mirror, "leave_behind", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            search(short, progress=quiet)
+    with transaction() as conn:
+        assert studies.get(conn, "m-1")["state"] == "stopped"
+    assert any(t.state.name == "RUNNING" for t in in_optuna())
+    assert search(short, progress=quiet).stopped_by == "max_tokens"
+    assert {t.state.name for t in in_optuna()} == {"PRUNED"}
+
+
+def test_a_search_begins_with_what_was_good_before_and_from_the_adapter_it_is_given(spec: StudySpec) -> None:
+    first = search(replace(spec, space=SPACE | {"r": 8}, trials=2, rungs=(40,)), progress=quiet)
+    with storage.scratch("bundle") as bundle:
+        shutil.copytree(first.adapter, bundle / "adapter")
+        digest = storage.folder_digest(bundle)
+        storage.keep("bundle", digest, bundle)
+    space = SPACE | fixed_by(Path(first.adapter))
+    warm = first.params | {"learning_rate": 2e-4}
+    anew = replace(spec, study="m-2", space=space, trials=2, rungs=(1,), warm_start=[warm])
+    search(anew, progress=quiet)
+    search(replace(anew, study="m-3", init_bundle=digest), progress=quiet)
+    assert jobs("m-2")[0].params == jobs("m-3")[0].params == warm, "the first one, and no other"
+    assert jobs("m-2")[1].params["learning_rate"] != warm["learning_rate"]
+    begun = max(j.value for j in jobs("m-2") if j.value is not None)
+    for job in jobs("m-3"):
+        assert job.value is not None
+        assert abs(job.value - first.value) < 0.2 * (begun - first.value), "after one small step"
 
 
 def test_a_search_that_is_resumed_as_it_ends_goes_on_with_all_its_trials(spec: StudySpec) -> None:
