@@ -192,7 +192,9 @@ class Trainer:
         numbers = max(int(m["r"]) for m in members) * sides
         # PiSSA keeps the base as it was
         twice = 0 if params.get("init_lora_weights", True) is True else self.model.get_memory_footprint()
-        return self._begun_with + twice + round(1.5 * len(members) * (a_copy + 24 * numbers))
+        # What autograd does not keep, more of it where PEFT's layers add whole results to each other
+        spare = 1.5 if packable(params) else 2.0
+        return self._begun_with + twice + round(spare * len(members) * (a_copy + 24 * numbers))
 
     def _kept(self, params: Mapping[str, Any]) -> int:
         """Bytes that autograd keeps of a forward pass for its backward pass, a token."""
