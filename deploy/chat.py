@@ -112,6 +112,9 @@ class Message(BaseModel):
     @classmethod
     def _text_of_parts(cls, value: Any) -> Any:
         if isinstance(value, list):
+            for part in value:
+                if isinstance(part, dict) and (what := part.get("type", "text")) != "text":
+                    raise ValueError(f"this engine takes text only, and no part of type {what!a:.80}")
             return "".join(TextPart.model_validate(part).text for part in value)
         return "" if value is None else value
 

@@ -29,7 +29,7 @@ from deploy.upstream import Busy, LeftAlone, Upstream
 from infra.errors import TunesmithError
 from infra.storage import text_digest
 from registry.privacy import redact
-from registry.profile import FEATURES, Answer, input_text
+from registry.profile import FEATURES, Answer, input_text, text_of
 
 log = logging.getLogger(__name__)
 
@@ -341,7 +341,7 @@ class Inference:
                 )
             )
             if served.keep_text:
-                kept = [{"role": m["role"], "content": _kept(m["content"])} for m in asked.messages]
+                kept = [{"role": m["role"], "content": _kept(text_of(m["content"]))} for m in asked.messages]
                 answer = _kept(text)
         self.recorder.put(
             Event(

@@ -199,11 +199,17 @@ def _message(index: int, value: Any) -> dict[str, Any]:
         return value
     if content is None and value["role"] == "assistant":
         return {**value, "content": ""}
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
-    ):
+    if isinstance(content, list) and all(_is_part(part) for part in content):
+        if any(part["type"] != "text" for part in content):  # pictures and the like: the engine says if it takes them
+            return value
         return {**value, "content": "".join(part["text"] for part in content)}
-    raise BadRequest(f"`{where}.content` must be text, or a list of text parts.", f"{where}.content")
+    raise BadRequest(f"`{where}.content` must be text, or a list of parts with a `type`.", f"{where}.content")
+
+
+def _is_part(part: object) -> bool:
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        return False
+    return part["type"] != "text" or isinstance(part.get("text"), str)
 
 
 def _prompt(body: Mapping[str, Any]) -> str:

@@ -335,7 +335,7 @@ def build(
 def input_text(messages: Messages) -> str:
     """What was asked: the messages' texts without the system's and without a trailing answer."""
     asked = messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages
-    return "\n".join(_content(m.get("content")) for m in asked if m.get("role") not in ("system", "developer"))
+    return "\n".join(text_of(m.get("content")) for m in asked if m.get("role") not in ("system", "developer"))
 
 
 def words(text: str) -> list[str]:
@@ -343,10 +343,11 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text[:_SCAN_CHARACTERS].lower())
 
 
-def _content(content: object) -> str:
+def text_of(content: object) -> str:
+    """The text of a message's content, which may be in parts (OpenAI's); pictures and the like are left out."""
     if isinstance(content, str):
         return content
-    if isinstance(content, Sequence):  # OpenAI's content parts
+    if isinstance(content, Sequence):
         return "\n".join(str(p.get("text") or "") for p in content if isinstance(p, Mapping))
     return ""
 

@@ -288,6 +288,9 @@ class TestOurEngine(EngineContract):
                 client.chat.completions.create(
                     model="base", messages=messages, tools=[{"type": "function", "function": {"name": "f"}}]
                 )
+            look = [{"type": "image_url", "image_url": {"url": "https://example.org/cat.png"}}]
+            with pytest.raises(openai.BadRequestError, match="text only, and no part of type 'image_url'"):
+                client.chat.completions.create(model="base", messages=[{"role": "user", "content": look}])
 
     def test_one_of_many_adapters_at_once_answers_as_alone(self, engine: Running) -> None:
         import asyncio

@@ -119,13 +119,19 @@ def test_a_hosted_version_is_asked_priced_and_recorded_like_any(database: Settin
         (newer,) = (b for b in _stats(stand, both, "first")["bodies"] if b["messages"][-1]["content"] == "newer")
         assert newer["max_completion_tokens"] == 5
         assert "max_tokens" not in newer
+        look: Any = [
+            {"type": "text", "text": "what is this"},
+            {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}},
+        ]
+        client.chat.completions.create(model="demo", messages=[{"role": "user", "content": look}])
+        assert _stats(stand, both, "first")["bodies"][-1]["messages"][-1]["content"] == look
         body = next(b for b in _stats(stand, both, "first")["bodies"] if "tools" in b)
         assert (body["model"], body["tools"], body["reasoning_effort"]) == ("base", tools, "low")
         assert body["response_format"] == {"type": "text"}
         assert body["messages"][0] == {"role": "system", "content": "Be kind."}
         assert not {"top_p", "priority"} & body.keys(), "which is null, and which only engines know"
         assert _stats(stand, both, "second")["bodies"] == []
-        for event in stand.wait_events(3):
+        for event in stand.wait_events(4):
             assert (event["version"], event["slot"], event["status"]) == (1, "champion", 200)
             assert event["cost_usd"] == pytest.approx((5 * 1.0 + 3 * 10.0) / 1000)
 
