@@ -16,6 +16,9 @@ def keys() -> None:
     Roles: viewer looks; service asks models and nothing else; operator also promotes and rolls back; admin also
     forces and manages keys.
     """
+    from registry.desk import only_here
+
+    only_here("keys")
 
 
 @keys.command()
@@ -153,6 +156,9 @@ def _show_limits(rows: list[dict[str, Any]], as_json: bool) -> None:
 @click.group()
 def upstream() -> None:
     """Addresses of hosted models, by the names that versions have for them."""
+    from registry.desk import only_here
+
+    only_here("upstream")
 
 
 @upstream.command(name="set")

@@ -52,7 +52,9 @@ def validate(path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 def run(path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Run a pipeline. An interrupted run goes on where it stopped. Exit code 3: the gate refused."""
     from pipelines import config as configs
+    from registry.desk import only_here
 
+    only_here("run")
     configs.check(configs.load(path, overrides))  # before anything starts
     _ready_prefect()
     from pipelines import flows
@@ -69,6 +71,9 @@ def run(path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 @json_option
 def retrain(model: str, detach: bool, as_json: bool) -> None:
     """Make the next version from a model's data and the corrections people sent."""
+    from registry.desk import only_here
+
+    only_here("retrain")
     if detach:
         from monitoring import retraining
 
@@ -396,6 +401,15 @@ def study_show(name: str, as_json: bool) -> None:
     out.print(table)
     for line in _pareto(row["best"]) if row["best"] else ():
         out.print(line, markup=False)
+
+
+@study.command("storage")
+def study_storage() -> None:
+    """The address of Optuna's own tables, with its password: for optuna-dashboard."""
+    from infra.services import sqlalchemy_url
+    from infra.settings import get_settings
+
+    click.echo(sqlalchemy_url(get_settings().database("optuna"), "psycopg"))
 
 
 @study.command("stop")

@@ -3,6 +3,8 @@ registered is judged again."""
 
 from __future__ import annotations
 
+import logging
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,14 +15,14 @@ from pydantic import BaseModel, Field
 
 from infra import storage
 from infra.db import transaction
-from infra.errors import NotFound, UsageError
+from infra.errors import NotFound, TunesmithError, UsageError
 from infra.settings import get_settings
 from pipelines import config as configs
 from pipelines import config_evaluation, runs
 from pipelines.config_address import Address
 from pipelines.evaluation.catalogue import DEFAULT, SUITES
 from pipelines.progress import report
-from registry import bases, datasets, deployments, gates, judgements, lineage, upstreams, versions
+from registry import bases, datasets, deployments, gates, judgements, lineage, mlflow, upstreams, versions
 from registry.bundle import Hosted, canonical_json
 from registry.datasets import Row
 from registry.pricing import MachinePrice, parse_price
@@ -28,7 +30,7 @@ from registry.pricing import MachinePrice, parse_price
 if TYPE_CHECKING:
     from pipelines.evaluation.judgement import Serving
 
-
+log = logging.getLogger(__name__)
 _OF_TRAINING = ("training_text_repeated", "secrets_repeated", "canaries_remembered")
 
 
@@ -124,6 +126,7 @@ def judge_again(
     """
     from pipelines.data import contamination
     from pipelines.evaluation.judgement import evaluate as judge
+    from pipelines.evaluation.report import render
 
     if unknown := [s for s in suites if s not in SUITES]:
         raise UsageError(f"There is no suite {unknown[0]}.", hint=f"There are {', '.join(SUITES)}.")
@@ -136,7 +139,7 @@ def judge_again(
         before = versions.evidence(conn, version.gate) or {}
         parents = lineage.learned(conn, (version.parsed.training or {}).get("init_bundle"))
     given = configs.load(config) if config is not None else None
-    policy = _policy(made, given)
+    policy = _policy(made, given, keep=attach is not None)
     now = champion_of(model)
     if attach is not None and now is not None and now.number == number:
         raise UsageError(f"{version.name} serves: what its gates say decides nothing now.", hint="Leave --attach out.")
@@ -181,8 +184,13 @@ def judge_again(
         evaluation |= {"contamination": contamination.of_dataset(dataset, parents)}
     decision = _decide(policy or Policy(), evaluation, version, beside=other, before=before)
     if attach is not None:
+        page = render(model, evaluation, decision.to_json())
         with transaction() as conn:
-            judgements.keep(conn, model, number, evaluation, decision, actor=deployments.actor_here(), reason=attach)
+            judgements.keep(
+                conn, model, number, evaluation, decision, actor=deployments.actor_here(), reason=attach, report=page
+            )
+        if version.mlflow_run_id is not None:
+            _show(version.mlflow_run_id, page)
     rows = next((entry for entry in decision.gates if entry["metric"] == gates.CONTAMINATION), None)
     told = {"decision": decision.to_json()} if attach is not None else {}
     return {"evaluation": evaluation, "gate": rows, **told}
@@ -214,16 +222,42 @@ def _decide(
     )
 
 
-def _policy(made: Mapping[str, Any] | None, given: configs.PipelineConfig | None) -> Policy | None:
-    """By what gates are decided: those of a file, else those of the run that made the version."""
-    if given is not None:
-        return Policy(
-            evaluation=given.evaluation,
-            gates=given.gates,
-            approvals=given.approvals,
-            on_underpowered=given.on_underpowered,
-        )
-    return Policy.model_validate({name: made[name] for name in Policy.model_fields if made[name]}) if made else None
+def _show(run: str, page: str) -> None:
+    """Put a later judgement's page beside the first one's in MLflow, whose being away loses nothing else."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "report-judged-again.html"
+        file.write_text(page, encoding="utf-8")
+        try:
+            mlflow.log_file(run, file)
+        except TunesmithError as error:
+            log.warning("MLflow has no page of this judgement: %s", error.message)
+
+
+def _policy(made: Mapping[str, Any] | None, given: configs.PipelineConfig | None, *, keep: bool) -> Policy | None:
+    """By what gates are decided: those of a file, else those of the run that made the version. A judgement that is to
+    be kept is by both, or a file could wave through what a version's own gates refused."""
+    own = Policy.model_validate({name: made[name] for name in Policy.model_fields if made[name]}) if made else None
+    if given is None:
+        return own
+    fresh = Policy(
+        evaluation=given.evaluation,
+        gates=given.gates,
+        approvals=given.approvals,
+        on_underpowered=given.on_underpowered,
+    )
+    if own is None or not keep:
+        return fresh
+    more = [gate for gate in fresh.gates if gate not in own.gates and gate.metric != gates.CONTAMINATION]
+    both = {
+        name: tuple(dict.fromkeys([*getattr(own.evaluation, name), *getattr(fresh.evaluation, name)]))
+        for name in ("suites", "required")
+    }
+    return Policy(
+        evaluation=fresh.evaluation.model_copy(update=both),
+        gates=(*own.gates, *more),
+        approvals=max(own.approvals, fresh.approvals),
+        on_underpowered=own.on_underpowered,
+    )
 
 
 def _rows(version: versions.Version, given: configs.PipelineConfig | None) -> datasets.Dataset:

@@ -433,7 +433,8 @@ def _promote(plan: Plan, version: versions.Version, judged: dict[str, Any]) -> t
         return None, None
     if gate["decision"] != "pass":
         return None, f"the gate's decision is {gate['decision']}"
-    actor, reason = f"{plan.kind}:{version.run_id}", "; ".join(gate["reasons"])[:1000] or "no gates"
+    actor = f"{deployments.actor_here()} ({plan.kind}:{version.run_id})"
+    reason = "; ".join(gate["reasons"])[:1000] or "no gates"
     with transaction() as conn:
         now = deployments.read(conn, version.model)
         if now.champion not in (None, judged["champion"], version.number):

@@ -1,8 +1,10 @@
 """Approvals: people with the operator role, not the author, who agree that a version may serve.
 
 How many a version needs, and who its author is, stand in its gate decision, so they are sealed with what was judged.
-A person is ``os:user@host``, a key, or whoever the key was made for; approving twice counts once, and nothing given is
-ever taken away. A key made for a user is that user's word on any machine, and so is that of ``os:user@host``.
+A person is ``os:user@host``, or whoever a key was made for; a key that was made for nobody is no person's word.
+Approving twice counts once, and nothing given is ever taken away; what was given before a version was judged again is
+of other evidence, and counts no more. A key made for a user is that user's word on any machine, and so is that of
+``os:user@host``.
 """
 
 from __future__ import annotations
@@ -71,13 +73,13 @@ class Approvals:
 
 
 def person(conn: Connection, actor: str) -> str:
-    """Who an actor is, whatever name the key has: ``os:user@host``, ``key:<id>``, or ``person:<user>`` where the key
-    was made for somebody."""
-    if not actor.startswith("key:"):
-        return actor
-    key = actor.partition(" (")[0]
-    row = conn.execute(SQL["whose_key"], {"id": key.removeprefix("key:")}).fetchone()
-    return f"person:{row['person']}" if row and row["person"] else key
+    """Who an actor is, whatever stands behind in brackets: ``os:user@host``, ``key:<id>``, or ``person:<user>`` where
+    the key was made for somebody."""
+    who = actor.partition(" (")[0]
+    if not who.startswith("key:"):
+        return who
+    row = conn.execute(SQL["whose_key"], {"id": who.removeprefix("key:")}).fetchone()
+    return f"person:{row['person']}" if row and row["person"] else who
 
 
 def same(one: str, other: str) -> bool:
@@ -95,7 +97,8 @@ def of(conn: Connection, model: str, number: int) -> Approvals:
 def approve(conn: Connection, model: str, number: int, *, actor: str, role: str, reason: str) -> tuple[bool, Approvals]:
     """Note that a person approves of a version; whether that is new, and how it stands now.
 
-    Raises NotFound for no such version, Refused for its author and for a role that may not, UsageError for the reason.
+    Raises NotFound for no such version, Refused for its author, for a role that may not and for a key of no person,
+    UsageError for the reason.
     """
     text = reason.strip()
     if not text or len(text) > 2000 or "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
@@ -106,6 +109,11 @@ def approve(conn: Connection, model: str, number: int, *, actor: str, role: str,
     who = person(conn, actor)
     if role not in ("operator", "admin"):
         raise Refused(f"The role {role} may not approve.", hint="Ask an operator or an admin.")
+    if who.startswith("key:"):
+        raise Refused(
+            f"{actor} was made for nobody, and people approve.",
+            hint=f"Use a key of yours: `tunesmith keys create --role {role} --person USER --name NAME`.",
+        )
     if same(who, person(conn, str((version["gate"] or {}).get("author")))):
         raise Refused(f"{actor} is the author of {model}:{number} and cannot approve it.", hint="Ask another person.")
     values = {"model": model, "number": number, "person": who, "actor": actor, "role": role, "reason": text}

@@ -6,7 +6,8 @@ ledger entry and outbox together. So it is there entirely or not at all, and rep
 
 from __future__ import annotations
 
-import getpass
+import os
+import pwd
 import socket
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -109,9 +110,9 @@ class Change:
 def actor_here() -> str:
     """Who acts on the command line: ``os:user@host``."""
     try:
-        user = getpass.getuser()
-    except (OSError, KeyError):  # a user id without a name, as in some containers
-        user = "unknown"
+        user = pwd.getpwuid(os.getuid()).pw_name  # not what the environment says, which is anybody's to set
+    except KeyError:  # a user id without a name, as in some containers
+        user = str(os.getuid())
     return f"os:{user}@{socket.gethostname()}"
 
 

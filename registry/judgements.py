@@ -22,9 +22,10 @@ SQL = load_queries(Path(__file__).with_suffix(".sql"))
 
 def keep(
     conn: Connection, model: str, number: int, evaluation: Mapping[str, Any], decision: Decision, *, actor: str,
-    reason: str,
+    reason: str, report: str | None = None,
 ) -> None:  # fmt: skip
-    """Have a version's gates speak by this judgement from now on, in MLflow too. Raises UsageError without a reason."""
+    """Have a version's gates speak by this judgement from now on, in MLflow too; `report` is its page, as HTML. Raises
+    UsageError without a reason."""
     conn.execute(
         SQL["keep"],
         {
@@ -36,6 +37,7 @@ def keep(
             "evaluation": keep_evidence(conn, "evaluation", evaluation),
             "gate": keep_evidence(conn, "gate", decision.to_json()),
             "decision": decision.decision,
+            "report": report,
         },
     )
     conn.execute(SQL["enqueue"], {"model": model})
@@ -44,3 +46,9 @@ def keep(
 def newest(conn: Connection, model: str, number: int) -> Mapping[str, Any] | None:
     """When, by whom and why a version was last judged again: at, actor, reason; None if it never was."""
     return conn.execute(SQL["newest"], {"model": model, "number": number}).fetchone()
+
+
+def report(conn: Connection, model: str, number: int) -> str | None:
+    """The page of the newest judgement, as HTML; None if it has none, or the version was judged but once."""
+    row = conn.execute(SQL["report"], {"model": model, "number": number}).fetchone()
+    return row["report"] if row else None

@@ -14,7 +14,7 @@ from infra.storage import file_digest
 from monitoring.console.figures import words
 from monitoring.console.model import HEADLINES, differences, look
 from monitoring.console.render import SQL, Visit, draw, whole
-from registry import approvals, card, deployments, versions
+from registry import approvals, card, deployments, judgements, versions
 from registry.names import check_model_name
 from registry.statistics import Estimate
 
@@ -34,6 +34,7 @@ def show(visit: Visit) -> Response:
         entries = [e for e in deployments.history(conn, name) if number in (e.to_version, e.from_version)]
         agreed = approvals.of(conn, name, number)
         me = approvals.person(conn, visit.actor)
+        again = judgements.newest(conn, name, number)
     evaluation = v["evaluation_body"] or {}
     return draw(
         visit,
@@ -58,7 +59,7 @@ def show(visit: Visit) -> Response:
             for label, metrics in evaluation.get("slices", {}).items()
             if label.startswith("source=")  # the others stand in the report, one line each
         },
-        has_report=REPORT in v["manifest"].get("files", {}),
+        has_report=REPORT in v["manifest"].get("files", {}) or again is not None,
         rows=evaluation.get("rows"),
         suites=evaluation.get("suites", []),
         examples=evaluation.get("examples", [])[:EXAMPLES],
@@ -67,10 +68,15 @@ def show(visit: Visit) -> Response:
 
 
 def report(visit: Visit) -> Response:
-    """The bundle's own report. It may have come from elsewhere, so nothing in it may run or load anything."""
+    """The report of the newest judgement, else the bundle's own. That may have come from elsewhere, so nothing in it
+    may run or load anything."""
     name, number = check_model_name(visit.path("model")), whole(visit.path("number"), "version")
+    policy = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
     with transaction() as conn:
         found = versions.get(conn, name, number)
+        again = judgements.report(conn, name, number)
+    if again is not None:
+        return HTMLResponse(again, headers={"content-security-policy": policy})
     if REPORT not in found.parsed.files:
         raise NotFound(f"{found.name} has no report.", hint="Only what a pipeline run judged has one.")
     file = found.folder() / REPORT
@@ -80,7 +86,6 @@ def report(visit: Visit) -> Response:
         )
     if (digest := file_digest(file)) != found.parsed.files[REPORT]:
         raise Refused(f"The report of {found.name} has digest {digest}, not the one that it was sealed with.")
-    policy = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
     return HTMLResponse(file.read_bytes(), headers={"content-security-policy": policy})
 
 

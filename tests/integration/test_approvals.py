@@ -8,6 +8,7 @@ import pytest
 from fastapi.testclient import TestClient
 from version_rows import add_version
 
+from deploy import auth
 from deploy.auth import NewKey, Role, create_key
 from deploy.gateway import create_app
 from infra import db
@@ -15,8 +16,9 @@ from infra.db import transaction
 from infra.errors import NotFound, Refused, UsageError
 from infra.settings import Settings
 from monitoring.console.app import console_routes
-from registry import approvals, deployments
+from registry import approvals, deployments, judgements
 from registry.evidence import evidence
+from registry.gates import Decision
 
 ANN, BOB = "key:ann1 (Ann)", "key:bob2 (Bob)"
 AUTHOR = "os:eve@laptop"
@@ -27,6 +29,9 @@ def version(database: Settings) -> None:
     """m:1, which passed its gate and needs two approvals."""
     with transaction() as conn:
         add_version(conn, "m", 1, approvals=2, author=AUTHOR)
+        for id, name in (("ann1", "Ann"), ("bob2", "Bob"), ("cy3", "Cy"), ("ci4", None)):
+            values = {"id": id, "name": id, "role": "operator", "hash": id.encode(), "person": name, "watched": True}
+            conn.execute(auth.SQL["insert_key"], values)
 
 
 def approve(actor: str, *, role: str = "operator", reason: str = "read it") -> tuple[bool, approvals.Approvals]:
@@ -57,6 +62,8 @@ def test_two_people_who_are_not_the_author_open_the_way_and_stand_in_the_evidenc
         promote()
     with pytest.raises(Refused, match="is the author of m:1"):
         approve(AUTHOR)
+    with pytest.raises(Refused, match=r"key:ci4 \(CI\) was made for nobody"):
+        approve("key:ci4 (CI)")
     with pytest.raises(Refused, match="The role viewer may not approve"):
         approve("key:cy3 (Cy)", role="viewer")
     with pytest.raises(UsageError):
@@ -120,6 +127,29 @@ def test_two_keys_of_one_person_are_one_and_an_authors_key_is_the_author(version
         assert approve(keys[2]).missing == 0
 
 
+@pytest.mark.usefixtures("version")
+def test_what_was_agreed_to_before_a_version_was_judged_again_counts_no_more() -> None:
+    assert (approve(ANN)[1].missing, approve(BOB)[1].missing) == (1, 0)
+    said = Decision(decision="pass", reasons=[], gates=[], approvals=2, author=AUTHOR)
+    with transaction() as conn:
+        judgements.keep(conn, "m", 1, {"metrics": {}}, said, actor="os:eve@laptop", reason="another champion")
+        assert approvals.of(conn, "m", 1).missing == 2
+    with pytest.raises(Refused, match="has none"):
+        promote()
+    new, now = approve(ANN, reason="read the new one")
+    assert (new, now.missing, [a.reason for a in now.given]) == (True, 1, ["read the new one"])
+    assert approve(ANN)[0] is False
+    with transaction() as conn:
+        assert db.one(conn, "select count(*) as n from approval")["n"] == 3, "nothing is taken away"
+
+
+def test_who_acts_here_is_not_what_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = deployments.actor_here()
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "mallory")
+    assert deployments.actor_here() == before
+
+
 def test_nobody_needs_to_agree_where_no_one_asked(database: Settings) -> None:
     with transaction() as conn:
         add_version(conn, "m", 1)
@@ -130,7 +160,7 @@ def test_nobody_needs_to_agree_where_no_one_asked(database: Settings) -> None:
 def test_people_agree_by_the_api_and_in_the_console(version: None, database: Settings) -> None:
     def key(name: str, role: Role) -> str:
         with transaction() as conn:
-            return create_key(conn, name=name, role=role).key
+            return create_key(conn, name=name, role=role, person=name.lower()).key
 
     site = "http://tunesmith.test"
     with TestClient(create_app(database, routes=console_routes()), base_url=site, follow_redirects=False) as client:

@@ -17,13 +17,14 @@ from infra import storage
 from infra.db import Connection, transaction
 from infra.errors import UsageError
 from infra.settings import get_settings
+from pipelines import config as configs
 from pipelines import judging, runs
 from pipelines.data.tokenise import tokenised
 from pipelines.evaluation import report
 from pipelines.evaluation.answers import Bench
 from pipelines.evaluation.judgement import EXAMPLES, apart_from_each_other, choose, evaluate
 from pipelines.tuning.trainer import Member, Outcome, Trainer
-from registry import datasets, prompts, versions, views
+from registry import datasets, judgements, prompts, versions, views
 from registry.bases import Base, load_model, load_tokenizer
 from registry.bundle import Generation
 from registry.datasets import Row, make_row
@@ -310,7 +311,36 @@ def test_a_second_judgement_is_on_the_rows_of_the_first(tiny_base: Base) -> None
         assert versions.evidence(conn, judged.evaluation) == attached["evaluation"]
         assert judged.metrics == versions.headline(attached["evaluation"])
         shown = views.describe(conn, parse_ref("m:1"))
+        page = judgements.report(conn, "m", 1)
     assert (shown["gate"]["decision"], shown["judged_again"]["reason"]) == ("pass", "another champion serves")
+    assert page is not None
+    assert "Passes its gates" in page
+
+
+def test_a_file_does_not_wave_through_what_a_versions_own_gates_refuse(tmp_path: Path) -> None:
+    strict = {"metric": "exact_match", "must": "at_least", "value": 0.99}
+    made = {
+        "evaluation": {"suites": ["quality", "latency"], "required": ["latency"]},
+        "gates": [strict], "approvals": 2, "on_underpowered": None,
+    }  # fmt: skip
+    (tmp_path / "m.yaml").write_text(
+        "model: m\nbase: builtin:tiny\ndata: {train: train.jsonl}\n"
+        "evaluation: {suites: [quality, privacy], required: [privacy]}\non_underpowered: ask\n"
+        "gates: [{metric: loss, must: at_most, value: 9}, {metric: contamination, must: at_most, value: 100}]\n"
+    )
+    (tmp_path / "train.jsonl").write_text("{}")
+    given = configs.load(tmp_path / "m.yaml")
+    kept = judging._policy(made, given, keep=True)
+    assert kept is not None
+    assert [gate.metric for gate in kept.gates] == ["exact_match", "loss"], "and none that lets rows be learned"
+    assert (kept.evaluation.suites, kept.evaluation.required) == (
+        ("quality", "latency", "privacy"),
+        ("latency", "privacy"),
+    )
+    assert (kept.approvals, kept.on_underpowered) == (2, "refuse")
+    looked = judging._policy(made, given, keep=False)
+    assert looked is not None
+    assert [gate.metric for gate in looked.gates] == ["loss", "contamination"]
 
 
 def test_a_version_made_elsewhere_is_judged_on_rows_of_ones_own(tiny_base: Base, tmp_path: Path, home: Path) -> None:

@@ -578,7 +578,7 @@ def test_a_search_begins_with_what_was_good_before_and_from_the_adapter_it_is_gi
         digest = storage.folder_digest(bundle)
         storage.keep("bundle", digest, bundle)
     space = SPACE | fixed_by(Path(first.adapter))
-    warm = first.params | {"learning_rate": 2e-4}
+    warm = first.params | {"learning_rate": 2e-4, "target_modules": space["target_modules"][0]}
     anew = replace(spec, study="m-2", space=space, trials=2, rungs=(1,), warm_start=[warm])
     search(anew, progress=quiet)
     search(replace(anew, study="m-3", init_bundle=digest), progress=quiet)
