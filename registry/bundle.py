@@ -4,6 +4,7 @@
     adapter/adapter_config.json           plain PEFT, as PEFT and vLLM load it
     adapter/adapter_model.safetensors
     environment.json                      the packages it was made with
+    data.json                             its data set's row counts and sources, with their licences; no rows
     profile.json  evaluation.json  README.md  report.html
 
 The bundle's digest is the digest of version.json's bytes, which name the digests of all the rest. Nothing in it
@@ -36,6 +37,7 @@ SIGNATURE = "model.sig"  # beside the rest and no part of it: registry/signature
 ADAPTER_CONFIG = "adapter/adapter_config.json"
 ADAPTER_WEIGHTS = "adapter/adapter_model.safetensors"
 ENVIRONMENT = "environment.json"
+DATA = "data.json"
 SUFFIXES = frozenset({".safetensors", ".json", ".md", ".html"})
 
 Digest = str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from registry.bundle import ENVIRONMENT, Manifest
@@ -22,8 +22,12 @@ _COLUMNS = {
 }
 
 
-def render(manifest: Manifest, evaluation: Mapping[str, Any] | None, decision: Decision | None) -> str:
-    """README.md of a bundle. The same input gives the same text: no times, no version number."""
+def render(
+    manifest: Manifest, evaluation: Mapping[str, Any] | None, decision: Decision | None,
+    sources: Sequence[Mapping[str, Any]] = (),
+) -> str:  # fmt: skip
+    """README.md of a bundle; `sources` are those of its data set. The same input gives the same text: no times, no
+    version number."""
     lines = [
         _front_matter(manifest, evaluation),
         f"# {manifest.model}",
@@ -36,7 +40,7 @@ def render(manifest: Manifest, evaluation: Mapping[str, Any] | None, decision: D
     lines += ["## Evaluation", "", *_evaluation(evaluation), ""]
     if decision is not None:
         lines += [f"Gate: **{decision.decision}**", "", *(f"- {_inline(reason)}" for reason in decision.reasons), ""]
-    lines += ["## Lineage", "", *_lineage(manifest), ""]
+    lines += ["## Lineage", "", *_lineage(manifest, sources), ""]
     return "\n".join(lines)
 
 
@@ -119,7 +123,7 @@ def _estimate(value: Mapping[str, Any] | None) -> str:
     return f"{value['estimate']:.4g} [{low}, {high}]"
 
 
-def _lineage(manifest: Manifest) -> list[str]:
+def _lineage(manifest: Manifest, sources: Sequence[Mapping[str, Any]]) -> list[str]:
     facts: dict[str, object] = {
         "Base": manifest.base.digest,
         "Tokeniser": manifest.base.tokenizer_digest,
@@ -131,6 +135,9 @@ def _lineage(manifest: Manifest) -> list[str]:
         "Environment": f"{ENVIRONMENT} in this folder",
     }
     lines = [f"- {name}: `{_inline(str(value))}`" for name, value in facts.items() if value is not None]
+    for source in sources:
+        licence = source.get("licence") or "licence not stated"
+        lines.append(f"- Source: `{_inline(str(source['path']))}` (`{source['digest']}`), {_inline(str(licence))}")
     return lines + [f"- {_inline(name)}: `{_inline(str(value))}`" for name, value in sorted(manifest.params.items())]
 
 

@@ -24,7 +24,8 @@ def of_version(conn: Connection, ref: Ref) -> dict[str, Any]:
     dataset = None
     if manifest.dataset is not None:
         row = conn.execute(SQL["dataset"], {"digest": manifest.dataset}).fetchone()
-        dataset = {"digest": manifest.dataset, "here": storage.has("dataset", manifest.dataset), **(row or {})}
+        known = row or _data(found)
+        dataset = {"digest": manifest.dataset, "here": storage.has("dataset", manifest.dataset), **known}
     began = training.get("init_bundle")
     return {
         "model": found.model,
@@ -47,10 +48,31 @@ def of_version(conn: Connection, ref: Ref) -> dict[str, Any]:
 
 def environment_of(version: versions.Version) -> dict[str, Any] | None:
     """The lock in a version's bundle; None for one that was made before bundles had it."""
+    return _sealed(version, bundle.ENVIRONMENT)
+
+
+def _data(version: versions.Version) -> dict[str, Any]:
+    """What a bundle says of its data set, which may be of another store; nothing where it is not in our form."""
+    try:
+        facts = _sealed(version, bundle.DATA) or {"counts": {}, "sources": [], "parent": None}
+        return {
+            "counts": {str(name): int(count) for name, count in facts["counts"].items()},
+            "sources": [
+                {name: str(source[name]) for name in ("path", "digest", "split", "origin", "licence") if name in source}
+                | {"path": str(source["path"]), "digest": str(source["digest"])}
+                for source in facts["sources"]
+            ],
+            "parent": facts["parent"] and str(facts["parent"]),
+        }
+    except (OSError, LookupError, TypeError, ValueError, AttributeError):
+        return {}
+
+
+def _sealed(version: versions.Version, name: str) -> dict[str, Any] | None:
+    """A JSON file of a version's bundle; None where it has none."""
     import orjson
 
-    file = version.folder() / bundle.ENVIRONMENT
-    return dict(orjson.loads(file.read_bytes())) if bundle.ENVIRONMENT in version.parsed.files else None
+    return dict(orjson.loads((version.folder() / name).read_bytes())) if name in version.parsed.files else None
 
 
 def of_row(conn: Connection, ids: Sequence[str]) -> dict[str, Any]:

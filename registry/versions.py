@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
@@ -20,7 +20,7 @@ from psycopg.types.json import Jsonb
 from infra import storage
 from infra.db import Connection, load_queries, transaction
 from infra.errors import NotFound, Refused, TunesmithError, UsageError
-from registry import bundle, card, deployments, environment, mlflow, servable, signatures, upstreams
+from registry import bundle, card, datasets, deployments, environment, mlflow, servable, signatures, upstreams
 from registry.bundle import BaseIdentity, Generation, Hosted, Manifest, Prompt, canonical_json
 from registry.evidence import evidence, keep_evidence
 from registry.gates import Decision
@@ -367,11 +367,18 @@ def _fill(folder: Path, draft: VersionDraft) -> Manifest:
             shutil.copyfile(source, folder / name)
         _name_base(folder / bundle.ADAPTER_CONFIG, base)
     (folder / bundle.ENVIRONMENT).write_text(canonical_json(environment.lock()), encoding="utf-8")
+    sources: Sequence[Mapping[str, Any]] = ()
+    if draft.dataset is not None and storage.has("dataset", draft.dataset):
+        made_of = datasets.open_dataset(draft.dataset)
+        sources = made_of.sources
+        facts = {"counts": dict(made_of.counts), "sources": list(sources), "parent": made_of.parent}
+        (folder / bundle.DATA).write_text(canonical_json(facts), encoding="utf-8")
     (folder / "profile.json").write_text(canonical_json(dict(draft.profile)), encoding="utf-8")
     if draft.evaluation is not None:
         text = canonical_json({**draft.evaluation, "gate": draft.decision.to_json() if draft.decision else None})
         (folder / "evaluation.json").write_text(text, encoding="utf-8")
     if draft.report_html is not None:
         (folder / "report.html").write_text(draft.report_html, encoding="utf-8")
-    (folder / "README.md").write_text(card.render(manifest, draft.evaluation, draft.decision), encoding="utf-8")
+    text = card.render(manifest, draft.evaluation, draft.decision, sources)
+    (folder / "README.md").write_text(text, encoding="utf-8")
     return manifest

@@ -10,12 +10,14 @@ import version_rows
 from psycopg.types.json import Jsonb
 from safetensors.numpy import save_file
 
+from infra import storage
 from infra.db import transaction
 from infra.errors import NotFound, UsageError
 from infra.settings import Settings
 from pipelines.lineage import row_ids
 from pipelines.reproduction import apart
-from registry import datasets, deployments, lineage
+from registry import bundle, datasets, deployments, lineage, versions
+from registry.bases import Base
 from registry.datasets import Dataset, Row, make_row
 from registry.environment import differences, lock
 from registry.names import parse_ref
@@ -79,6 +81,27 @@ def test_who_saw_a_row(database: Settings) -> None:
     assert of["began_from"] == {"bundle": "sha256:1", "versions": ["m:1"]}
     assert of["dataset"]["sources"][0]["licence"] == "CC0-1.0"
     assert of["dataset"]["here"] is True
+
+
+def test_a_bundle_says_what_its_data_was_where_that_is_not_here(database: Settings, tiny_base: Base) -> None:
+    made = keep("m", train=[row("a")])
+    sealed = versions.seal(
+        versions.VersionDraft(model="m", method="prompt", base=tiny_base, adapter=None, dataset=made.digest)
+    )
+    folder = storage.get("bundle", sealed)
+    assert "CC0-1.0" in (folder / "README.md").read_text()
+    add("m", 1, sealed, None)
+    manifest = bundle.read(folder).model_dump(mode="json")
+    with transaction() as conn:
+        conn.execute("alter table version disable trigger user")
+        conn.execute("update version set manifest = %s", (Jsonb(manifest),))
+        conn.execute("delete from dataset")
+        found = lineage.of_version(conn, parse_ref("m:1"))["dataset"]
+    assert (found["digest"], found["sources"][0]["licence"]) == (made.digest, "CC0-1.0")
+    (folder / "data.json").chmod(0o600)
+    (folder / "data.json").write_text('{"counts": 3}')
+    with transaction() as conn:
+        assert "sources" not in lineage.of_version(conn, parse_ref("m:1"))["dataset"], "an import may say anything"
 
 
 def test_what_an_adapter_has_learned_from_is_that_of_its_parents_too(database: Settings) -> None:
