@@ -13,6 +13,7 @@ from infra.console import err, json_option, out, print_json, safe
 from infra.errors import Refused
 
 _config = click.option("-c", "--config", "path", required=True, type=click.Path(path_type=Path), help="Pipeline file.")
+_SLICES = 20  # that are told on a terminal
 _set = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="A setting that wins over the file's.")
 
 
@@ -133,6 +134,28 @@ def _pareto(best: dict[str, Any]) -> list[str]:
     return ["the Pareto set, of which no trial is beaten in every objective:", *map(words, points)] if points else []
 
 
+def _slices_table(evaluation: dict[str, Any], measured: list[str]) -> None:
+    """The headline of each slice; the report has the other metrics."""
+    from rich.table import Table
+
+    from pipelines.evaluation.report import HEADLINES
+    from registry.statistics import in_words
+
+    metric = next((name for name in HEADLINES if name in evaluation["metrics"]), None)
+    parts = {label: m[metric] for label, m in evaluation["slices"].items() if m.get(metric, {}).get("candidate")}
+    if not parts:
+        return
+    more = f", the first {_SLICES} of {len(parts)} slices" if len(parts) > _SLICES else ""
+    table = Table(title=f"{metric} by slice{more}", title_justify="left")
+    others = [who for who in ("base", "champion") if who in measured]
+    for column in ("slice", "rows", "candidate", *(f"against the {who}" for who in others)):
+        table.add_column(column, overflow="fold")
+    for label, m in list(parts.items())[:_SLICES]:
+        against = (in_words(m.get(f"vs_{who}")) for who in others)
+        table.add_row(safe(label), str(m["candidate"]["n"]), in_words(m["candidate"]), *against)
+    out.print(table)
+
+
 def _evaluation_table(name: str, evaluation: dict[str, Any]) -> None:
     """What was measured, then each comparison with what it can tell, then all that has to be said beside."""
     from rich.table import Table
@@ -165,6 +188,7 @@ def _evaluation_table(name: str, evaluation: dict[str, Any]) -> None:
             rows = f"about {told.rows:,}" if told.rows is not None else ""
             table.add_row(metric, in_words(difference), told.effect, least, rows)
         out.print(table)
+    _slices_table(evaluation, measured)
     out.print(
         "Could show: the smallest true difference that as many rows show in 80 % of all repetitions. "
         "Rows that would: how many show a difference as large as the one seen.",

@@ -16,7 +16,7 @@ _VERDICTS = {
     "underpowered": ("unsure", "Too few rows to decide"),
 }
 _OTHERS = {"base": "Base", "champion": "Serving now", "hosted": "Hosted"}
-_HEADLINES = ("label_accuracy", "chrf", "loss")
+HEADLINES = ("label_accuracy", "chrf", "loss")
 _SOURCES = {"train": "Rows of the team's files", "feedback": "Corrections that people sent"}
 _DIVIDED = {
     "source": "where they come from",
@@ -93,7 +93,7 @@ def _slices(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
         lines = []
         for name in sorted(names, key=lambda name: [*_ORDER, name].index(name)):
             measured = evaluation["slices"][name]
-            metric = next((m for m in _HEADLINES if m in measured), None)
+            metric = next((m for m in HEADLINES if m in measured), None)
             if metric is not None:
                 value = name.partition("=")[2]
                 title = _SOURCES.get(value, value) if kind == "source" else value
