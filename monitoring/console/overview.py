@@ -29,7 +29,7 @@ def _card(conn: Connection, row: dict[str, Any]) -> dict[str, Any]:
         "range": shown,
         "day": day.total,
         "spark": strips.sparkline(
-            [bucket.requests for bucket in day.buckets],
+            [bucket.requests for bucket in day.buckets[: day.times.whole]],
             title=f"Requests to {row['name']} over the last {shown}: {number(day.total.requests)}",
             height=44,
         ),
