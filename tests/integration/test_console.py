@@ -173,6 +173,20 @@ def test_pages_say_what_happened(app: TestClient) -> None:
     assert "Requests, by version" in live.text
 
 
+def test_what_has_no_figure_says_why(app: TestClient) -> None:
+    fill()
+    log_in(app, "viewer")
+    page, _ = check(app, f"/models/{MODEL}/cost")
+    assert page.count("not known: add <code>cost</code> to its evaluation&#39;s suites") == 2
+    with transaction() as conn:
+        conn.execute(
+            'update model set settings = settings || \'{"monitoring": {"price": {"per_machine_hour_usd": 0}}}\''
+            " where name = %s",
+            [MODEL],
+        )
+    assert check(app, f"/models/{MODEL}/cost")[0].count("the machine has no price") == 2
+
+
 def test_keys_are_made_and_revoked_by_admins(app: TestClient) -> None:
     fill()
     log_in(app, "operator")
