@@ -20,6 +20,7 @@ from psycopg.types.json import Jsonb
 from infra.db import Connection, load_queries, one
 from monitoring import windows
 from monitoring.attribution import Cause
+from monitoring.console import figures
 from monitoring.windows import Window
 from registry import notifications
 
@@ -144,8 +145,13 @@ def look_at_gateways(conn: Connection, since: dict[str, tuple[int, datetime]], n
             rule=NOT_SERVING,
             state=state,
             message=f"{behind} of {row['gateways']} gateways have not followed generation {row['generation']} of "
-            f"{model} for {_GRACE.total_seconds():.0f} s, and serve what they have: {row['why']}.",
-            details={"generation": row["generation"], "gateways": row["gateways"], "behind": behind},
+            f"{model} for {_GRACE.total_seconds():.0f} s, and serve what they have: {figures.short(row['why'] or '')}.",
+            details={
+                "generation": row["generation"],
+                "gateways": row["gateways"],
+                "behind": behind,
+                "why": row["why"],
+            },
             cause="system",
             began_at=since[model][1] if behind else None,
         )
@@ -170,7 +176,11 @@ def of_verdict(body: Mapping[str, Any]) -> Finding:
         state=state,
         message=str(body["explanation"]),
         details={
-            "features": [f["name"] for f in body["features"] if f["drifted"]],
+            "features": [
+                {name: f[name] for name in ("name", "statistic", "value", "threshold")}
+                for f in body["features"]
+                if f["drifted"]
+            ],
             "examples": found["requests"] if found else [],
         },
         cause=found["cause"] if found else None,

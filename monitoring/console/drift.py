@@ -121,12 +121,13 @@ def _row(
             ratio = _ratio(other)
             if other["name"] == f["name"] and ratio >= 0:
                 worst[index] = max(ratio, worst[index] or 0.0)
-    label = _label(f["name"])
-    cells = [(ratio, f"{label}\n{_times(begin + i * length, length)}\n{_says(ratio)}") for i, ratio in enumerate(worst)]
-    return {**f, "label": label, "ratio": _ratio(f), "heat": strips.heat(cells, title=f"{label} over time")}
+    name = label(f["name"])
+    cells = [(ratio, f"{name}\n{_times(begin + i * length, length)}\n{_says(ratio)}") for i, ratio in enumerate(worst)]
+    return {**f, "label": name, "ratio": _ratio(f), "heat": strips.heat(cells, title=f"{name} over time")}
 
 
-def _label(name: str) -> str:
+def label(name: str) -> str:
+    """A feature's name as words."""
     text = FEATURE[name].label if name in FEATURE else name.replace("_", " ")
     return text[:1].upper() + text[1:]
 
@@ -155,7 +156,7 @@ def _distribution(name: str, reference: Profile, live: Mapping[str, Sequence[int
     groups = _groups(feature, [a + b for a, b in zip(old, new, strict=True)])
     return charts.histogram(
         key="distribution",
-        title=_label(name),
+        title=label(name),
         labels=[_bin_label(feature, first, last) for first, last in groups],
         reference=_shares(old, groups),
         live=_shares(new, groups),

@@ -48,6 +48,7 @@ def show(visit: Visit) -> Response:
         now=now,
         since=since,
         entries=list(reversed(entries)),
+        served_by=next((e for e in reversed(entries) if e.slot == "champion"), None) if now.champion else None,
         alerts=alerts,
         behind=behind,
         rollout=rollout if rollout is not None and recent(rollout, RANGES[since]) else None,

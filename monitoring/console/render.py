@@ -91,6 +91,7 @@ def _environment() -> Environment:
     for write in (
         *(figures.number, figures.milliseconds, figures.seconds, figures.usd, figures.percent, figures.signed),
         *(figures.metric, figures.words, figures.stamp, figures.ago, figures.digest, figures.plural, figures.marked),
+        figures.actor,
     ):
         env.filters[write.__name__] = write
     env.globals.update({"RANGES": tuple(RANGES), "DASH": figures.DASH, "CAUSES": attribution.LABELS})

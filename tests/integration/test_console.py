@@ -6,7 +6,7 @@ import json
 import re
 import uuid
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from typing import Any
 
@@ -20,6 +20,7 @@ from deploy.gateway import create_app
 from deploy.rollout import Stream, decide
 from infra.db import transaction
 from infra.settings import Settings
+from monitoring import alerts
 from monitoring.console.app import console_routes
 from pipelines import commands
 from registry import deployments, rollouts, studies
@@ -147,6 +148,8 @@ def test_pages_say_what_happened(app: TestClient) -> None:
     assert "v2</strong> promoted over v1" in model
     assert "Rolled back to <strong>v1" in model
     assert model.count("data-tip") > 30  # charts with figures
+    tile = model.partition("<dt>Serves</dt>")[2].partition("</dd>")[0]
+    assert re.search(r">v2<.*since <time.*9 min ago</time>, promoted by .*>Ada<", tile, re.DOTALL)
     drift, _ = check(app, f"/models/{MODEL}/drift?version=1&since=1h")
     assert "Share of words the training data never had" in drift
     assert '<span class="tag bad light">drift</span>' in drift
@@ -171,6 +174,29 @@ def test_pages_say_what_happened(app: TestClient) -> None:
     assert live.status_code == 200
     assert "<html" not in live.text
     assert "Requests, by version" in live.text
+
+
+def test_a_gateway_that_cannot_serve_says_why_in_short(app: TestClient) -> None:
+    fill()
+    log_in(app, "viewer")
+    digest = "sha256:" + "2e" * 32
+    why = f"{MODEL}:2 is not ready: The bundle {digest} is not in the artifact store."
+    with transaction() as conn:
+        conn.execute("delete from replica")  # the application's own gateway
+        conn.execute(
+            "insert into replica (id, model, generation, ready, message) values (%s, %s, 3, false, %s)",
+            [uuid.uuid4(), MODEL, why],
+        )
+        since: dict[str, tuple[int, datetime]] = {}
+        now = datetime.now(UTC)
+        for at in (now, now + timedelta(minutes=1)):
+            alerts.look_at_gateways(conn, since, at)
+        alert = conn.execute("select * from alert where rule = 'not serving'").fetchone()
+    assert alert is not None
+    assert (digest in alert["message"], "2e2e2e2e2e2e " in alert["message"]) == (False, True), "webhooks, and the shell"
+    for path in (f"/models/{MODEL}", f"/alerts/{alert['id']}"):
+        page, _ = check(app, path)
+        assert page.replace(f'title="{digest}"', "").count(digest) == (path != f"/models/{MODEL}"), path
 
 
 def test_what_has_no_figure_says_why(app: TestClient) -> None:
