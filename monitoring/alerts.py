@@ -60,6 +60,45 @@ class Rule:
         return "over" if value < low else "calm" if value >= low / _CLEAR else "between"
 
 
+# A figure that was seen, in words, and what an alert on it is called
+_SEEN = {
+    "error_rate": "{} of requests failed",
+    "cost_usd": "it cost {}",
+    "p50_latency_ms": "half of the answers took {} or longer",
+    "p95_latency_ms": "one answer in 20 took {} or longer",
+    "p99_latency_ms": "one answer in 100 took {} or longer",
+    "p95_ttft_ms": "one stream in 20 began after {} or later",
+}
+_TITLES = {
+    "drift": "Requests or answers have changed",
+    NOT_SERVING: "A gateway cannot serve what it should",
+    GOLDEN: "It answers its own test questions worse",
+    "error_rate above": "Too many requests fail",
+    "cost_usd above": "It costs more than its limit",
+    "p50_latency_ms above": "Answers are slow",
+    "p95_latency_ms above": "Some answers are slow",
+    "p99_latency_ms above": "A few answers are slow",
+    "p95_ttft_ms above": "Some answers begin late",
+    "error_rate below": "Fewer requests fail than its limit",
+    "cost_usd below": "It costs less than its limit",
+}
+_DRIFTED: Mapping[Cause, str] = {
+    "input": "People ask for other things than it was trained on",
+    "model": "It answers otherwise than it did",
+    "judge": "Its answers are scored lower, though they are as before",
+}
+
+
+def title(rule: str, cause: Cause | None = None) -> str:
+    """What an alert is about, in plain words."""
+    if rule == "drift" and cause in _DRIFTED:
+        return _DRIFTED[cause]
+    if rule in _TITLES:
+        return _TITLES[rule]
+    metric, _, side = rule.partition(" ")
+    return "Answers come sooner than its limit" if metric in _SEEN and side == "below" else figures.words(rule)
+
+
 DEFAULTS = (
     Rule(metric="error_rate", above=0.05, severity="critical"),
     Rule(metric="p95_latency_ms", above=30_000),
@@ -118,8 +157,8 @@ def look(
             rule=f"{rule.metric} {side}",
             state=rule.state(value),
             severity=rule.severity,
-            message=f"{model}:{version}: {rule.metric} is {in_words(rule.metric, value)}, {side} "
-            f"{in_words(rule.metric, limit)}, over {window.requests} requests of the last {_minutes(over)}.",
+            message=f"{model}:{version}: {_SEEN[rule.metric].format(in_words(rule.metric, value))}, {side} the limit "
+            f"of {in_words(rule.metric, limit)} ({window.requests} requests of the last {_minutes(over)}).",
             details={"value": value, "limit": limit, "requests": window.requests},
         )
         findings[finding.rule] = min(findings.get(finding.rule, finding), finding, key=_order)
@@ -144,8 +183,9 @@ def look_at_gateways(conn: Connection, since: dict[str, tuple[int, datetime]], n
         finding = Finding(
             rule=NOT_SERVING,
             state=state,
-            message=f"{behind} of {row['gateways']} gateways have not followed generation {row['generation']} of "
-            f"{model} for {_GRACE.total_seconds():.0f} s, and serve what they have: {figures.short(row['why'] or '')}.",
+            message=f"{behind} of {row['gateways']} gateways could not follow the last change of {model} (generation "
+            f"{row['generation']}) for {_GRACE.total_seconds():.0f} s, and serve what they have: "
+            f"{figures.short(row['why'] or 'no reason is known').removesuffix('.')}.",
             details={
                 "generation": row["generation"],
                 "gateways": row["gateways"],
@@ -257,7 +297,10 @@ def _tell_over(conn: Connection, alert: Mapping[str, Any]) -> None:
 
 def _tell(conn: Connection, what: Literal["opened", "closed"], alert: Mapping[str, Any]) -> None:
     names = ("model", "version", "rule", "severity", "message", "cause", "began_at", "opened_at", "closed_at")
-    data = {name: alert.get(name) for name in names} | {"url": notifications.page(f"/alerts/{alert['id']}")}
+    data = {name: alert.get(name) for name in names} | {
+        "title": title(alert["rule"], alert.get("cause")),
+        "url": notifications.page(f"/alerts/{alert['id']}"),
+    }
     body = {"type": f"alert.{what}", "timestamp": alert["closed_at" if what == "closed" else "opened_at"], "data": data}
     notifications.enqueue(conn, alert["model"], f"alert-{alert['id']}-{what}-{alert['severity']}", body)
 
@@ -312,11 +355,8 @@ def drop_old(conn: Connection, days: int) -> None:
 
 def in_words(metric: str, value: float | None) -> str:
     """A rule's figure with its unit."""
-    if value is None:
-        return "not known"
-    if metric == "cost_usd":
-        return f"${value:.4f}"
-    return f"{value:.1%}" if metric == "error_rate" else f"{value:.0f} ms"
+    write = {"cost_usd": figures.usd, "error_rate": figures.percent}.get(metric, figures.milliseconds)
+    return write(value)
 
 
 def _minutes(span: timedelta) -> str:

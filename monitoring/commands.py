@@ -284,7 +284,8 @@ def alerts(model: str | None, closed: bool, as_json: bool) -> None:
         opened = f"{alert['opened_at'].astimezone(UTC):%Y-%m-%d %H:%M:%SZ}"
         began = f" since {alert['began_at'].astimezone(UTC):%H:%MZ}" if alert["began_at"] else ""
         cause = f"cause: {alert['cause']}{began}  " if alert["cause"] else ""
-        out.print(f"{opened}  {alert['severity']:8}  {state}  {cause}{escape(safe(alert['message']))}")
+        said = f"{kept.title(alert['rule'], alert['cause'])} ({alert['rule']}): {alert['message']}"
+        out.print(f"{opened}  {alert['severity']:8}  {state}  {cause}{escape(safe(said))}")
 
 
 @click.command()

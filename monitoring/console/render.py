@@ -19,7 +19,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from deploy.auth import Identity, NotAuthenticated, Role, require
 from infra.db import load_queries, transaction
 from infra.errors import NotFound, TunesmithError, UsageError
-from monitoring import attribution
+from monitoring import alerts, attribution
 from monitoring.console import figures
 
 SQL = load_queries(Path(__file__).with_name("queries.sql"))
@@ -94,7 +94,9 @@ def _environment() -> Environment:
         figures.actor,
     ):
         env.filters[write.__name__] = write
-    env.globals.update({"RANGES": tuple(RANGES), "DASH": figures.DASH, "CAUSES": attribution.LABELS})
+    env.globals.update(
+        {"RANGES": tuple(RANGES), "DASH": figures.DASH, "CAUSES": attribution.LABELS, "alert_title": alerts.title}
+    )
     env.globals["parts"] = env.get_template("parts.html").module
     return env
 
