@@ -20,7 +20,7 @@ from deploy.gateway import create_app
 from deploy.rollout import Stream, decide
 from infra.db import transaction
 from infra.settings import Settings
-from monitoring import alerts
+from monitoring import alerts, drift
 from monitoring.console.app import console_routes
 from pipelines import commands
 from registry import deployments, rollouts, studies
@@ -150,13 +150,13 @@ def test_pages_say_what_happened(app: TestClient) -> None:
     assert model.count("data-tip") > 30  # charts with figures
     tile = model.partition("<dt>Serves</dt>")[2].partition("</dd>")[0]
     assert re.search(r">v2<.*since <time.*9 min ago</time>, promoted by .*>Ada<", tile, re.DOTALL)
-    drift, _ = check(app, f"/models/{MODEL}/drift?version=1&since=1h")
-    assert "Share of words the training data never had" in drift
-    assert '<span class="tag bad light">drift</span>' in drift
-    assert "distribution-title" in drift
+    moved, _ = check(app, f"/models/{MODEL}/drift?version=1&since=1h")
+    assert "Share of words the training data never had" in moved
+    assert '<span class="tag bad light">drift</span>' in moved
+    assert "distribution-title" in moved
     for feature in ("similarity", "topic", "refusal", "mean_logprob"):
         assert "distribution-title" in check(app, f"/models/{MODEL}/drift?version=1&since=1h&feature={feature}")[0]
-    golden = drift.partition('id="golden"')[2]
+    golden = moved.partition('id="golden"')[2]
     assert golden.index('<span class="tag bad light">worse</span>') < golden.index("as before</span>"), "newest first"
     assert "0.220 [0.190, 0.250]" in golden
     assert "-0.190 [-0.230, -0.150]" in golden
@@ -174,6 +174,38 @@ def test_pages_say_what_happened(app: TestClient) -> None:
     assert live.status_code == 200
     assert "<html" not in live.text
     assert "Requests, by version" in live.text
+
+
+def test_each_model_has_one_worst_state_in_words(app: TestClient) -> None:
+    fill()
+    log_in(app, "viewer")
+
+    def states() -> dict[str, tuple[str, str]]:
+        page, _ = check(app, "/")
+        cards = re.findall(
+            r'<h2><a[^>]*>([^<]+)</a>.*?worst"[^>]*>([^<]+)<.*?reason"><a[^>]*>([^<]+)<', page, re.DOTALL
+        )
+        found = {name: (word, why) for name, word, why in cards}
+        assert f">{found[MODEL][0]}</a> <strong>{found[MODEL][1]}</strong>" in check(app, f"/models/{MODEL}")[0]
+        return found
+
+    assert states() == {
+        MODEL: ("Look", "Some answers are slow, and 1 more"),
+        "support-intents": ("Idle", "Nothing serves"),
+        "empty-model": ("Idle", "Nothing serves"),
+    }
+    with transaction() as conn:
+        conn.execute("update alert set closed_at = now() where severity = 'warning'")
+    assert states()[MODEL][0] == "OK", "mere information is no reason to look"
+    with transaction() as conn:
+        conn.execute("update verdict set verdict = 'drift' where version = 2")
+    assert states()[MODEL] == ("Look", "Requests or answers have changed")
+    with transaction() as conn:
+        for rule in ("not serving", "error_rate above"):
+            conn.execute("update alert set closed_at = now() where closed_at is null")
+            severity = "warning" if rule == "not serving" else "critical"
+            alerts.apply(conn, MODEL, 2, [alerts.Finding(rule=rule, state="over", severity=severity, message="m")])  # type: ignore[arg-type]
+    assert states()[MODEL] == ("Act", "Too many requests fail")
 
 
 def test_a_gateway_that_cannot_serve_says_why_in_short(app: TestClient) -> None:
@@ -197,6 +229,27 @@ def test_a_gateway_that_cannot_serve_says_why_in_short(app: TestClient) -> None:
     for path in (f"/models/{MODEL}", f"/alerts/{alert['id']}"):
         page, _ = check(app, path)
         assert page.replace(f'title="{digest}"', "").count(digest) == (path != f"/models/{MODEL}"), path
+
+
+def test_an_alert_says_in_plain_words_what_moved(app: TestClient) -> None:
+    fill()
+    log_in(app, "viewer")
+    listed, _ = check(app, "/alerts")
+    assert "<strong>Some answers are slow</strong>" in listed
+    assert "p95_latency_ms" not in listed
+    with transaction() as conn:
+        now = datetime.now(UTC)
+        finding = alerts.of_verdict(drift.judge(conn, MODEL, 1, now - timedelta(hours=1), now))
+        alerts.apply(conn, MODEL, 1, [finding])
+        alert = conn.execute("select id from alert where rule = 'drift' and closed_at is null").fetchone()
+    assert alert is not None
+    assert "things measured have changed: " in finding.message
+    assert not re.search(r"\b(ks|js|psi|features?|log-probability|mix of)\b", finding.message, re.IGNORECASE)
+    said, _, details = check(app, f"/alerts/{alert['id']}")[0].partition('id="details"')
+    assert f"<h1>{alerts.title('drift', finding.cause)} " in said
+    assert re.search(
+        r"<dt>Similarity of answers to corrections</dt><dd>0\.\d+ \(difference\), threshold 0\.\d+", details
+    )
 
 
 def test_what_has_no_figure_says_why(app: TestClient) -> None:
