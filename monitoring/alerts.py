@@ -91,12 +91,20 @@ _DRIFTED: Mapping[Cause, str] = {
 
 def title(rule: str, cause: Cause | None = None) -> str:
     """What an alert is about, in plain words."""
-    if rule == "drift" and cause in _DRIFTED:
-        return _DRIFTED[cause]
+    if rule == "drift" and cause:
+        return _DRIFTED.get(cause, _TITLES[rule])
     if rule in _TITLES:
         return _TITLES[rule]
     metric, _, side = rule.partition(" ")
     return "Answers come sooner than its limit" if metric in _SEEN and side == "below" else figures.words(rule)
+
+
+def said(alert: Mapping[str, Any], advice: Sequence[str] = ()) -> str:
+    """An alert's message without what a page says elsewhere: whose it is, before it, and what to do, at its end."""
+    text: str = alert["message"].removeprefix(f"{alert['model']}:{alert['version']}: ")
+    for each in advice:
+        text = text.removesuffix(each).rstrip()
+    return text[:1].upper() + text[1:]
 
 
 DEFAULTS = (

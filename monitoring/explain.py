@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from registry.profile import TOPICS
+from registry.profile import FEATURE, TOPICS
 
 if TYPE_CHECKING:
     from monitoring.attribution import Attribution, Cause
@@ -73,7 +73,7 @@ def verdict(
         + (f"Compared with the same hours of its first days: {_labels(by_hours)}. " if by_hours else "")
         + (f"As usual at these hours: {_labels(usual)}. " if usual else "")
         + (f"It began about {at(found.since)}. " if found.since else "")
-        + _advice(model, found.cause, moved)
+        + advice(model, found.cause, [m.feature.name for m in moved])
     )
 
 
@@ -95,7 +95,9 @@ def _without_repeats(moved: Sequence[Moved]) -> list[Moved]:
     return [m for m in moved if m.feature.name not in hidden]
 
 
-def _advice(model: str, cause: Cause, moved: Sequence[Moved]) -> str:
+def advice(model: str, cause: Cause, moved: Sequence[str]) -> str:
+    """What to do about drift, by what it comes of and the names of the features that moved: the end of a verdict's
+    explanation."""
     if cause == "input":
         return (
             "People ask for other things than the version was trained on, so going back to an older one would not "
@@ -107,8 +109,8 @@ def _advice(model: str, cause: Cause, moved: Sequence[Moved]) -> str:
             "is the same version: look at who scores, such as a judge's model or prompt that changed, or another team, "
             "and leave the version as it is until that is known."
         )
-    if any(m.feature.side == "quality" for m in moved):
-        corrected = any(m.feature.name == "similarity" for m in moved)
+    if any(FEATURE[name].side == "quality" for name in moved if name in FEATURE):
+        corrected = "similarity" in moved
         what, which = (
             ("correct the answers more than the evaluation promised", "corrected")
             if corrected

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from infra.db import Connection
-from monitoring import drift, statistics, windows
+from monitoring import drift, explain, statistics, windows
 from monitoring.alerts import GOLDEN, NOT_SERVING, RECENT
 from monitoring.attribution import Cause
 from monitoring.console import figures
@@ -64,7 +64,10 @@ def of(conn: Connection, alert: Mapping[str, Any], now: datetime) -> Story:
                 "--reason TEXT`."
             )
     if alert["rule"] == "drift" or version is None:
-        advice.append("The message says it at its end; the drift page shows each thing that is measured, then and now.")
+        if cause:
+            moved = [f["name"] for f in alert["details"].get("features", ()) if not isinstance(f, str)]
+            advice.append(explain.advice(model, cause, moved))
+        advice.append("The drift page shows each thing that is measured, then and now.")
     elif alert["rule"] == NOT_SERVING:
         cause = "system"
         advice.append("A gateway's `/readyz`, asked with a key, and its log say why it does not follow.")

@@ -50,6 +50,7 @@ def show(visit: Visit) -> Response:
         visit,
         "alert.html",
         alert=alert,
+        said=alerts.said(alert, told.advice),
         model=model,
         story=told,
         shown=shown,

@@ -267,11 +267,13 @@ def bars(
     spans: Sequence[Span] = (),
     height: int = 180,
     note: str = "",
+    least: float = 1.0,
 ) -> Markup:
-    """Stacked bars over time, with a strip under them that says who served. An unfinished bucket is pale."""
+    """Stacked bars over time, with a strip under them that says who served; the axis' marks are `least` apart. An
+    unfinished bucket is pale."""
     room = 34 if marks else 16
     totals = [sum(s.values[i] or 0.0 for s in series) for i in range(len(times.starts))]
-    scale = ticks(max(totals, default=0.0), least=1.0)
+    scale = ticks(max(totals, default=0.0), least=least)
     body = _value_grid(scale, height, room)
     for index in range(len(times.starts)):
         x, end, below = times.x(times.starts[index]), times.x(times.ends(index)), 0.0
@@ -333,7 +335,7 @@ def bars(
 def _noted(note: str, times: Times, series: Sequence[Series], look: str) -> str:
     """A chart's note, with how what is not over yet looks, where there is any."""
     shown = times.unfinished and any(s.values[-1] for s in series)
-    return " · ".join(part for part in (note, f"{look}: so far" if shown else "") if part)
+    return " · ".join(part for part in (note, f"{look}: not over yet" if shown else "") if part)
 
 
 def _describe(times: Times, series: Sequence[Series], write: Write) -> str:

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from infra.db import Connection, one, transaction
 from infra.durations import parse_duration
 from infra.errors import NotFound
-from monitoring import drift, golden, windows
+from monitoring import drift, explain, golden, windows
 from monitoring.console import charts, examples, figures, strips
 from monitoring.console.model import look
 from monitoring.console.render import RANGES, SQL, Visit, draw, whole
@@ -52,6 +52,8 @@ def show(visit: Visit) -> Response:
         found = report["attribution"]
         rescorings = golden.newest(conn, name, number, _RESCORINGS)
         shown = examples.read(conn, visit, name, number, found["requests"]) if found else []
+    moved = [f["name"] for f in report["features"] if f["drifted"]]
+    todo = explain.advice(name, found["cause"], moved) if found else ""
     features, features_at = report["features"], None
     for verdict in reversed(verdicts):  # too few requests to compare now: what they last showed
         if not features and (features := verdict["body"].get("features", [])):
@@ -67,6 +69,8 @@ def show(visit: Visit) -> Response:
         now=now,
         versions=[{"number": n, "slot": now.slot_of(n), "look": look(n), "verdict": latest.get(n)} for n in numbers],
         report=report,
+        said=report["explanation"].removesuffix(todo),
+        todo=todo,
         requests=window.requests,
         features=[_row(f, verdicts, begin, until) for f in features],
         features_at=features_at,

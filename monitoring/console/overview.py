@@ -34,8 +34,8 @@ class State:
 
 
 def state(row: Mapping[str, Any]) -> State:
-    """Of a row of `models`: *Act* where something is critical or not served as it should be, *Look* at a warning or at
-    drift, else *OK*; mere information is no reason to look."""
+    """Of a row of `models`: *Act* where something is critical or not served as it should be, *Look* at a warning, at
+    a gateway that is behind or at drift, else *OK*; mere information is no reason to look."""
     worst, more = row["worst"], row["alerts"] - 1
     if worst and row["urgent"] < 2:
         why = alerts.title(worst["rule"], worst["cause"]) + (f", and {more} more" if more else "")
@@ -44,6 +44,9 @@ def state(row: Mapping[str, Any]) -> State:
     link = f"/models/{row['name']}/drift"
     if not row["champion"]:
         return State(word="Idle", tone="", why="Nothing serves", link=f"/models/{row['name']}")
+    if row["behind"]:
+        why = "A gateway has not followed the last change yet"
+        return State(word="Look", tone="warn", why=why, link=f"/models/{row['name']}")
     if row["verdict"] == "drift":
         return State(word="Look", tone="warn", why=alerts.title("drift"), link=link)
     told = {"stable": "no drift", "too_few": "too few requests to tell drift"}

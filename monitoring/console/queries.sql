@@ -3,7 +3,7 @@ select count(*) as open from alert where closed_at is null
 
 -- name: models
 select m.name, m.created_at, coalesce(d.generation, 0) as generation, d.champion, d.challenger, d.challenger_share,
-       d.shadow, s.serves_since, v.versions, a.alerts, a.urgent, a.worst, t.verdict, t.verdict_at,
+       d.shadow, s.serves_since, v.versions, a.alerts, a.urgent, a.worst, b.behind, t.verdict, t.verdict_at,
        r.run_kind, r.run_state, r.run_started_at
 from model m
 left join deployment d on d.model = m.name
@@ -19,6 +19,9 @@ cross join lateral (
         select *, case when severity = 'critical' or rule = 'not serving' then 0 when severity = 'warning' then 1
                        else 2 end as rank
         from alert where model = m.name and closed_at is null) ranked) a
+cross join lateral (
+    select count(*) > 0 as behind from replica
+    where model = m.name and seen_at > now() - interval '1 minute' and not ready) b
 left join lateral (
     select verdict, at as verdict_at
     from verdict where model = m.name and version = d.champion order by at desc limit 1) t on true

@@ -95,7 +95,13 @@ def _environment() -> Environment:
     ):
         env.filters[write.__name__] = write
     env.globals.update(
-        {"RANGES": tuple(RANGES), "DASH": figures.DASH, "CAUSES": attribution.LABELS, "alert_title": alerts.title}
+        {
+            "RANGES": tuple(RANGES),
+            "DASH": figures.DASH,
+            "CAUSES": attribution.LABELS,
+            "alert_title": alerts.title,
+            "alert_said": alerts.said,
+        }
     )
     env.globals["parts"] = env.get_template("parts.html").module
     return env

@@ -21,6 +21,7 @@ from deploy.rollout import Stream, decide
 from infra.db import transaction
 from infra.settings import Settings
 from monitoring import alerts, drift
+from monitoring.console import overview
 from monitoring.console.app import console_routes
 from pipelines import commands
 from registry import deployments, rollouts, studies
@@ -195,17 +196,40 @@ def test_each_model_has_one_worst_state_in_words(app: TestClient) -> None:
         "empty-model": ("Idle", "Nothing serves"),
     }
     with transaction() as conn:
-        conn.execute("update alert set closed_at = now() where severity = 'warning'")
-    assert states()[MODEL][0] == "OK", "mere information is no reason to look"
-    with transaction() as conn:
-        conn.execute("update verdict set verdict = 'drift' where version = 2")
-    assert states()[MODEL] == ("Look", "Requests or answers have changed")
-    with transaction() as conn:
         for rule in ("not serving", "error_rate above"):
             conn.execute("update alert set closed_at = now() where closed_at is null")
             severity = "warning" if rule == "not serving" else "critical"
             alerts.apply(conn, MODEL, 2, [alerts.Finding(rule=rule, state="over", severity=severity, message="m")])  # type: ignore[arg-type]
     assert states()[MODEL] == ("Act", "Too many requests fail")
+
+
+def test_a_state_is_the_worst_of_all() -> None:
+    fine = {
+        "name": "m",
+        "champion": 1,
+        "alerts": 0,
+        "urgent": None,
+        "worst": None,
+        "behind": False,
+        "verdict": "stable",
+    }
+
+    def told(**changes: Any) -> tuple[str, str]:
+        found = overview.state(fine | changes)
+        return found.word, found.why
+
+    worst = {"id": "a", "rule": "drift", "cause": "input"}
+    assert told() == ("OK", "No warning, no drift")
+    assert told(verdict=None) == ("OK", "No warning, drift not judged yet")
+    assert told(alerts=1, urgent=2, worst=worst)[0] == "OK", "mere information is no reason to look"
+    assert told(verdict="drift") == ("Look", "Requests or answers have changed")
+    assert told(behind=True)[0] == "Look"
+    assert told(alerts=3, urgent=1, worst=worst) == (
+        "Look",
+        "People ask for other things than it was trained on, and 2 more",
+    )
+    assert told(alerts=1, urgent=0, worst=worst, behind=True)[0] == "Act"
+    assert told(champion=None) == ("Idle", "Nothing serves")
 
 
 def test_a_gateway_that_cannot_serve_says_why_in_short(app: TestClient) -> None:
@@ -247,6 +271,8 @@ def test_an_alert_says_in_plain_words_what_moved(app: TestClient) -> None:
     assert not re.search(r"\b(ks|js|psi|features?|log-probability|mix of)\b", finding.message, re.IGNORECASE)
     said, _, details = check(app, f"/alerts/{alert['id']}")[0].partition('id="details"')
     assert f"<h1>{alerts.title('drift', finding.cause)} " in said
+    why, _, todo = said.partition("What to do</h2>")
+    assert ("retrain" in why, "retrain" in todo) == (False, True), "once, where it is looked for"
     assert re.search(
         r"<dt>Similarity of answers to corrections</dt><dd>0\.\d+ \(difference\), threshold 0\.\d+", details
     )

@@ -88,7 +88,7 @@ def test_what_is_not_over_yet_is_drawn_apart() -> None:
     assert path.count("L") == 4, "the line ends where the last whole hour does"
     assert len([c for c in drawn.iter("circle") if c.get("class") == "ring c0"]) == 1
     assert "last 8" in (next(drawn.iter("desc")).text or "")
-    assert "per hour · ring: so far" in lines
+    assert "per hour · ring: not over yet" in lines
     assert [th.text for th in drawn.iter("th")][-1] == "Nov 24, 05:00 – 06:00 UTC, so far"
     bars = parse(charts.bars(key="k", title="T", times=times, series=[series], write=figures.number))
     assert [r.get("class") for r in bars.iter("rect") if "bar" in (r.get("class") or "")][-2:] == [
