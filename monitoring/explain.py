@@ -60,7 +60,8 @@ def verdict(
             f"The {answered} requests that {model}:{version} answered look like what it was made from: of the "
             f"{compared} things measured none has changed. Nothing to do."
         )
-    told = sorted(_without_repeats(moved), key=lambda m: -m.value / m.threshold)
+    # What tells of the cause comes first: other answers only follow from other requests
+    told = sorted(_without_repeats(moved), key=lambda m: (m.feature.name not in found.features, -m.value / m.threshold))
     sentences = [_sentence(m, new_words, keeps_text=keeps_text) for m in told[:_MAX_SENTENCES]]
     by_hours = [m for m in moved if m.usual_days]
     rest = len(told) - _MAX_SENTENCES
@@ -221,7 +222,7 @@ _OTHERS: dict[str, Callable[[float, float], str]] = {
     "mean_logprob": _sureness,
     "score": lambda before, now: f"people score its answers {now:.2f} on average (from -1 to 1), {before:.2f} before",
     "similarity": lambda before, now: (
-        f"answers are {_percent(now)} like what people corrected them to; when it was judged, they were "
+        f"answers are {_percent(now)} like what people corrected them to, and were, when it was judged, "
         f"{_percent(before)} like what was expected"
     ),
 }
