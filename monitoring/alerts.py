@@ -20,6 +20,7 @@ from psycopg.types.json import Jsonb
 from infra.db import Connection, load_queries, one
 from monitoring import windows
 from monitoring.attribution import Cause
+from monitoring.console import figures
 from monitoring.windows import Window
 from registry import notifications
 
@@ -57,6 +58,53 @@ class Rule:
             return "over" if value > self.above else "calm" if value <= self.above * _CLEAR else "between"
         low = self.below or 0.0
         return "over" if value < low else "calm" if value >= low / _CLEAR else "between"
+
+
+# A figure that was seen, in words, and what an alert on it is called
+_SEEN = {
+    "error_rate": "{} of requests failed",
+    "cost_usd": "it cost {}",
+    "p50_latency_ms": "half of the answers took {} or longer",
+    "p95_latency_ms": "one answer in 20 took {} or longer",
+    "p99_latency_ms": "one answer in 100 took {} or longer",
+    "p95_ttft_ms": "one stream in 20 began after {} or later",
+}
+_TITLES = {
+    "drift": "Requests or answers have changed",
+    NOT_SERVING: "A gateway cannot serve what it should",
+    GOLDEN: "It answers its own test questions worse",
+    "error_rate above": "Too many requests fail",
+    "cost_usd above": "It costs more than its limit",
+    "p50_latency_ms above": "Answers are slow",
+    "p95_latency_ms above": "Some answers are slow",
+    "p99_latency_ms above": "A few answers are slow",
+    "p95_ttft_ms above": "Some answers begin late",
+    "error_rate below": "Fewer requests fail than its limit",
+    "cost_usd below": "It costs less than its limit",
+}
+_DRIFTED: Mapping[Cause, str] = {
+    "input": "People ask for other things than it was trained on",
+    "model": "It answers otherwise than it did",
+    "judge": "Its answers are scored lower, though they are as before",
+}
+
+
+def title(rule: str, cause: Cause | None = None) -> str:
+    """What an alert is about, in plain words."""
+    if rule == "drift" and cause:
+        return _DRIFTED.get(cause, _TITLES[rule])
+    if rule in _TITLES:
+        return _TITLES[rule]
+    metric, _, side = rule.partition(" ")
+    return "Answers come sooner than its limit" if metric in _SEEN and side == "below" else figures.words(rule)
+
+
+def said(alert: Mapping[str, Any], advice: Sequence[str] = ()) -> str:
+    """An alert's message without what a page says elsewhere: whose it is, before it, and what to do, at its end."""
+    text: str = alert["message"].removeprefix(f"{alert['model']}:{alert['version']}: ")
+    for each in advice:
+        text = text.removesuffix(each).rstrip()
+    return text[:1].upper() + text[1:]
 
 
 DEFAULTS = (
@@ -117,8 +165,8 @@ def look(
             rule=f"{rule.metric} {side}",
             state=rule.state(value),
             severity=rule.severity,
-            message=f"{model}:{version}: {rule.metric} is {in_words(rule.metric, value)}, {side} "
-            f"{in_words(rule.metric, limit)}, over {window.requests} requests of the last {_minutes(over)}.",
+            message=f"{model}:{version}: {_SEEN[rule.metric].format(in_words(rule.metric, value))}, {side} the limit "
+            f"of {in_words(rule.metric, limit)} ({window.requests} requests of the last {_minutes(over)}).",
             details={"value": value, "limit": limit, "requests": window.requests},
         )
         findings[finding.rule] = min(findings.get(finding.rule, finding), finding, key=_order)
@@ -143,9 +191,15 @@ def look_at_gateways(conn: Connection, since: dict[str, tuple[int, datetime]], n
         finding = Finding(
             rule=NOT_SERVING,
             state=state,
-            message=f"{behind} of {row['gateways']} gateways have not followed generation {row['generation']} of "
-            f"{model} for {_GRACE.total_seconds():.0f} s, and serve what they have: {row['why']}.",
-            details={"generation": row["generation"], "gateways": row["gateways"], "behind": behind},
+            message=f"{behind} of {row['gateways']} gateways could not follow the last change of {model} (generation "
+            f"{row['generation']}) for {_GRACE.total_seconds():.0f} s, and serve what they have: "
+            f"{figures.short(row['why'] or 'no reason is known').removesuffix('.')}.",
+            details={
+                "generation": row["generation"],
+                "gateways": row["gateways"],
+                "behind": behind,
+                "why": row["why"],
+            },
             cause="system",
             began_at=since[model][1] if behind else None,
         )
@@ -170,7 +224,11 @@ def of_verdict(body: Mapping[str, Any]) -> Finding:
         state=state,
         message=str(body["explanation"]),
         details={
-            "features": [f["name"] for f in body["features"] if f["drifted"]],
+            "features": [
+                {name: f[name] for name in ("name", "statistic", "value", "threshold")}
+                for f in body["features"]
+                if f["drifted"]
+            ],
             "examples": found["requests"] if found else [],
         },
         cause=found["cause"] if found else None,
@@ -247,7 +305,10 @@ def _tell_over(conn: Connection, alert: Mapping[str, Any]) -> None:
 
 def _tell(conn: Connection, what: Literal["opened", "closed"], alert: Mapping[str, Any]) -> None:
     names = ("model", "version", "rule", "severity", "message", "cause", "began_at", "opened_at", "closed_at")
-    data = {name: alert.get(name) for name in names} | {"url": notifications.page(f"/alerts/{alert['id']}")}
+    data = {name: alert.get(name) for name in names} | {
+        "title": title(alert["rule"], alert.get("cause")),
+        "url": notifications.page(f"/alerts/{alert['id']}"),
+    }
     body = {"type": f"alert.{what}", "timestamp": alert["closed_at" if what == "closed" else "opened_at"], "data": data}
     notifications.enqueue(conn, alert["model"], f"alert-{alert['id']}-{what}-{alert['severity']}", body)
 
@@ -302,11 +363,8 @@ def drop_old(conn: Connection, days: int) -> None:
 
 def in_words(metric: str, value: float | None) -> str:
     """A rule's figure with its unit."""
-    if value is None:
-        return "not known"
-    if metric == "cost_usd":
-        return f"${value:.4f}"
-    return f"{value:.1%}" if metric == "error_rate" else f"{value:.0f} ms"
+    write = {"cost_usd": figures.usd, "error_rate": figures.percent}.get(metric, figures.milliseconds)
+    return write(value)
 
 
 def _minutes(span: timedelta) -> str:

@@ -204,5 +204,5 @@ LABELS: Mapping[Cause, str] = {
     "input": "what is asked",
     "model": "the version's answers",
     "judge": "those who score",
-    "system": "what requests go through",
+    "system": "what requests go through: the engine, its machine, the network",
 }

@@ -203,7 +203,17 @@ def cost(ref: str, since: str, until: str | None, as_json: bool) -> None:
 
     from monitoring.console.figures import usd
 
-    table = Table("version", "requests", "tokens", "engine s", "cost", "per 1,000 requests", "making it", box=None)
+    table = Table(
+        "version",
+        "requests",
+        "tokens",
+        "engine s",
+        "cost",
+        "per 1,000 requests",
+        "making it",
+        "pays off after",
+        box=None,
+    )
     for v in (*result["versions"], {"version": None, **result}):
         name = _name(asked.model, v["version"], asked.slots.get(v["version"])) if v["version"] else "all"
         per, made = v["usd_per_1000_requests"], v.get("making")
@@ -215,6 +225,7 @@ def cost(ref: str, since: str, until: str | None, as_json: bool) -> None:
             usd(v["usd"]),
             usd(per),
             f"{usd(made['usd'])}, {usd(made['usd_per_1000_requests'])} per 1,000" if made else "",
+            made["no_break_even"] or f"{made['requests_to_break_even']} requests" if made else "",
         )
     out.print(table)
     if result["keys"]:
@@ -273,7 +284,8 @@ def alerts(model: str | None, closed: bool, as_json: bool) -> None:
         opened = f"{alert['opened_at'].astimezone(UTC):%Y-%m-%d %H:%M:%SZ}"
         began = f" since {alert['began_at'].astimezone(UTC):%H:%MZ}" if alert["began_at"] else ""
         cause = f"cause: {alert['cause']}{began}  " if alert["cause"] else ""
-        out.print(f"{opened}  {alert['severity']:8}  {state}  {cause}{escape(safe(alert['message']))}")
+        said = f"{kept.title(alert['rule'], alert['cause'])} ({alert['rule']}): {alert['message']}"
+        out.print(f"{opened}  {alert['severity']:8}  {state}  {cause}{escape(safe(said))}")
 
 
 @click.command()

@@ -60,22 +60,37 @@ def report(conn: Connection, model: str, versions: Sequence[int], since: datetim
 def _making(conn: Connection, model: str, versions: Sequence[int]) -> dict[int, dict[str, Any]]:
     """By version: the machine's seconds of its run, dollars at the machine's price, and a thousand requests' share of
     these, spread over all that it ever answered; what a thousand requests cost with its base alone, and after how many
-    what it saves of that has paid for making it (null: never, or the suite cost did not measure it). Several machines
-    of one run count as one."""
+    what it saves of that has paid for making it; where there is no such number, why. Several machines of one run count
+    as one."""
     hour = price_of(conn, model)["price"].get("per_machine_hour_usd", get_settings().machine_usd_per_hour)
     found: dict[int, dict[str, Any]] = {}
     for row in conn.execute(SQL["making"], {"model": model, "versions": list(versions)}):
         usd = row["seconds"] / 3600 * hour
         share = 1000 * usd / row["requests"] if row["requests"] else None
-        saved = (row["base_usd"] - row["own_usd"]) / 1000 if row["base_usd"] and row["own_usd"] else None
+        requests, why = _break_even(usd, hour, row["base_usd"], row["own_usd"])
         found[row["version"]] = {
             "seconds": row["seconds"],
             "usd": usd,
             "usd_per_1000_requests": share,
             "base_usd_per_1000_requests": row["base_usd"],
-            "requests_to_break_even": math.ceil(usd / saved) if saved is not None and saved > 0 else None,
+            "requests_to_break_even": requests,
+            "no_break_even": why,
         }
     return found
+
+
+def _break_even(usd: float, hour: float, base: float | None, own: float | None) -> tuple[int | None, str | None]:
+    """After how many requests `usd` are saved, by what a thousand cost with the base and with the version; or why there
+    is no such number, in a few words."""
+    if not hour:
+        return None, "the machine has no price"
+    if not usd:
+        return None, "nothing was spent: it was not made here"
+    if base is None or own is None:
+        return None, "not known: add `cost` to its evaluation's suites"
+    if own >= base:
+        return None, "never: the base costs less" if own > base else "never: the base costs the same"
+    return math.ceil(1000 * usd / (base - own)), None
 
 
 def languages(window: Window) -> list[dict[str, Any]]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from registry.profile import TOPICS
+from registry.profile import FEATURE, TOPICS
 
 if TYPE_CHECKING:
     from monitoring.attribution import Attribution, Cause
     from monitoring.drift import Moved
 
-_MAX_SENTENCES = 5
+_MAX_SENTENCES = 4
 _MAX_WORDS = 6
 # Features that say the same thing in other units: only the first of a group that moved is told.
 _GROUPS = (("prompt_tokens", "words", "characters"), ("completion_tokens", "answer_characters"))
@@ -50,29 +51,30 @@ def verdict(
     `usual` differs from the reference only by the rhythm of the day."""
     if found is None and usual:
         return (
-            f"The {answered} requests that {model}:{version} answered are as usual at these hours: none of the "
-            f"{compared} features compared has moved. As at the same hours of its first days they differ from what it "
-            f"was made from in {_labels(usual)}, which cancels out over a whole day. Nothing to do."
+            f"The {answered} requests that {model}:{version} answered are as usual at these hours: of the {compared} "
+            f"things measured none has changed. As at the same hours of its first days they differ from what it was "
+            f"made from in {_labels(usual)}, which cancels out over a whole day. Nothing to do."
         )
     if found is None:
         return (
-            f"The {answered} requests that {model}:{version} answered look like what it was made from: none of the "
-            f"{compared} features compared has moved. Nothing to do."
+            f"The {answered} requests that {model}:{version} answered look like what it was made from: of the "
+            f"{compared} things measured none has changed. Nothing to do."
         )
-    told = sorted(_without_repeats(moved), key=lambda m: -m.value / m.threshold)
+    # What tells of the cause comes first: other answers only follow from other requests
+    told = sorted(_without_repeats(moved), key=lambda m: (m.feature.name not in found.features, -m.value / m.threshold))
     sentences = [_sentence(m, new_words, keeps_text=keeps_text) for m in told[:_MAX_SENTENCES]]
     by_hours = [m for m in moved if m.usual_days]
     rest = len(told) - _MAX_SENTENCES
     if rest > 0:
-        sentences.append(f"{rest} more moved less")
+        sentences.append(f"{rest} more changed less")
     return (
-        f"Over {answered} requests to {model}:{version}, {len(moved)} of {compared} features moved: "
+        f"Over {answered} requests to {model}:{version}, {len(moved)} of {compared} things measured have changed: "
         + "; ".join(sentences)
         + ". "
         + (f"Compared with the same hours of its first days: {_labels(by_hours)}. " if by_hours else "")
         + (f"As usual at these hours: {_labels(usual)}. " if usual else "")
         + (f"It began about {at(found.since)}. " if found.since else "")
-        + _advice(model, found.cause, moved)
+        + advice(model, found.cause, [m.feature.name for m in moved])
     )
 
 
@@ -94,7 +96,9 @@ def _without_repeats(moved: Sequence[Moved]) -> list[Moved]:
     return [m for m in moved if m.feature.name not in hidden]
 
 
-def _advice(model: str, cause: Cause, moved: Sequence[Moved]) -> str:
+def advice(model: str, cause: Cause, moved: Sequence[str]) -> str:
+    """What to do about drift, by what it comes of and the names of the features that moved: the end of a verdict's
+    explanation."""
     if cause == "input":
         return (
             "People ask for other things than the version was trained on, so going back to an older one would not "
@@ -106,8 +110,8 @@ def _advice(model: str, cause: Cause, moved: Sequence[Moved]) -> str:
             "is the same version: look at who scores, such as a judge's model or prompt that changed, or another team, "
             "and leave the version as it is until that is known."
         )
-    if any(m.feature.side == "quality" for m in moved):
-        corrected = any(m.feature.name == "similarity" for m in moved)
+    if any(FEATURE[name].side == "quality" for name in moved if name in FEATURE):
+        corrected = "similarity" in moved
         what, which = (
             ("correct the answers more than the evaluation promised", "corrected")
             if corrected
@@ -127,7 +131,7 @@ def _advice(model: str, cause: Cause, moved: Sequence[Moved]) -> str:
 def _sentence(m: Moved, new_words: Sequence[str], *, keeps_text: bool) -> str:
     name, feature = m.feature.name, m.feature
     if name in _MIXES:
-        return _MIXES[name]
+        return f"{_percent(_elsewhere(m))} of {_MIXES[name]} than before"
     if name == "language":
         live, known = (_languages(feature.names, counts) for counts in (m.now, m.before))
         return f"requests are in other languages ({live} now, {known} before)"
@@ -169,7 +173,13 @@ def _length(m: Moved, what: str, unit: str) -> str:
         return f"{what} are {now / before:.1f} times as long ({figures})"
     if now > 0 and before >= 1.15 * now:
         return f"{what} are {before / now:.1f} times shorter ({figures})"
-    return f"the lengths of {what} are spread differently ({figures})"
+    return f"{_percent(_elsewhere(m))} of {what} are of another length than before ({figures})"
+
+
+def _elsewhere(m: Moved) -> float:
+    """The share that would have to be another for all to be as before."""
+    now, before = sum(m.now), sum(m.before)
+    return sum(abs(a / now - b / before) for a, b in zip(m.now, m.before, strict=True)) / 2
 
 
 def _languages(names: Sequence[str], counts: Sequence[int]) -> str:
@@ -185,7 +195,8 @@ def _percent(share: float) -> str:
 
 def _sureness(before: float, now: float) -> str:
     side = "less" if now < before else "more"
-    return f"the model is {side} sure of its answers (mean log-probability {now:.2f}, {before:.2f} before)"
+    chances = f"it gives a word it writes {_percent(math.exp(now))}, {_percent(math.exp(before))} before"
+    return f"the model is {side} sure of its answers ({chances})"
 
 
 _LENGTHS = {
@@ -195,13 +206,13 @@ _LENGTHS = {
     "completion_tokens": ("answers", "tokens"),
     "answer_characters": ("answers", "characters"),
 }
-_MIXES = {"topic": "the mix of topics is another", "answer_mix": "the mix of answers is another"}
+_MIXES = {"topic": "requests are about other topics", "answer_mix": "answers are of other kinds"}
 _SHARES = {
     "digit_share": "digits make up {now} of requests",
     "punctuation_share": "punctuation makes up {now} of requests",
     "upper_share": "capital letters make up {now} of requests",
-    "non_ascii_share": "non-ASCII characters make up {now} of requests",
-    "repetition": "{now} of the answers' word triples are repetitions",
+    "non_ascii_share": "letters and signs beyond plain English ones make up {now} of requests",
+    "repetition": "{now} of what answers say is repetition",
     "refusal": "{now} of answers refuse",
     "truncated": "{now} of answers are cut off at the token limit",
     "empty": "{now} of answers are empty",
@@ -209,8 +220,9 @@ _SHARES = {
 _OTHERS: dict[str, Callable[[float, float], str]] = {
     "chars_per_token": lambda before, now: f"a token covers {now:.1f} characters, {before:.1f} before",
     "mean_logprob": _sureness,
-    "score": lambda before, now: f"the mean feedback score is {now:.2f}, {before:.2f} before",
+    "score": lambda before, now: f"people score its answers {now:.2f} on average (from -1 to 1), {before:.2f} before",
     "similarity": lambda before, now: (
-        f"answers resemble people's corrections less ({now:.2f}) than the evaluation's expected answers ({before:.2f})"
+        f"answers are {_percent(now)} like what people corrected them to, and were, when it was judged, "
+        f"{_percent(before)} like what was expected"
     ),
 }

@@ -14,6 +14,7 @@ from psycopg.types.json import Jsonb
 
 from infra.db import Connection, load_queries, one
 from monitoring import alerts
+from monitoring.console import figures
 from registry.statistics import in_words
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
@@ -88,10 +89,22 @@ def look(conn: Connection, model: str, version: int) -> alerts.Finding:
     return alerts.Finding(
         rule=alerts.GOLDEN,
         state=state(rescoring["difference"]),
-        message=in_a_sentence(rescoring),
+        message=_in_short(rescoring),
         details={name: rescoring[name] for name in ("metric", "rows", "failed", "score", "reference", "difference")},
         cause="model" if hosted else "system",
         began_at=rescoring["at"],
+    )
+
+
+def _in_short(rescoring: Mapping[str, Any]) -> str:
+    """What fell, by how much, without the intervals."""
+    name, changed, before = f"{rescoring['model']}:{rescoring['version']}", rescoring["changed"], rescoring["reference"]
+    score = f"{figures.words(rescoring['metric'])} is {figures.number(rescoring['score']['estimate'])}"
+    if before:
+        score += f", {figures.number(before['estimate'])} before"
+    return (
+        f"{name} was asked again the {rescoring['rows']} questions that it was judged by: {score}; "
+        f"{changed['worse']} answers are worse, {changed['better']} better."
     )
 
 

@@ -17,9 +17,10 @@ from functools import partial
 from typing import Any
 
 from infra.db import Connection
-from monitoring import drift, statistics, windows
+from monitoring import drift, explain, statistics, windows
 from monitoring.alerts import GOLDEN, NOT_SERVING, RECENT
 from monitoring.attribution import Cause
+from monitoring.console import figures
 from monitoring.windows import Window
 from registry import deployments
 from registry.deployments import Entry
@@ -56,17 +57,17 @@ def of(conn: Connection, alert: Mapping[str, Any], now: datetime) -> Story:
     if changes:
         newest = changes[0]
         minutes = max(1, round((opened - newest.at).total_seconds() / 60))
-        what = f"v{newest.to_version}" if newest.to_version else "none"
-        sentences.append(
-            f"{_minutes(minutes)} before it opened: {newest.action}, {newest.slot} now {what}, by {newest.actor}."
-        )
+        sentences.append(f"{_minutes(minutes)} before it opened, {_done(newest)}, by {newest.actor}.")
         if newest.slot == "champion" and newest.to_version == version and newest.from_version is not None:
             advice.append(
                 f"Did v{newest.from_version} do better? Going back is one command: `tunesmith rollback {model} "
                 "--reason TEXT`."
             )
     if alert["rule"] == "drift" or version is None:
-        advice.append("What moved, and what to do, stands in the message; the drift page shows it feature by feature.")
+        if cause:
+            moved = [f["name"] for f in alert["details"].get("features", ()) if not isinstance(f, str)]
+            advice.append(explain.advice(model, cause, moved))
+        advice.append("The drift page shows each thing that is measured, then and now.")
     elif alert["rule"] == NOT_SERVING:
         cause = "system"
         advice.append("A gateway's `/readyz`, asked with a key, and its log say why it does not follow.")
@@ -102,6 +103,15 @@ def of(conn: Connection, alert: Mapping[str, Any], now: datetime) -> Story:
     if kept is not None:  # as it was told
         cause, began = kept
     return Story(cause=cause, began_at=began, sentences=sentences, advice=advice, changes=changes, since=since)
+
+
+def _done(entry: Entry) -> str:
+    if entry.to_version is None:
+        return f"v{entry.from_version} was taken out of its slot ({entry.slot})"
+    version = f"v{entry.to_version}"
+    if entry.action == "canary":
+        return f"{version} got {figures.percent(entry.share)} of the traffic"
+    return f"{version} was promoted" if entry.action == "promote" else f"{version} was brought back"
 
 
 def cause_of(conn: Connection, alert: Mapping[str, Any], *, now: datetime) -> tuple[Cause | None, datetime | None]:

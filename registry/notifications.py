@@ -109,9 +109,9 @@ def in_words(body: Mapping[str, Any]) -> str:
         text = f"{data['model']}: {what}, by {data['actor']}" + (f": {data['reason']}" if data["reason"] else "")
         return _escaped(text) + _link(page(f"/models/{data['model']}"), "the model")
     over = " is over" if body["type"] == "alert.closed" else ""
-    severity, rule = data["severity"].upper(), data["rule"]
-    cause = f", cause: {data['cause']}" if data.get("cause") else ""
-    text = f"*{severity}*{over} ({_escaped(rule)}{cause}) {_escaped(data['message'])}"
+    severity, title = data["severity"].upper(), data.get("title", data["rule"])
+    cause = f" (cause: {data['cause']})" if data.get("cause") else ""
+    text = f"*{severity}*{over}: {_escaped(title)}{cause}. {_escaped(data['message'])}"
     return text + _link(data["url"], "what happened")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlencode
@@ -12,11 +12,12 @@ from starlette.responses import Response
 
 from infra.db import transaction
 from infra.errors import NotFound
-from monitoring import story
-from monitoring.console import examples, traffic
+from monitoring import alerts, story
+from monitoring.console import examples, figures, traffic
+from monitoring.console.drift import label
 from monitoring.console.model import pictures
 from monitoring.console.render import RANGES, SQL, Visit, draw
-from registry import deployments
+from registry import deployments, statistics
 
 # Which chart shows a rule's figure
 _CHARTS = {"error_rate": "errors", "cost_usd": "cost"}
@@ -49,10 +50,12 @@ def show(visit: Visit) -> Response:
         visit,
         "alert.html",
         alert=alert,
+        said=alerts.said(alert, told.advice),
         model=model,
         story=told,
         shown=shown,
         chart=drawn[_chart(alert["rule"])] if flow.total.requests else None,
+        details=list(_details(alert)),
         examples=shown_requests,
         requests=_requests(alert, shown),
     )
@@ -68,6 +71,23 @@ def _id(text: str) -> uuid.UUID:
 def _chart(rule: str) -> str:
     metric = rule.split(" ")[0]
     return _CHARTS.get(metric, "ttft" if "ttft" in metric else "latency" if "latency" in metric else "requests")
+
+
+def _details(alert: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What the rule saw, in its own measures: what the sentences above leave out."""
+    found, metric = alert["details"], alert["rule"].partition(" ")[0]
+    for name, value in found.items():
+        if name in ("value", "limit"):
+            yield figures.words(name), alerts.in_words(metric, value)
+        elif name in ("score", "reference", "difference"):
+            yield figures.words(name), statistics.in_words(value) or figures.DASH
+        elif isinstance(value, str | int):
+            yield figures.words(name), value
+    for f in found.get("features", ()):
+        if isinstance(f, str):  # of an alert from before the statistics were kept
+            continue
+        numbers = f"{figures.number(f['value'])} ({f['statistic']}), threshold {figures.number(f['threshold'])}"
+        yield label(f["name"]), numbers
 
 
 def _requests(alert: Mapping[str, Any], shown: str) -> str:

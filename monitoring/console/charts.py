@@ -48,11 +48,18 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class Times:
-    """The chart's buckets: their starts, and the whole range."""
+    """The chart's buckets: their starts, and the whole range. `unfinished`: the last one is not over yet, and is drawn
+    apart, since a part of an hour beside whole ones looks like a fall."""
 
     starts: Sequence[datetime]
     since: datetime
     until: datetime
+    unfinished: bool = False
+
+    @property
+    def whole(self) -> int:
+        """How many buckets are over."""
+        return len(self.starts) - self.unfinished
 
     def x(self, at: datetime) -> float:
         """0 to 100."""
@@ -129,7 +136,8 @@ def _top(series: Sequence[Series]) -> float:
 
 
 def _when(times: Times, index: int) -> str:
-    return f"{_short(times.starts[index])} – {times.ends(index).astimezone(UTC):%H:%M} UTC"
+    so_far = ", so far" if index >= times.whole else ""
+    return f"{_short(times.starts[index])} – {times.ends(index).astimezone(UTC):%H:%M} UTC{so_far}"
 
 
 def _short(at: datetime) -> str:
@@ -190,7 +198,7 @@ def lines(
     note: str = "",
 ) -> Markup:
     """Lines over time. `band` shades the room between two of the series (p50 to p95, say); a single series is
-    shaded down to zero."""
+    shaded down to zero. An unfinished bucket is a ring that no line leads to."""
     room = 34 if marks else 16
     scale = ticks(_top(series))
     mid = [10 * times.x(start + (times.ends(i) - start) / 2) for i, start in enumerate(times.starts)]
@@ -200,7 +208,7 @@ def lines(
 
     paths, dots = [], []
     if len(series) == 1:
-        for first, last in runs(series[0].values):
+        for first, last in runs(series[0].values[: times.whole]):
             inner = "L".join(point(series[0], i) for i in range(first, last + 1))
             paths.append(
                 element(
@@ -212,18 +220,21 @@ def lines(
     if band:
         low, high = series[band[0]], series[band[1]]
         both = [None if a is None or b is None else a for a, b in zip(low.values, high.values, strict=True)]
-        for first, last in runs(both):
+        for first, last in runs(both[: times.whole]):
             there = "L".join(point(high, i) for i in range(first, last + 1))
             back = "L".join(point(low, i) for i in range(last, first - 1, -1))
             paths.append(element("path", d=f"M{there}L{back}Z", class_=f"area {low.look}"))
     for s in reversed(series):  # the first one named lies on top
-        for first, last in runs(s.values):
+        for first, last in runs(s.values[: times.whole]):
             if first == last:
                 y = _y(s.values[first] or 0.0, scale[-1], height, room)
                 dots.append(element("circle", cx=pct(mid[first] / 10), cy=y, r=2.5, class_=f"dot {s.look}"))
             else:
                 d = "M" + "L".join(point(s, i) for i in range(first, last + 1))
                 paths.append(element("path", d=d, class_=f"line {s.look}", vector_effect="non-scaling-stroke"))
+        if times.unfinished and (so_far := s.values[-1]) is not None:
+            y = _y(so_far, scale[-1], height, room)
+            dots.append(element("circle", cx=pct(mid[-1] / 10), cy=y, r=3, class_=f"ring {s.look}"))
     body = [
         *_value_grid(scale, height, room),
         stretch(height, *paths),
@@ -236,10 +247,10 @@ def lines(
     return figure(
         key=key,
         title=title,
-        description=_describe(series, write),
+        description=_describe(times, series, write),
         height=height + _AXIS,
         body=body,
-        note=note,
+        note=_noted(note, times, series, "ring"),
         legend=[(s.name, s.look) for s in series] if len(series) > 1 else (),
         table=_table(times, series, write),
     )
@@ -256,11 +267,13 @@ def bars(
     spans: Sequence[Span] = (),
     height: int = 180,
     note: str = "",
+    least: float = 1.0,
 ) -> Markup:
-    """Stacked bars over time, with a strip under them that says who served."""
+    """Stacked bars over time, with a strip under them that says who served; the axis' marks are `least` apart. An
+    unfinished bucket is pale."""
     room = 34 if marks else 16
     totals = [sum(s.values[i] or 0.0 for s in series) for i in range(len(times.starts))]
-    scale = ticks(max(totals, default=0.0), least=1.0)
+    scale = ticks(max(totals, default=0.0), least=least)
     body = _value_grid(scale, height, room)
     for index in range(len(times.starts)):
         x, end, below = times.x(times.starts[index]), times.x(times.ends(index)), 0.0
@@ -276,7 +289,7 @@ def bars(
                         width=pct(max(0.1, end - x - gap)),
                         y=y2,
                         height=round(max(0.5, y1 - y2), 2),
-                        class_=f"bar {s.look}",
+                        class_=f"bar {s.look}{' so-far' if index >= times.whole else ''}",
                     )
                 )
     axis = height
@@ -310,19 +323,25 @@ def bars(
     return figure(
         key=key,
         title=title,
-        description=_describe(series, write),
+        description=_describe(times, series, write),
         height=axis + _AXIS,
         body=body,
-        note=note,
+        note=_noted(note, times, series, "pale"),
         legend=[(s.name, s.look) for s in series] if len(series) > 1 else (),
         table=_table(times, series, write),
     )
 
 
-def _describe(series: Sequence[Series], write: Write) -> str:
+def _noted(note: str, times: Times, series: Sequence[Series], look: str) -> str:
+    """A chart's note, with how what is not over yet looks, where there is any."""
+    shown = times.unfinished and any(s.values[-1] for s in series)
+    return " · ".join(part for part in (note, f"{look}: not over yet" if shown else "") if part)
+
+
+def _describe(times: Times, series: Sequence[Series], write: Write) -> str:
     parts = []
     for s in series:
-        known = [v for v in s.values if v is not None and math.isfinite(v)]
+        known = [v for v in s.values[: times.whole] if v is not None and math.isfinite(v)]
         if known:
             parts.append(f"{s.name}: {write(min(known))} to {write(max(known))}, last {write(known[-1])}.")
     return " ".join(parts) or "No figures in this time."

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from infra.db import Connection, one, transaction
 from infra.durations import parse_duration
 from infra.errors import NotFound
-from monitoring import drift, golden, windows
+from monitoring import drift, explain, golden, windows
 from monitoring.console import charts, examples, figures, strips
 from monitoring.console.model import look
 from monitoring.console.render import RANGES, SQL, Visit, draw, whole
@@ -52,6 +52,8 @@ def show(visit: Visit) -> Response:
         found = report["attribution"]
         rescorings = golden.newest(conn, name, number, _RESCORINGS)
         shown = examples.read(conn, visit, name, number, found["requests"]) if found else []
+    moved = [f["name"] for f in report["features"] if f["drifted"]]
+    todo = explain.advice(name, found["cause"], moved) if found else ""
     features, features_at = report["features"], None
     for verdict in reversed(verdicts):  # too few requests to compare now: what they last showed
         if not features and (features := verdict["body"].get("features", [])):
@@ -67,6 +69,8 @@ def show(visit: Visit) -> Response:
         now=now,
         versions=[{"number": n, "slot": now.slot_of(n), "look": look(n), "verdict": latest.get(n)} for n in numbers],
         report=report,
+        said=report["explanation"].removesuffix(todo),
+        todo=todo,
         requests=window.requests,
         features=[_row(f, verdicts, begin, until) for f in features],
         features_at=features_at,
@@ -121,12 +125,13 @@ def _row(
             ratio = _ratio(other)
             if other["name"] == f["name"] and ratio >= 0:
                 worst[index] = max(ratio, worst[index] or 0.0)
-    label = _label(f["name"])
-    cells = [(ratio, f"{label}\n{_times(begin + i * length, length)}\n{_says(ratio)}") for i, ratio in enumerate(worst)]
-    return {**f, "label": label, "ratio": _ratio(f), "heat": strips.heat(cells, title=f"{label} over time")}
+    name = label(f["name"])
+    cells = [(ratio, f"{name}\n{_times(begin + i * length, length)}\n{_says(ratio)}") for i, ratio in enumerate(worst)]
+    return {**f, "label": name, "ratio": _ratio(f), "heat": strips.heat(cells, title=f"{name} over time")}
 
 
-def _label(name: str) -> str:
+def label(name: str) -> str:
+    """A feature's name as words."""
     text = FEATURE[name].label if name in FEATURE else name.replace("_", " ")
     return text[:1].upper() + text[1:]
 
@@ -155,7 +160,7 @@ def _distribution(name: str, reference: Profile, live: Mapping[str, Sequence[int
     groups = _groups(feature, [a + b for a, b in zip(old, new, strict=True)])
     return charts.histogram(
         key="distribution",
-        title=_label(name),
+        title=label(name),
         labels=[_bin_label(feature, first, last) for first, last in groups],
         reference=_shares(old, groups),
         live=_shares(new, groups),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from datetime import UTC, datetime, timedelta
 
 from markupsafe import Markup, escape
 
 DASH = "–"
+_DIGEST = re.compile(r"\b(?:sha256:)?([0-9a-f]{12})[0-9a-f]{52}\b")
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -113,11 +115,31 @@ METRICS = {
 
 
 def marked(text: str) -> Markup:
-    """Prose whose `commands` and `words` stand in backticks, as code; everything else is escaped."""
+    """Prose whose `commands` and `words` stand in backticks, as code, and whose digests are short; everything else is
+    escaped."""
     parts = str(text).split("`")
     if len(parts) % 2 == 0:
-        return escape(text)
-    return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else escape(p) for i, p in enumerate(parts))
+        return _prose(text)
+    return Markup("").join(Markup("<code>{}</code>").format(p) if i % 2 else _prose(p) for i, p in enumerate(parts))
+
+
+def _prose(text: str) -> Markup:
+    found, at = Markup(""), 0
+    for match in _DIGEST.finditer(text):
+        found += escape(text[at : match.start()]) + digest(match[0])
+        at = match.end()
+    return found + escape(text[at:])
+
+
+def short(text: str) -> str:
+    """A sentence whose digests are cut to their first twelve hex digits, where there is no title to hold the whole."""
+    return _DIGEST.sub(r"\1", text)
+
+
+def actor(text: str) -> Markup:
+    """Who did something, by the name of the key; the whole in its title."""
+    named = re.fullmatch(r"key:\S+ \((.+)\)", text)
+    return Markup('<span title="{}">{}</span>').format(text, named[1] if named else text)
 
 
 def words(name: str) -> str:

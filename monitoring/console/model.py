@@ -10,9 +10,9 @@ from typing import Any
 from markupsafe import Markup
 from starlette.responses import Response
 
-from infra.db import transaction
+from infra.db import one, transaction
 from infra.errors import NotFound
-from monitoring.console import charts, figures, strips, traffic
+from monitoring.console import charts, figures, overview, strips, traffic
 from monitoring.console.render import RANGES, SQL, Visit, draw
 from registry import deployments, rollouts
 from registry.deployments import Deployment, Entry
@@ -29,6 +29,7 @@ def show(visit: Visit) -> Response:
     name = check_model_name(visit.path("model"))
     with transaction() as conn:
         now = deployments.read(conn, name)
+        state = overview.state(one(conn, SQL["models"], {"model": name}))
         since = visit.since(traffic.natural_range(conn, name))
         entries = deployments.history(conn, name)
         versions = conn.execute(SQL["versions"], {"model": name, "number": None}).fetchall()
@@ -46,8 +47,10 @@ def show(visit: Visit) -> Response:
         "model.html",
         model=name,
         now=now,
+        state=state,
         since=since,
         entries=list(reversed(entries)),
+        served_by=next((e for e in reversed(entries) if e.slot == "champion"), None) if now.champion else None,
         alerts=alerts,
         behind=behind,
         rollout=rollout if rollout is not None and recent(rollout, RANGES[since]) else None,

@@ -11,7 +11,7 @@ from monitoring.console.render import SQL, Visit, draw
 def show(visit: Visit) -> Response:
     """Every version of every model may be asked; champion and its predecessor are chosen to begin with."""
     with transaction() as conn:
-        models = conn.execute(SQL["models"]).fetchall()
+        models = conn.execute(SQL["models"], {"model": None}).fetchall()
         choices = {m["name"]: [v["number"] for v in conn.execute(SQL["numbers"], {"model": m["name"]})] for m in models}
     serving = [m for m in models if choices[m["name"]]]
     first = next((m for m in serving if m["name"] == visit.query("model")), serving[0] if serving else None)

@@ -3,7 +3,7 @@ select count(*) as open from alert where closed_at is null
 
 -- name: models
 select m.name, m.created_at, coalesce(d.generation, 0) as generation, d.champion, d.challenger, d.challenger_share,
-       d.shadow, s.serves_since, v.versions, a.alerts, a.worst, t.verdict, t.verdict_at, t.explanation,
+       d.shadow, s.serves_since, v.versions, a.alerts, a.urgent, a.worst, b.behind, t.verdict, t.verdict_at,
        r.run_kind, r.run_state, r.run_started_at
 from model m
 left join deployment d on d.model = m.name
@@ -12,14 +12,23 @@ left join lateral (
     ) s on true
 cross join lateral (select count(*) as versions from version where model = m.name) v
 cross join lateral (
-    select count(*) as alerts, bool_or(severity = 'critical') as worst
-    from alert where model = m.name and closed_at is null) a
+    -- The most urgent are told first: what a gateway cannot serve is so whatever its severity
+    select count(*) as alerts, min(rank) as urgent,
+           (array_agg(jsonb_build_object('id', id, 'rule', rule, 'cause', cause) order by rank, opened_at desc))[1] as worst
+    from (
+        select *, case when severity = 'critical' or rule = 'not serving' then 0 when severity = 'warning' then 1
+                       else 2 end as rank
+        from alert where model = m.name and closed_at is null) ranked) a
+cross join lateral (
+    select count(*) > 0 as behind from replica
+    where model = m.name and seen_at > now() - interval '1 minute' and not ready) b
 left join lateral (
-    select verdict, at as verdict_at, body ->> 'explanation' as explanation
+    select verdict, at as verdict_at
     from verdict where model = m.name and version = d.champion order by at desc limit 1) t on true
 left join lateral (
     select kind as run_kind, state as run_state, started_at as run_started_at
     from run where model = m.name order by started_at desc limit 1) r on true
+where %(model)s::text is null or m.name = %(model)s
 order by m.name
 
 -- name: model_settings

@@ -19,7 +19,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from deploy.auth import Identity, NotAuthenticated, Role, require
 from infra.db import load_queries, transaction
 from infra.errors import NotFound, TunesmithError, UsageError
-from monitoring import attribution
+from monitoring import alerts, attribution
 from monitoring.console import figures
 
 SQL = load_queries(Path(__file__).with_name("queries.sql"))
@@ -91,9 +91,18 @@ def _environment() -> Environment:
     for write in (
         *(figures.number, figures.milliseconds, figures.seconds, figures.usd, figures.percent, figures.signed),
         *(figures.metric, figures.words, figures.stamp, figures.ago, figures.digest, figures.plural, figures.marked),
+        figures.actor,
     ):
         env.filters[write.__name__] = write
-    env.globals.update({"RANGES": tuple(RANGES), "DASH": figures.DASH, "CAUSES": attribution.LABELS})
+    env.globals.update(
+        {
+            "RANGES": tuple(RANGES),
+            "DASH": figures.DASH,
+            "CAUSES": attribution.LABELS,
+            "alert_title": alerts.title,
+            "alert_said": alerts.said,
+        }
+    )
     env.globals["parts"] = env.get_template("parts.html").module
     return env
 

@@ -38,9 +38,9 @@ def show(visit: Visit) -> Response:
         since=since,
         report=report,
         versions=sorted(report["versions"], key=lambda v: (-v["usd"], -v["version"])),
-        chart=charts.lines(
+        chart=charts.bars(
             key="cost", title="Cost, by version", note=f"per {flow.step}", times=flow.times, series=series,
-            write=figures.usd,
+            write=figures.usd, least=0.0,
         )
         if flow.total.requests
         else None,

@@ -111,7 +111,8 @@ def natural_range(conn: Connection, model: str) -> str:
 
 
 def read(conn: Connection, model: str, span: timedelta) -> Traffic:
-    """The traffic from `span` ago (one of RANGES) until now. Sketches of features are not read."""
+    """The traffic from `span` ago (one of RANGES) until now, the last bucket being the one that is not over yet.
+    Sketches of features are not read."""
     grain, length, step = _BUCKETS[span]
     now = datetime.now(UTC)
     until = windows.floor(now, grain) + GRAINS[grain]
@@ -125,7 +126,7 @@ def read(conn: Connection, model: str, span: timedelta) -> Traffic:
     versions = sorted({version for version, _ in merged})
     empty = Window()
     return Traffic(
-        times=Times(starts=starts, since=starts[0], until=until),
+        times=Times(starts=starts, since=starts[0], until=until, unfinished=True),
         step=step,
         total=Stats(windows.total(merged.values())),
         buckets=[Stats(windows.total(merged.get((v, i), empty) for v in versions)) for i in range(count)],

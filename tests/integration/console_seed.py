@@ -341,8 +341,25 @@ def _alerts(conn: Connection, now: datetime) -> None:
     ).fetchone()
     rows = [
         (MODEL, 1, "drift", "critical", verdict["said"] if verdict else "It moved.", 28, 17),
-        (MODEL, 2, "p95_latency_ms", "warning", f"p95 is 1.2 s, above 1 s. {HOSTILE}", 8, None),
-        (MODEL, 1, "similarity", "info", "Answers are less like their corrections.", 26, None),
+        (
+            MODEL,
+            2,
+            "p95_latency_ms above",
+            "warning",
+            "docstring-writer:2: one answer in 20 took 1.2 s or longer, above "
+            f"the limit of 1 s (137 requests of the last 15 minutes). {HOSTILE}",
+            8,
+            None,
+        ),
+        (
+            MODEL,
+            2,
+            "cost_usd above",
+            "info",
+            "docstring-writer:2: it cost $0.0012, above the limit of $0.0010 (137 requests of the last 24 hours).",
+            26,
+            None,
+        ),
     ]
     for model, version, rule, severity, message, opened, closed in rows:
         conn.execute(

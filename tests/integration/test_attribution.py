@@ -160,7 +160,10 @@ def test_a_slow_engine_is_the_system(model: str, old: list[traffic.Pair], profil
         page = client.get(f"/alerts/{alert['id']}", headers=headers)
         listed = client.get("/alerts", headers=headers).text
     assert page.status_code == 200
-    assert "What changed is <strong>what requests go through</strong>, about " in page.text
+    assert (
+        "What changed is <strong>what requests go through: the engine, its machine, the network</strong>, about "
+        in page.text
+    )
     assert "cause: system" in listed
 
 

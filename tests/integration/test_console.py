@@ -6,7 +6,7 @@ import json
 import re
 import uuid
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from typing import Any
 
@@ -20,6 +20,8 @@ from deploy.gateway import create_app
 from deploy.rollout import Stream, decide
 from infra.db import transaction
 from infra.settings import Settings
+from monitoring import alerts, drift
+from monitoring.console import overview
 from monitoring.console.app import console_routes
 from pipelines import commands
 from registry import deployments, rollouts, studies
@@ -147,13 +149,15 @@ def test_pages_say_what_happened(app: TestClient) -> None:
     assert "v2</strong> promoted over v1" in model
     assert "Rolled back to <strong>v1" in model
     assert model.count("data-tip") > 30  # charts with figures
-    drift, _ = check(app, f"/models/{MODEL}/drift?version=1&since=1h")
-    assert "Share of words the training data never had" in drift
-    assert '<span class="tag bad light">drift</span>' in drift
-    assert "distribution-title" in drift
+    tile = model.partition("<dt>Serves</dt>")[2].partition("</dd>")[0]
+    assert re.search(r">v2<.*since <time.*9 min ago</time>, promoted by .*>Ada<", tile, re.DOTALL)
+    moved, _ = check(app, f"/models/{MODEL}/drift?version=1&since=1h")
+    assert "Share of words the training data never had" in moved
+    assert '<span class="tag bad light">drift</span>' in moved
+    assert "distribution-title" in moved
     for feature in ("similarity", "topic", "refusal", "mean_logprob"):
         assert "distribution-title" in check(app, f"/models/{MODEL}/drift?version=1&since=1h&feature={feature}")[0]
-    golden = drift.partition('id="golden"')[2]
+    golden = moved.partition('id="golden"')[2]
     assert golden.index('<span class="tag bad light">worse</span>') < golden.index("as before</span>"), "newest first"
     assert "0.220 [0.190, 0.250]" in golden
     assert "-0.190 [-0.230, -0.150]" in golden
@@ -171,6 +175,121 @@ def test_pages_say_what_happened(app: TestClient) -> None:
     assert live.status_code == 200
     assert "<html" not in live.text
     assert "Requests, by version" in live.text
+
+
+def test_each_model_has_one_worst_state_in_words(app: TestClient) -> None:
+    fill()
+    log_in(app, "viewer")
+
+    def states() -> dict[str, tuple[str, str]]:
+        page, _ = check(app, "/")
+        cards = re.findall(
+            r'<h2><a[^>]*>([^<]+)</a>.*?worst"[^>]*>([^<]+)<.*?reason"><a[^>]*>([^<]+)<', page, re.DOTALL
+        )
+        found = {name: (word, why) for name, word, why in cards}
+        assert f">{found[MODEL][0]}</a> <strong>{found[MODEL][1]}</strong>" in check(app, f"/models/{MODEL}")[0]
+        return found
+
+    assert states() == {
+        MODEL: ("Look", "Some answers are slow, and 1 more"),
+        "support-intents": ("Idle", "Nothing serves"),
+        "empty-model": ("Idle", "Nothing serves"),
+    }
+    with transaction() as conn:
+        for rule in ("not serving", "error_rate above"):
+            conn.execute("update alert set closed_at = now() where closed_at is null")
+            severity = "warning" if rule == "not serving" else "critical"
+            alerts.apply(conn, MODEL, 2, [alerts.Finding(rule=rule, state="over", severity=severity, message="m")])  # type: ignore[arg-type]
+    assert states()[MODEL] == ("Act", "Too many requests fail")
+
+
+def test_a_state_is_the_worst_of_all() -> None:
+    fine = {
+        "name": "m",
+        "champion": 1,
+        "alerts": 0,
+        "urgent": None,
+        "worst": None,
+        "behind": False,
+        "verdict": "stable",
+    }
+
+    def told(**changes: Any) -> tuple[str, str]:
+        found = overview.state(fine | changes)
+        return found.word, found.why
+
+    worst = {"id": "a", "rule": "drift", "cause": "input"}
+    assert told() == ("OK", "No warning, no drift")
+    assert told(verdict=None) == ("OK", "No warning, drift not judged yet")
+    assert told(alerts=1, urgent=2, worst=worst)[0] == "OK", "mere information is no reason to look"
+    assert told(verdict="drift") == ("Look", "Requests or answers have changed")
+    assert told(behind=True)[0] == "Look"
+    assert told(alerts=3, urgent=1, worst=worst) == (
+        "Look",
+        "People ask for other things than it was trained on, and 2 more",
+    )
+    assert told(alerts=1, urgent=0, worst=worst, behind=True)[0] == "Act"
+    assert told(champion=None) == ("Idle", "Nothing serves")
+
+
+def test_a_gateway_that_cannot_serve_says_why_in_short(app: TestClient) -> None:
+    fill()
+    log_in(app, "viewer")
+    digest = "sha256:" + "2e" * 32
+    why = f"{MODEL}:2 is not ready: The bundle {digest} is not in the artifact store."
+    with transaction() as conn:
+        conn.execute("delete from replica")  # the application's own gateway
+        conn.execute(
+            "insert into replica (id, model, generation, ready, message) values (%s, %s, 3, false, %s)",
+            [uuid.uuid4(), MODEL, why],
+        )
+        since: dict[str, tuple[int, datetime]] = {}
+        now = datetime.now(UTC)
+        for at in (now, now + timedelta(minutes=1)):
+            alerts.look_at_gateways(conn, since, at)
+        alert = conn.execute("select * from alert where rule = 'not serving'").fetchone()
+    assert alert is not None
+    assert (digest in alert["message"], "2e2e2e2e2e2e " in alert["message"]) == (False, True), "webhooks, and the shell"
+    for path in (f"/models/{MODEL}", f"/alerts/{alert['id']}"):
+        page, _ = check(app, path)
+        assert page.replace(f'title="{digest}"', "").count(digest) == (path != f"/models/{MODEL}"), path
+
+
+def test_an_alert_says_in_plain_words_what_moved(app: TestClient) -> None:
+    fill()
+    log_in(app, "viewer")
+    listed, _ = check(app, "/alerts")
+    assert "<strong>Some answers are slow</strong>" in listed
+    assert "p95_latency_ms" not in listed
+    with transaction() as conn:
+        now = datetime.now(UTC)
+        finding = alerts.of_verdict(drift.judge(conn, MODEL, 1, now - timedelta(hours=1), now))
+        alerts.apply(conn, MODEL, 1, [finding])
+        alert = conn.execute("select id from alert where rule = 'drift' and closed_at is null").fetchone()
+    assert alert is not None
+    assert "things measured have changed: " in finding.message
+    assert not re.search(r"\b(ks|js|psi|features?|log-probability|mix of)\b", finding.message, re.IGNORECASE)
+    said, _, details = check(app, f"/alerts/{alert['id']}")[0].partition('id="details"')
+    assert f"<h1>{alerts.title('drift', finding.cause)} " in said
+    why, _, todo = said.partition("What to do</h2>")
+    assert ("retrain" in why, "retrain" in todo) == (False, True), "once, where it is looked for"
+    assert re.search(
+        r"<dt>Similarity of answers to corrections</dt><dd>0\.\d+ \(difference\), threshold 0\.\d+", details
+    )
+
+
+def test_what_has_no_figure_says_why(app: TestClient) -> None:
+    fill()
+    log_in(app, "viewer")
+    page, _ = check(app, f"/models/{MODEL}/cost")
+    assert page.count("not known: add <code>cost</code> to its evaluation&#39;s suites") == 2
+    with transaction() as conn:
+        conn.execute(
+            'update model set settings = settings || \'{"monitoring": {"price": {"per_machine_hour_usd": 0}}}\''
+            " where name = %s",
+            [MODEL],
+        )
+    assert check(app, f"/models/{MODEL}/cost")[0].count("the machine has no price") == 2
 
 
 def test_keys_are_made_and_revoked_by_admins(app: TestClient) -> None:

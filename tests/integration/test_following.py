@@ -188,7 +188,7 @@ def test_two_gateways_follow_and_each_says_what_it_cannot_serve(database: Settin
                     alerts.look_at_gateways(conn, since, datetime.now(UTC) + later)
                 found = conn.execute("select rule, message from alert").fetchall()
             assert [alert["rule"] for alert in found] == [alerts.NOT_SERVING]
-            assert "1 of 2 gateways have not followed generation 3 of demo" in found[0]["message"]
+            assert "1 of 2 gateways could not follow the last change of demo (generation 3)" in found[0]["message"]
 
 
 def test_of_pinned_versions_the_busy_one_stays_loaded(stand: Stand) -> None:

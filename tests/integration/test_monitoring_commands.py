@@ -80,7 +80,7 @@ def test_cost(model: str) -> None:
     assert result["energy_kwh"] == pytest.approx(result["engine_seconds"] / 3600 * 0.1)
     assert result["versions"][0]["making"] == {
         "seconds": 0.0, "usd": 0.0, "usd_per_1000_requests": 0.0, "base_usd_per_1000_requests": None,
-        "requests_to_break_even": None,
+        "requests_to_break_even": None, "no_break_even": "nothing was spent: it was not made here",
     }  # fmt: skip
 
 
@@ -120,7 +120,9 @@ def test_languages_share_the_cost_and_a_version_pays_off(database: Settings) -> 
     assert made["requests_to_break_even"] == math.ceil(made["usd"] / (0.06 - 0.02) * 1000)
     assert "German" in run(commands.cost, "m")
     made = json.loads(run(commands.cost, "m:2", "--json"))["versions"][0]["making"]
-    assert made["requests_to_break_even"] is None, "which costs more than its base"
+    assert made["requests_to_break_even"] is None
+    assert made["no_break_even"] == "never: the base costs less"
+    assert "never: the base" in " ".join(run(commands.cost, "m:2").split())
 
 
 def test_drift_and_alerts_as_text(model: str) -> None:

@@ -245,8 +245,8 @@ def test_alerts_are_told_when_they_open_and_when_they_are_over(slack: Receiver) 
     assert len({each["id"] for each in slack.got}) == 2
     link = f"<{opened['url']}|what happened>"
     assert slack.slack == [
-        f"*CRITICAL* (p95_latency_ms above) m:2: it is &lt;slow&gt; &amp; late {link}",
-        f"*CRITICAL* is over (p95_latency_ms above) m:2: it is &lt;slow&gt; &amp; late {link}",
+        f"*CRITICAL*: Some answers are slow. m:2: it is &lt;slow&gt; &amp; late {link}",
+        f"*CRITICAL* is over: Some answers are slow. m:2: it is &lt;slow&gt; &amp; late {link}",
     ]
 
 

@@ -159,7 +159,7 @@ def test_worse_answers_are_an_alert_until_they_are_as_good_again(stand: Stand) -
     rescoring.again("demo")
     (alert,) = looked()
     assert (alert["version"], alert["cause"], alert["severity"]) == (2, "system", "warning")
-    assert "24 are worse, 0 better" in alert["message"]
+    assert "24 answers are worse, 0 better" in alert["message"]
     assert alert["details"]["difference"]["high"] < 0
     rescoring.again("demo")
     assert [each["id"] for each in looked()] == [alert["id"]], "one alert, however often it is asked"

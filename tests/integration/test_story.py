@@ -74,7 +74,7 @@ def test_a_version_that_answers_longer(model: str) -> None:
         conn.execute("alter table ledger enable trigger user")
     came(2, 14, 1, every=3, engine_seconds=0.35, completion_tokens=35, latency_ms=900.0)
     found = told("p95_latency_ms above", 2)
-    assert found.sentences[0] == "18 minutes before it opened: promote, champion now v2, by os:ann@here."
+    assert found.sentences[0] == "18 minutes before it opened, v2 was promoted, by os:ann@here."
     assert "Answers are 3.5 times as long: 35.0 tokens, 10.0 before." in found.sentences
     assert "Did v1 do better?" in found.advice[0]
     assert "`tunesmith rollback m --reason TEXT`" in found.advice[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 import uuid
@@ -267,7 +268,13 @@ def test_limits_open_and_close_with_hysteresis(database: Settings) -> None:
     with transaction() as conn:
         history = alerts.listing(conn, "m", closed=True)
     assert [a["severity"] for a in history] == ["critical", "critical"]
-    assert "p95_latency_ms is 9" in next(a["message"] for a in history if a["rule"].startswith("p95"))
+    said = {alert["rule"]: alert["message"] for alert in history}
+    assert re.fullmatch(
+        r"m:1: one answer in 20 took 9\d\d ms or longer, above the limit of 500 ms"
+        r" \(40 requests of the last 15 minutes\)\.",
+        said["p95_latency_ms above"],
+    )
+    assert said["error_rate above"].startswith("m:1: 100 % of requests failed, above the limit of 5 %")
 
 
 def test_several_limits_of_a_figure_are_one_alert_that_only_gets_worse(database: Settings) -> None:
@@ -378,7 +385,7 @@ def test_a_gateway_that_cannot_follow_is_an_alert(database: Settings) -> None:
     assert report(other, 1, ready=False) == []  # however old the deployment is, it may take a moment
     assert report(other, 20, ready=False) == []
     said = (
-        "1 of 2 gateways have not followed generation 2 of m for 30 s, and serve what they have: "
+        "1 of 2 gateways could not follow the last change of m (generation 2) for 30 s, and serve what they have: "
         "m:2 is not ready: its bundle is damaged."
     )
     assert report(other, 31, ready=False) == [("not serving", 2, said)]

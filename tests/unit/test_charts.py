@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from datetime import UTC, datetime, timedelta
 from xml.etree import ElementTree
 
@@ -76,3 +77,20 @@ def test_heat_turns_warm_at_the_threshold() -> None:
 
 def test_attributes_are_escaped() -> None:
     assert element("a", x='"<&') == '<a x="&#34;&lt;&amp;"/>'
+
+
+def test_what_is_not_over_yet_is_drawn_apart() -> None:
+    times = dataclasses.replace(TIMES, unfinished=True)
+    series = charts.Series(name="p95", values=[8.0, 8.0, 9.0, 8.0, 8.0, 1.0])
+    lines = charts.lines(key="k", title="T", times=times, series=[series], write=figures.number, note="per hour")
+    drawn = parse(lines)
+    [path] = [p.get("d", "") for p in drawn.iter("path") if p.get("class") == "line c0"]
+    assert path.count("L") == 4, "the line ends where the last whole hour does"
+    assert len([c for c in drawn.iter("circle") if c.get("class") == "ring c0"]) == 1
+    assert "last 8" in (next(drawn.iter("desc")).text or "")
+    assert "per hour · ring: not over yet" in lines
+    assert [th.text for th in drawn.iter("th")][-1] == "Nov 24, 05:00 – 06:00 UTC, so far"
+    bars = parse(charts.bars(key="k", title="T", times=times, series=[series], write=figures.number))
+    assert [r.get("class") for r in bars.iter("rect") if "bar" in (r.get("class") or "")][-2:] == [
+        "bar c0", "bar c0 so-far",
+    ]  # fmt: skip

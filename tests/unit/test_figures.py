@@ -57,3 +57,18 @@ def test_times_are_relative_with_the_exact_one_in_the_title() -> None:
 def test_prose_keeps_its_code_and_nothing_else() -> None:
     assert figures.marked("run `a <b>` & go") == "run <code>a &lt;b&gt;</code> &amp; go"
     assert figures.marked("one ` alone <i>") == "one ` alone &lt;i&gt;"
+
+
+def test_digests_in_prose_are_short_and_whole_in_their_titles() -> None:
+    whole = "sha256:" + "0123456789abcdef" * 4
+    said = f"The bundle {whole} is <gone>; {whole[7:20]} is no digest."
+    assert figures.short(said) == "The bundle 0123456789ab is <gone>; 0123456789abc is no digest."
+    assert figures.marked(said) == (
+        f'The bundle <code class="digest" title="{whole}">0123456789ab</code> is &lt;gone&gt;; '
+        "0123456789abc is no digest."
+    )
+
+
+def test_people_are_named_as_their_keys_are() -> None:
+    assert figures.actor("key:4f1c (Ada <b>)") == '<span title="key:4f1c (Ada &lt;b&gt;)">Ada &lt;b&gt;</span>'
+    assert figures.actor("os:ann@here") == '<span title="os:ann@here">os:ann@here</span>'
