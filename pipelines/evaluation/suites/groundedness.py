@@ -30,21 +30,25 @@ MADE_WITH = Path(__file__).with_name("grounded.jsonl")
 HELD_OUT = Path(__file__).with_name("grounded_held_out.jsonl")
 # English words that say nothing of what an answer claims
 _COMMON = frozenset(
-    "a an and are as at be been but by can did do does for from had has have he her his i if in is it its may of on or"
-    " our she so than that the their them then there these they this to was we were what when where which who will with"
-    " would yes you your".split()
+    re.findall(
+        r"\w+",
+        "a an and are as at be been but by can did do does for from had has have he her his i if in is it its may of on"
+        " or our she so than that the their them then there these they this to was we were what when where which who"
+        " will with would yes you your",
+    )
 )
-_NEGATIONS = frozenset("not no never none nobody nothing nowhere neither nor without".split())
-_NUMBERS = {
-    word: str(value)
-    for value, word in [
-        # Not "one", which is mostly no number
-        *enumerate("two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split(), 2),
-        *enumerate("sixteen seventeen eighteen nineteen twenty".split(), 16),
-        *zip(range(30, 100, 10), "thirty forty fifty sixty seventy eighty ninety".split(), strict=True),
-        (100, "hundred"), (1000, "thousand"),
-    ]
-}  # fmt: skip
+_NEGATIONS = frozenset(("not", "no", "never", "none", "nobody", "nothing", "nowhere", "neither", "nor", "without"))
+_NUMBERS = dict(
+    zip(
+        re.findall(
+            r"\w+",  # without "one", which is mostly no number
+            "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+            " eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand",
+        ),
+        map(str, (*range(2, 21), *range(30, 101, 10), 1000)),
+        strict=True,
+    )
+)
 _WORD = re.compile(r"\d+(?:[.,:]\d+)*\w*|\w+")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 _JOINT = re.compile(
@@ -100,7 +104,9 @@ def supported(answer: str, context: str) -> bool:
         return False
     asserted = [sentence for sentence in _SENTENCE.split(context) if not sentence.rstrip().endswith("?")]
     there = [clause for sentence in asserted for clause in _clauses(sentence)]
-    return not any(_contradicted(clause, there) for sentence in _SENTENCE.split(answer) for clause in _clauses(sentence))
+    return not any(
+        _contradicted(clause, there) for sentence in _SENTENCE.split(answer) for clause in _clauses(sentence)
+    )
 
 
 def _contradicted(clause: _Clause, context: Sequence[_Clause]) -> bool:
