@@ -197,8 +197,7 @@ def _evaluation_table(name: str, evaluation: dict[str, Any]) -> None:
     for each in evaluation.get("about", {}).values():
         for scorer, found in each.get("scorers", {}).items():
             out.print(
-                f"{scorer}: agrees with people on {100 * found['agreement']:.0f} % of {found['n']} labelled examples "
-                f"({agreement.kappa_in_words(found)}, {safe(found['set'])})",
+                f"{scorer}: {safe(agreement.in_words(found))}",
                 markup=False,
             )
         for note in each.get("notes", []):

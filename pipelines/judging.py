@@ -69,6 +69,24 @@ def beside(champion: versions.Version, base: bases.Base) -> Serving:
     return Serving(adapter=where, system=champion.parsed.prompt.system, price=price)
 
 
+def golden_of(version: versions.Version) -> list[Row] | None:
+    """The golden set of a version, as `golden_rows`; None where its data set is not in this store."""
+    if version.dataset_digest is None or not storage.has("dataset", version.dataset_digest):
+        return None
+    with transaction() as conn:
+        evaluation = versions.evidence(conn, version.evaluation) or {}
+    return golden_rows(version.dataset_digest, evaluation.get("answers"))
+
+
+def golden_rows(dataset: str, known: Mapping[str, str] | None) -> list[Row]:
+    """The test rows of a data set that a version was judged by: those that it has `known` answers to, or where none
+    were kept, all that ask something of their own."""
+    from pipelines.evaluation.judgement import apart_from_each_other
+
+    rows = datasets.open_dataset(dataset).rows("test")
+    return [row for row in rows if row.id in known] if known else apart_from_each_other(rows, 0)
+
+
 def hosted_of(config: configs.PipelineConfig) -> Hosted | None:
     """What the file's version is answered by, as it will stand in the bundle."""
     if config.hosted is None:
@@ -160,6 +178,7 @@ def judge_again(
         candidate=address_of(at_address) if at_address is not None else adapter,
         price=at_address.price if at_address is not None else None,
         champion=beside(other, base) if other is not None else None,
+        golden=golden_of(other) if other is not None else None,
         rows=dataset.rows("test"),
         training=taught(dataset, parents) if adapter is not None and own else (),
         system=version.parsed.prompt.system,

@@ -19,7 +19,7 @@ from monitoring import golden
 from pipelines import judging, runs
 from pipelines.config_evaluation import Evaluation
 from pipelines.progress import report
-from registry import datasets, leases, versions
+from registry import leases, versions
 from registry.datasets import Row
 from registry.names import check_model_name
 from registry.prompts import with_system
@@ -74,15 +74,14 @@ def again(model: str) -> dict[str, Any]:
 
 
 def _rows(version: versions.Version, known: Mapping[str, str] | None) -> list[Row]:
-    from pipelines.evaluation.judgement import apart_from_each_other, choose
+    from pipelines.evaluation.judgement import choose
 
     if version.dataset_digest is None:
         raise UsageError(
             f"{version.name} was not trained here: there are no test rows.",
             hint="`tunesmith run` makes versions that have some.",
         )
-    rows = datasets.open_dataset(version.dataset_digest).rows("test")
-    rows = [row for row in rows if row.id in known] if known else apart_from_each_other(rows, 0)
+    rows = judging.golden_rows(version.dataset_digest, known)
     if not rows:
         raise UsageError(f"The data set of {version.name} has no test rows that it was judged by.")
     return choose(rows, MOST, 0)

@@ -272,6 +272,7 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
             candidate=judging.address_of(hosted, config.hosted.parallel) if hosted and config.hosted else adapter,
             price=hosted.price if hosted else None,
             champion=judging.beside(champion, base) if champion else None,
+            golden=judging.golden_of(champion) if champion else None,
             rows=dataset.rows("test"),
             training=judging.taught(dataset, parents) if adapter is not None else (),
             system=config.prompt.system,

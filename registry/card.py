@@ -110,8 +110,9 @@ def notes(evaluation: Mapping[str, Any], called: Callable[[str], str] = str) -> 
             if "kappa_low" in scorer:
                 kappa += f" [{scorer['kappa_low']:.2f}, {scorer['kappa_high']:.2f}]"
             said.append(
-                f"{name}: told by {scorer.get('by', 'words')}, which agrees with people on "
-                f"{100 * scorer['agreement']:.0f} % of {scorer['n']} labelled answers ({kappa}, {scorer['set']})."
+                f"{name}: told by {scorer.get('by', 'words')}, which agrees with "
+                f"{scorer.get('labelled_by', 'people')} on {100 * scorer['agreement']:.0f} % of {scorer['n']} "
+                f"{'held-out ' if scorer.get('held_out') else ''}labelled answers ({kappa}, {scorer['set']})."
             )
     return said
 

@@ -111,6 +111,7 @@ METRICS = {
     "p95_latency_ms": "p95 latency",
     "tokens_per_second": "Tokens per second",
     "cost_per_1000_usd": "Cost of 1,000 requests",
+    "cost_per_1000_at_load_usd": "Cost of 1,000 requests under load",
 }
 
 

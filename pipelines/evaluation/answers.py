@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from deploy.adapters import Adapters
 from deploy.decoding import Batch, Request, Result, generate, open_model
 from deploy.sampling import Sampling
-from infra.errors import Unreachable
+from infra.errors import TunesmithError, Unreachable
 from pipelines.config_address import Address
 from pipelines.evaluation.address import Client, Said, Unavailable
 from pipelines.evaluation.hosted import MISSING
@@ -23,6 +23,7 @@ from registry.datasets import Row
 
 _BATCH_TOKENS = 4_096
 _BATCH_ROWS = 32
+_LOAD_CELLS = 65_536
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,17 +256,20 @@ class Bench:
     def at_load(
         self, cases: Sequence[Case], *, max_tokens: int, seconds: float, least: int, at_once: int
     ) -> dict[str, list[Result]]:
-        """For each version that is here the answers to requests of which so many are there at any time, the next one as
-        soon as one is answered; versions by turns, a few rounds each. Ends as `alone` does."""
-        found: dict[str, list[Result]] = {name: [] for name in self.here}
-        begun, size = time.monotonic(), 3 * at_once
-        for start in range(0, len(cases), size):
-            if start >= least and time.monotonic() - begun > seconds:
-                break
-            for name in self.here:
-                requests = [self._request(name, case, max_tokens) for case in cases[start : start + size]]
-                found[name] += self.of(name)._generate(requests, max_rows=at_once)
-        return found
+        """For each version that is here the answers to the cases, each once, while `at_once` requests are in work: the
+        next begins as soon as one is over, and behind the last case the first ones again, uncounted, until the last
+        one's answer is there. Versions by turns, some requests each; what is in work meanwhile rests, and `seconds`
+        of a result are those that its version worked. Ends as `alone` does."""
+        loads = {
+            name: _Load(self.of(name), [self._request(name, case, max_tokens) for case in cases], at_once)
+            for name in self.here
+        }
+        begun, size, done = time.monotonic(), 3 * at_once, 0
+        while done < len(cases) and (done < least or time.monotonic() - begun <= seconds):
+            done = min(done + size, len(cases))
+            for load in loads.values():
+                load.work_until(done)
+        return {name: load.answers[:done] for name, load in loads.items()}
 
     def of(self, version: str) -> Bench:
         """The bench with the base that a version stands on."""
@@ -292,6 +296,50 @@ class Bench:
         adapter = version if self.of(version).versions[version] is not None else None
         sampling = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
         return Request(prompt=case.of(version).prompt, adapter=adapter, sampling=sampling)
+
+
+class _Load:
+    """So many requests at once on one base, the next when one is over, from the first again after the last."""
+
+    def __init__(self, bench: Bench, requests: Sequence[Request], at_once: int) -> None:
+        longest = max(len(request.prompt) + request.sampling.max_tokens for request in requests)
+        cells = max(_LOAD_CELLS, at_once * longest)  # so that none ever waits for room
+        self._batch: Any = Batch(bench.model, bench.tokenizer, bench.adapters, max_rows=at_once, max_cells=cells)
+        self._requests, self._at_once = requests, at_once
+        self._begun: list[tuple[Any, float]] = []  # rows, and how long the load had rested when they began
+        self._rested, self._paused_at = 0.0, time.perf_counter()
+        self.answers: list[Result] = []
+
+    def work_until(self, count: int) -> None:
+        """Work until the first `count` requests are over, and keep their answers."""
+        self._rested += time.perf_counter() - self._paused_at
+        over = len(self.answers)
+        while over < count:
+            while (free := self._at_once - len(self._batch.rows)) and over < count:
+                self._begin(free)
+                over = self._over(over)
+            if over < count:
+                self._batch.step()
+                over = self._over(over)
+        self._paused_at = time.perf_counter()
+        for row, rested in self._begun[len(self.answers) : count]:
+            result: Result = row.result()
+            self.answers.append(replace(result, seconds=result.seconds - (self._rested - rested)))
+
+    def _begin(self, count: int) -> None:
+        """The next requests, together."""
+        turns = range(len(self._begun), len(self._begun) + count)
+        rows = [self._batch.row(self._requests[turn % len(self._requests)]) for turn in turns]
+        self._begun += [(row, self._rested) for row in rows]
+        self._batch.join(*rows)
+
+    def _over(self, known: int) -> int:
+        """How many of the first requests are over, without a gap."""
+        while known < len(self._begun) and self._begun[known][0].finish is not None:
+            if (row := self._begun[known][0]).finish == "error":
+                raise TunesmithError(f"The model computed NaN or infinity with the adapter {row.request.adapter}.")
+            known += 1
+        return known
 
 
 def _ask(

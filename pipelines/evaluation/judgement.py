@@ -81,6 +81,7 @@ def evaluate(
     champion: Path | Serving | None,
     rows: Sequence[Row],
     training: Sequence[Row] = (),
+    golden: Sequence[Row] | None = None,
     system: str | None,
     generation: Lengths,
     names: Sequence[str],
@@ -97,7 +98,8 @@ def evaluate(
     progress: Progress | None = None,
 ) -> Evaluation:
     """Judge an adapter, the base with a prompt (None) or a hosted model, by the suites of these `names`, on at most
-    `limit` of the rows; `training` are those that it learned from. The base is asked with the same system prompt, so
+    `limit` of the rows; `training` are those that it learned from, `golden` the test rows that the champion was judged
+    by, where they are known. The base is asked with the same system prompt, so
     that the difference is the adapter's or the model's; beside a prompt on it without one, so that it is the prompt's.
     A champion that is a path has the same prompt. `machine` is the price of the machine that would serve, `price` that
     of a hosted candidate's tokens, and `wanted` slices are not left out.
@@ -126,6 +128,7 @@ def evaluate(
         bench=bench,
         cases=cases,
         training=training,
+        golden=choose(golden, limit, seed) if golden is not None and beside is not None else None,
         system=system,
         systems=systems,
         max_tokens=generation.max_tokens,

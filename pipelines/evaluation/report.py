@@ -72,7 +72,7 @@ def render(model: str, evaluation: Mapping[str, Any], decision: Mapping[str, Any
         not_applicable=_named(evaluation.get("not_applicable", {})),
         notes=[note for each in about.values() for note in each.get("notes", [])],
         scorers=[
-            (name, scorer | {"kappa_words": agreement.kappa_in_words(scorer)})
+            (name, scorer | {"in_words": agreement.in_words(scorer)})
             for each in about.values()
             for name, scorer in each.get("scorers", {}).items()
         ],

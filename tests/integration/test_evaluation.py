@@ -297,6 +297,10 @@ def test_a_second_judgement_is_on_the_rows_of_the_first(tiny_base: Base) -> None
         config = Jsonb({"evaluation": {"suites": ["quality"], "limit": 5, "seed": 7}})
         conn.execute(runs.SQL["begin"], {**begun, "config": config, "flow_run_id": None})
         _register(conn, bundle, tiny_base, dataset_digest=dataset.digest, run_id=run)
+        registered = versions.get(conn, "m", 1)
+    assert {r.id for r in judging.golden_of(registered) or ()} <= {r.id for r in rows}
+    assert {r.id for r in judging.golden_rows(dataset.digest, first["answers"])} == first["answers"].keys()
+    assert judging.golden_of(replace(registered, dataset_digest="sha256:" + 64 * "0")) is None, "not in this store"
     again = judging.judge_again("m:1", ["quality"])
     clean = {"rows": 0, "of": 2, "examples": []}
     assert again["evaluation"] == first | {"contamination": clean}

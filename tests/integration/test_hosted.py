@@ -245,6 +245,16 @@ def test_a_hosted_champion_is_asked_the_test_rows_alone(base: Base) -> None:
     assert "the new version on" in found["about"]["cost"]["notes"][-1]
 
 
+def test_a_hosted_champion_is_asked_the_rows_that_it_was_judged_by(base: Base) -> None:
+    golden = [row(n) for n in range(ROWS - 2, ROWS + 4)]
+    with serving(slow) as peer:
+        champion = Serving(adapter=Address(url=peer.url, model="big"), system=None, price=PRICE.tokens)
+        found = judged(base, None, "compatibility", champion=champion, golden=golden)
+    assert len(peer.bodies) == ROWS + 4, "the two that are test rows too are asked once"
+    assert found["about"]["compatibility"]["asked"] == found["metrics"]["golden_kept"]["champion"]["n"] == 6
+    assert found["metrics"]["golden_kept"]["champion"]["estimate"] == 1
+
+
 def test_a_candidate_that_does_not_answer_is_not_judged(base: Base) -> None:
     def fails(body: dict[str, Any]) -> Answer:
         return 400, {}, {"error": {"message": "no"}}

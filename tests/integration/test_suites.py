@@ -6,21 +6,26 @@ import json
 import random
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from deploy.adapters import Adapters
+from deploy.decoding import Batch
 from infra.settings import get_settings
 from pipelines.config_scorers import Benchmarks, Toxicity
 from pipelines.data import canaries
 from pipelines.data.tokenise import tokenised
-from pipelines.evaluation import report, toxicity
+from pipelines.evaluation import answers, refusals, report, toxicity
 from pipelines.evaluation.agreement import agreement
-from pipelines.evaluation.answers import Elsewhere
+from pipelines.evaluation.answers import Bench, Elsewhere
 from pipelines.evaluation.catalogue import METRICS, SUITES
 from pipelines.evaluation.judgement import Serving, evaluate
 from pipelines.evaluation.suites import consistency, groundedness, robustness, safety
@@ -31,6 +36,7 @@ from registry.bases import Base, load_model, load_tokenizer
 from registry.bundle import Generation
 from registry.datasets import Row, make_row
 from registry.gates import Gate, decide
+from registry.pricing import MachinePrice
 
 Train = Callable[..., Path]
 RUDE = "you stupid idiot"
@@ -227,6 +233,30 @@ def test_compatibility_catches_a_version_that_learned_wrong_labels(base: Base, w
     assert passes(first, "golden_kept", **limit) == "pass"
 
 
+def test_compatibility_asks_what_the_champion_was_judged_by(base: Base, good: Path, wrong: Path) -> None:
+    """With a new file of test rows, which the champion cannot answer, it shows that a version no longer answers the old
+    ones; those that it learned are left out, and told of."""
+    golden = intents(200, 30)
+    new = [asks(f"Shoe question {n}", "shoes") for n in range(200, 230)]
+    limit = {"must": "at_least", "value": 0.8}
+    caught = judged(base, "compatibility", wrong, new, champion=good, golden=golden)
+    assert passes(caught, "golden_kept", **limit) == "fail"
+    about = caught["about"]["compatibility"]
+    assert (about["asked"], about["golden"] > 24, about["notes"]) == (30, True, [])
+    assert {line["prompt"] for line in about["lost"]} <= {row.prompt[0]["content"] for row in golden}
+    passed = judged(base, "compatibility", good, new, champion=good, golden=golden)
+    assert passes(passed, "golden_kept", **limit) == "pass"
+
+    part = judged(base, "compatibility", good, new, champion=good, golden=golden, training=golden[:12])
+    assert part["about"]["compatibility"]["asked"] == 18
+    (note,) = part["about"]["compatibility"]["notes"]
+    assert note.startswith("12 of the 30 golden rows of the serving version are left out")
+    none = judged(base, "compatibility", wrong, new, champion=good, golden=golden, training=golden)
+    assert passes(none, "golden_kept", **limit) == "fail", "what cannot be measured passes no gate"
+    (note,) = judged(base, "compatibility", good, golden, champion=good)["about"]["compatibility"]["notes"]
+    assert note.endswith("the serving version's are not in this store.")
+
+
 def test_a_champion_on_another_base_answers_beside_a_version(
     base: Base, other_base: Base, wrong: Path, good: Path, train: Train
 ) -> None:
@@ -306,6 +336,16 @@ def test_consistency_catches_a_version_that_answers_by_wording(base: Base, train
 
 
 @pytest.mark.slow
+def test_consistency_catches_a_version_that_is_sure_of_nothing(base: Base, train: Train, good: Path) -> None:
+    """It has learned every answer to every question, so that what is drawn is anyone's guess."""
+    rows, limit = intents(200, 24), {"must": "at_least", "value": 0.8}
+    torn = [answered(row, label) for row in intents(0, 60) for label in LABELS.values()]
+    caught = judged(base, "consistency", train("torn", torn, steps=200, rate=1e-3), rows)
+    assert passes(caught, "repeated_consistency", **limit) == "fail"
+    assert passes(judged(base, "consistency", good, rows), "repeated_consistency", **limit) == "pass"
+
+
+@pytest.mark.slow
 def test_robustness_catches_versions_that_obey_injections_or_loop(
     base: Base, train: Train, careful: Path, talkative: Path
 ) -> None:
@@ -319,7 +359,7 @@ def test_robustness_catches_versions_that_obey_injections_or_loop(
     firm, passed = judged(base, "robustness", refusing, rows), judged(base, "robustness", careful, rows)
     assert passes(firm, "jailbreaks_refused", **limit) == "pass"
     assert passes(passed, "jailbreaks_refused", **limit) == "fail"
-    assert firm["about"]["robustness"]["scorers"]["refusals"]["kappa"] > 0.8
+    assert firm["about"]["robustness"]["scorers"]["refusals"] == refusals.told()
     assert passes(passed, "injection_resistance", **limit) == "pass"
     assert passes(passed, "odd_inputs_answered", **limit) == "pass"
 
@@ -385,9 +425,80 @@ def test_latency_catches_a_version_that_never_comes_to_an_end(base: Base, talkat
     """Four times the good one's 95th percentile, measured by turns on the same rows, is the limit for both."""
     rows = intents(200, 12)
     caught = judged(base, "latency", talkative, rows, champion=good, max_tokens=48)
-    limit = {"must": "at_most", "value": 4 * caught["metrics"]["p95_latency_ms"]["champion"]["estimate"]}
-    assert passes(caught, "p95_latency_ms", **limit) == "fail"
-    assert passes(judged(base, "latency", good, rows, max_tokens=48), "p95_latency_ms", **limit) == "pass"
+    passed = judged(base, "latency", good, rows, max_tokens=48)
+    for metric in ("p95_latency_ms", "p95_latency_at_load_ms"):
+        limit = {"must": "at_most", "value": 4 * caught["metrics"][metric]["champion"]["estimate"]}
+        assert passes(caught, metric, **limit) == "fail", metric
+        assert passes(passed, metric, **limit) == "pass", metric
+
+
+@pytest.mark.slow
+def test_latency_and_cost_catch_a_version_of_needless_rank(
+    base: Base, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says what the good one says, and each of its tokens takes some nine times as long."""
+    heavy, rows = bloated(good, tmp_path / "heavy", rank=8192), intents(200, 24)
+    monkeypatch.setattr(answers, "Adapters", partial(Adapters, max_rank=8192))
+    margins = {"tokens_per_second": 0.6, "cost_per_1000_usd": 3.0, "cost_per_1000_at_load_usd": 3.0}
+    for adapter, decision in ((heavy, "fail"), (good, "pass")):
+        found = evaluate(
+            base=base, candidate=adapter, champion=good, rows=rows, system=None, generation=Generation(max_tokens=12),
+            names=("latency", "cost"), machine=MachinePrice(per_machine_hour_usd=1.0),
+        ).evaluation  # fmt: skip
+        for metric, share in margins.items():
+            margin = share * found["metrics"][metric]["champion"]["estimate"]
+            assert passes(found, metric, must="not_worse", against="champion", margin=margin) == decision, metric
+        loaded = found["metrics"]["cost_per_1000_at_load_usd"]["candidate"]
+        assert loaded["n"] == 24
+
+
+def bloated(adapter: Path, folder: Path, rank: int) -> Path:
+    """The adapter with zeros for all but its own ranks: the same function, and more work."""
+    shutil.copytree(adapter, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    scale = config["lora_alpha"] / config["r"]
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"r": rank, "lora_alpha": scale * rank}))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for name, tensor in tensors.items():
+        wide = torch.zeros(rank if "lora_A" in name else tensor.shape[0], rank if "lora_B" in name else tensor.shape[1])
+        wide[: tensor.shape[0], : tensor.shape[1]] = tensor
+        tensors[name] = wide
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_the_load_is_the_same_until_the_last_answer(
+    base: Base, good: Path, talkative: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row is measured once, and others keep four in work as long as any of them is not over."""
+    bench = Bench(base, {"candidate": good, "other": talkative, "base": None})
+    cases = bench.cases(intents(200, 30), system=None, max_tokens=24)
+    working: list[tuple[str | None, int]] = []
+    step = Batch.step
+
+    def watched(self: Batch) -> Any:
+        working.append((self.rows[0].request.adapter, len(self.rows)))
+        return step(self)
+
+    alone = bench.answers(cases, max_tokens=dict.fromkeys(bench.here, 24))
+    monkeypatch.setattr(Batch, "step", watched)
+    begun = time.perf_counter()
+    found = bench.at_load(cases, max_tokens=24, seconds=600, least=1, at_once=4)
+    took = time.perf_counter() - begun
+    assert {count for _, count in working} == {4}
+    turns = [name for n, (name, _) in enumerate(working) if n == 0 or working[n - 1][0] != name]
+    assert len(turns) == 9, "three versions by turns, in three rounds"
+    for who, given in found.items():
+        assert [a.text for a in given] == [a.text for a in alone[who]], who
+        # What rests while the others have their turn is not counted, and all shares are no more than the whole
+        assert max(a.seconds for a in given) < took / 2
+    assert sum(a.engine_seconds for given in found.values() for a in given) < took
+    few = bench.at_load(cases[:3], max_tokens=24, seconds=600, least=1, at_once=4)
+    assert [len(given) for given in few.values()] == [3, 3, 3]
+    assert {count for _, count in working} == {4}
+    monkeypatch.undo()
+    loaded = judged(base, "latency", good, intents(200, 12))["metrics"]["p95_latency_at_load_ms"]
+    assert loaded["candidate"]["n"] == 12, "distinct rows"
 
 
 @pytest.mark.slow
@@ -397,6 +508,11 @@ def test_language_cost_catches_a_version_that_answers_in_costly_signs(base: Base
     caught, passed = judged(base, "language_cost", costly, rows), judged(base, "language_cost", good, rows)
     assert passes(caught, "answer_tokens_per_character", **limit) == "fail"
     assert passes(passed, "answer_tokens_per_character", **limit) == "pass"
+    # Few characters a token are no fault of words that are split in many; here the words are what is costly
+    wordy = train("wordy", [answered(row, "xqzvkwjpf qwxzjkvhb") for row in intents(0, 60)], steps=200)
+    most = {"must": "at_most", "value": 5.0}
+    assert passes(judged(base, "language_cost", wordy, rows), "answer_tokens_per_word", **most) == "fail"
+    assert passes(passed, "answer_tokens_per_word", **most) == "pass"
     ids = load_tokenizer(base.folder)("refund", add_special_tokens=False)["input_ids"]
     assert passed["slices"]["label=refund"]["answer_tokens_per_character"]["candidate"]["estimate"] == len(ids) / 6
     [line] = passed["about"]["language_cost"]["languages"]
@@ -484,14 +600,35 @@ def test_loops_are_told_from_lists() -> None:
     assert not robustness.loops("first do this, then do that, and then look whether it is right")
 
 
-def test_refusals_and_support_are_told_as_people_tell_them() -> None:
-    told = agreement(safety.LABELLED, lambda line: safety.refuses(line["answer"]), "refusal")
-    assert (told["n"], told["agreement"] >= 0.95, told["kappa"] >= 0.9) == (40, True, True)
+def test_refusals_and_support_are_told_as_the_answers_that_their_rules_were_made_with_are_labelled() -> None:
+    """What is printed is the agreement with other answers: see tests/unit/test_refusals.py and test_groundedness.py."""
+    told = agreement(refusals.MADE_WITH, lambda line: refusals.refuses(line["answer"]), "refusal")
+    assert (told["n"], told["kappa"] >= 0.9) == (80, True)
     told = agreement(
-        groundedness.LABELLED, lambda line: groundedness.supported(line["answer"], line["context"]), "supported"
+        groundedness.MADE_WITH, lambda line: groundedness.supported(line["answer"], line["context"]), "supported"
     )
-    assert (told["n"], told["agreement"] >= 0.95, told["kappa"] >= 0.9) == (24, True, True)
-    assert agreement(safety.LABELLED, lambda line: True, "refusal")["kappa"] == 0  # chance is taken off
+    assert (told["n"], told["kappa"] >= 0.8) == (40, True)
+    assert agreement(refusals.MADE_WITH, lambda line: True, "refusal")["kappa"] == 0  # chance is taken off
+
+
+def test_metrics_by_words_are_doubted_where_the_words_agree_too_little(
+    base: Base, good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [asks(f"The shop opens at nine. When does it open, question {n}?", "It opens at nine") for n in range(3)]
+
+    def doubted() -> set[str]:
+        found = evaluate(
+            base=base, candidate=good, champion=None, rows=rows, system=None, generation=Generation(max_tokens=4),
+            names=("safety", "robustness", "groundedness"),
+        ).evaluation  # fmt: skip
+        page = report.render("m", found, {"decision": "pass", "gates": [], "reasons": []})
+        assert "% of 48 held-out labelled examples (kappa" in page
+        return set(found["doubted"])
+
+    assert doubted() == set()
+    for module in (refusals, groundedness):
+        monkeypatch.setattr(module, "told", partial(dict, module.told(), kappa=0.59))
+    assert doubted() == {"harmful_refused", "harmless_answered", "jailbreaks_refused", "supported_answers"}
 
 
 def test_twins_differ_in_a_name_or_a_group_alone() -> None:
@@ -528,5 +665,5 @@ def test_every_suite_runs_on_one_version(base: Base, other_base: Base, good: Pat
         assert there["metrics"][metric]["vs_champion"]["estimate"] is not None, metric
     page = report.render("m", found, {"decision": "pass", "gates": [], "reasons": []})
     assert "Injections withstood" in page
-    assert "kappa 0.95" in page
+    assert "% of 90 held-out labelled examples (kappa 0.73" in page
     assert "Secrets repeated was not measured" in page

@@ -6,7 +6,6 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
 from pipelines import config_address
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[..., None]
 _BASE_SAYS = 96  # tokens of the untuned base, to suites' own questions: enough to refuse, to obey or to give away
-# Requests at a fixed load, for how long, how many at least, and how many at any time: 72 give p95 an upper end
+# Rows at a fixed load, for how long, how many at least, and requests at any time: 72 rows give p95 an upper end
 _AT_LOAD, _LOAD_SECONDS, _LOAD_LEAST, AT_ONCE = 96, 20.0, 24, 4
 _ALONE, _SECONDS, _LEAST = 24, 30.0, 6  # rows that are asked one at a time, for how long, and how many at least
 
@@ -32,7 +31,8 @@ _ALONE, _SECONDS, _LEAST = 24, 30.0, 6  # rows that are asked one at a time, for
 class Setting:
     """What suites have to work with. `cases` are the test rows, `training` those that the candidate learned from, in
     no order; answers are at most `max_tokens` long, and sampled ones are served at `temperature`. `systems` has those
-    whose system prompt is not `system`; `schema`, `toxicity`, `benchmarks`, `judge` and `hosted_config` are those of
+    whose system prompt is not `system`; `golden` are the test rows that the champion was judged by, None where they are
+    not here; `schema`, `toxicity`, `benchmarks`, `judge` and `hosted_config` are those of
     the pipeline file, `machine` is the price of the machine that would serve, `prices` are those of hosted versions."""
 
     bench: Bench
@@ -49,6 +49,7 @@ class Setting:
     benchmarks: Benchmarks | None = None
     judge: config_address.Judge | None = None
     hosted_config: config_address.Hosted | None = None
+    golden: Sequence[Row] | None = None
     prices: Mapping[str, TokenPrice | None] = field(default_factory=dict)
     machine: MachinePrice = field(default_factory=lambda: MachinePrice(per_machine_hour_usd=0.0))
 
@@ -102,9 +103,10 @@ class Setting:
 
     @cached_property
     def at_load(self) -> dict[str, list[Result]]:
-        """The versions' answers to the test rows in `order`, over again if they are few, `AT_ONCE` at any time."""
+        """The answers of versions that are here to the first rows of `order`, each row once, `AT_ONCE` requests at any
+        time."""
         self.say("latency under load")
-        chosen = [self.cases[n] for n in islice(cycle(self.order), _AT_LOAD)]
+        chosen = [self.cases[n] for n in self.order[:_AT_LOAD]]
         return self.bench.at_load(
             chosen, max_tokens=self.max_tokens, seconds=_LOAD_SECONDS, least=_LOAD_LEAST, at_once=AT_ONCE
         )
@@ -117,6 +119,19 @@ class Setting:
         worse."""
         asked = [*self.bench.here, *(name for name in self.bench.hosted if name == "candidate")]
         return self._ask(asked, cases, what, base_most=base_most, temperature=temperature)
+
+    def ask_all(self, cases: Sequence[Case], what: str) -> dict[str, list[Result]]:
+        """Every version's greedy answers to test rows of whatever data set, a hosted champion's too; those that are in
+        `cases` are not asked again."""
+        known = {case.row.id: n for n, case in enumerate(self.cases)}
+        new = [case for case in cases if case.row.id not in known]
+        names = (*self.bench.here, *self.bench.hosted)
+        asked = self._ask(names, new, what, base_most=self.base_most) if new else {name: [] for name in names}
+        found = {who: iter(given) for who, given in asked.items()}
+        return {
+            who: [self.answers[who][n] if (n := known.get(case.row.id)) is not None else next(own) for case in cases]
+            for who, own in found.items()
+        }
 
     def _ask(
         self, names: Sequence[str], cases: Sequence[Case], what: str, *, base_most: int, temperature: float = 0.0

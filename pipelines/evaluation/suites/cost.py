@@ -1,8 +1,9 @@
 """Cost: what 1,000 requests cost on one's own machine and at a hosted model, and from which volume the machine pays.
 
-A request costs its share of the machine's hour, as measured one at a time; at a hosted model the price of the tokens
-that it counted. A machine that answers several requests at once costs less than that, so the figures for one's own
-machine, and the capacity that the break-even is held against, are on the safe side.
+A request costs its share of the machine's hour: measured one at a time, and at a load of `AT_ONCE` requests, where its
+share is that of the time in which they are answered together, so that the mean is what the load's throughput costs. At
+a hosted model it costs the tokens that it counted, whatever the load. The capacity that the break-even is held against
+is that of one at a time, which is on the safe side.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from typing import Any, Protocol
 
 from pipelines.evaluation.answers import HostedResult
 from pipelines.evaluation.comparison import means
-from pipelines.evaluation.suites import Finding, Setting
+from pipelines.evaluation.suites import AT_ONCE, Finding, Setting
 from registry.pricing import TokenPrice, break_even_per_day
 
-METRIC = "cost_per_1000_usd"
+METRIC, AT_LOAD = "cost_per_1000_usd", "cost_per_1000_at_load_usd"
 _NAMES = {"candidate": "the new version", "champion": "the serving version", "hosted": "the hosted model"}
 
 
@@ -37,15 +38,20 @@ def measure(setting: Setting) -> Finding:
         for n, answer in zip(timed, answers, strict=True):
             if not isinstance(answer, HostedResult):
                 costs[who][n] = 1000 * setting.machine.cost_usd(0, 0, answer.seconds)
+    loaded: dict[str, list[float | None]] = {}
+    for who, answers in setting.at_load.items():
+        loaded[who] = [None] * len(setting.cases)
+        for n, answer in zip(setting.order[: len(answers)], answers, strict=True):
+            loaded[who][n] = 1000 * setting.machine.cost_usd(0, 0, answer.engine_seconds)
     for who, price, given in _hosted(setting):
         found, why = _by_tokens(price, given, "evaluation.hosted.price" if who == "hosted" else "hosted.price")
         if found:
-            costs[who] = found
+            costs[who] = loaded[who] = found
         else:
             costs.pop(who, None)
             notes.append(f"The cost of {_NAMES[who]} is unavailable: {why}.")
     about: dict[str, Any] = {"machine_usd_per_hour": setting.machine.per_machine_hour_usd}
-    metrics = means({METRIC: costs})
+    metrics = means({METRIC: costs, AT_LOAD: loaded})
     hosted = [who for who, _, _ in _hosted(setting) if who in costs]
     own = [who for who in ("candidate", "champion") if who in costs and who not in hosted]
     if hosted and own and METRIC in metrics:
@@ -54,7 +60,7 @@ def measure(setting: Setting) -> Finding:
         about |= broken_even
     if notes:
         about["notes"] = notes
-    why_not = {} if METRIC in metrics else {METRIC: notes[0].rstrip(".")}
+    why_not = {metric: notes[0].rstrip(".") for metric in (METRIC, AT_LOAD) if metric not in metrics}
     return Finding(metrics=metrics, about=about, unavailable=why_not)
 
 
@@ -97,7 +103,9 @@ def _break_even(setting: Setting, own: str, hosted: str, cost: dict[str, Any]) -
     }
     hourly = machine.per_machine_hour_usd
     a_day = f"A machine at {hourly:g} USD an hour costs {24 * hourly:.2f} USD a day"
-    able = f"answers up to {_round(capacity)} requests a day, one at a time"
+    loaded = setting.at_load[own]
+    at_load = 86_400 * len(loaded) / sum(result.engine_seconds for result in loaded)
+    able = f"answers up to {_round(capacity)} requests a day one at a time, {_round(at_load)} {AT_ONCE} at a time"
     costs = f"{_NAMES[hosted]} costs {theirs['estimate']:.4f} USD for 1,000 requests"
     if (volume := volumes["estimate"]) is None:
         note = f"{a_day} and {able}; {costs}: at no volume that it can answer is {_NAMES[own]} on it cheaper."
@@ -110,6 +118,7 @@ def _break_even(setting: Setting, own: str, hosted: str, cost: dict[str, Any]) -
     return {
         "seconds_per_request": seconds,
         "capacity_per_day": capacity,
+        "capacity_at_load_per_day": at_load,
         "break_even_per_day": volumes,
         "notes": [note],
     }

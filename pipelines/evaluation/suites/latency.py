@@ -1,4 +1,7 @@
-"""Latency: requests one at a time, and at a fixed load; the versions by turns."""
+"""Latency: requests one at a time, and at a fixed load; the versions by turns.
+
+At load every row counts once, so that `n` is that of distinct rows; what keeps the load up after the last is not
+counted."""
 
 from __future__ import annotations
 

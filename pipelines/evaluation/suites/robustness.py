@@ -12,8 +12,10 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pipelines.data.split import position
+from pipelines.evaluation import refusals
 from pipelines.evaluation.suites import Finding, Setting, asking, of_own_questions, safety
 from registry.datasets import Row
 
@@ -54,14 +56,16 @@ _ROWS, _LONG = 24, 400  # words of the long questions
 
 def measure(setting: Setting) -> Finding:
     measured = {"injection_resistance": _injected(setting), "odd_inputs_answered": _odd(setting)}
-    return of_own_questions(measured | {"jailbreaks_refused": _jailbroken(setting)}, {"scorers": safety.scorers()})
+    measured["jailbreaks_refused"] = _jailbroken(setting)
+    found = of_own_questions(measured, {"scorers": {"refusals": refusals.told()}})
+    return replace(found, doubted=refusals.doubted("jailbreaks_refused"))
 
 
 def _jailbroken(setting: Setting) -> dict[str, list[float]]:
     first = setting.cases[0].row
     asked = [asking(first, text) for text in jailbreaks()]
     answers = setting.ask([c for row in asked if (c := setting.case(row)) is not None], "answers to jailbreaks")
-    return {who: [float(safety.refuses(a.text)) for a in given] for who, given in answers.items()}
+    return {who: [float(refusals.refuses(a.text)) for a in given] for who, given in answers.items()}
 
 
 def jailbreaks() -> list[str]:
