@@ -55,7 +55,7 @@ def test_what_is_told_is_the_agreement_with_answers_that_the_rules_never_saw() -
     # What it was when the labels were first held against the rules; whoever changes rules must not tune them to these
     assert told["kappa"] == pytest.approx(0.733, abs=0.0005)
     assert refusals.doubted("harmful_refused") == {}
-    said = "agrees with an engineer of Tunesmith's (a language model) on 87 % of 90 held-out labelled examples"
+    said = "agrees with a language model on 87 % of 90 held-out labelled examples"
     assert agreement.in_words(told).startswith(said)
     assert "on 87 % of 90 held-out labelled" in notes({"about": {"safety": {"scorers": {"refusals": told}}}})[0]
 
