@@ -20,8 +20,8 @@ _OPERATIONAL = ("_ms", "_seconds", "_per_second", "_usd")
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """One line of the policy. `margin` (not negative) and `value` are in the metric's own unit; on fewer than
-    `min_rows` rows it is underpowered."""
+    """One line of the policy. `margin` (not negative) and `value` are in the metric's own unit; judged on fewer than
+    `min_rows` rows (of a comparison those that both answered) it is underpowered."""
 
     metric: str
     must: Must
@@ -127,16 +127,20 @@ def _judge(gate: Gate, evaluation: Mapping[str, Any], first: bool) -> dict[str, 
         return say("pass", f"{name}: {why}, does not count")
     if measured is None:
         return say("fail", f"{name}: was not measured")
-    if (rows := measured["candidate"]["n"] if "candidate" in measured else gate.min_rows) < gate.min_rows:
-        return say("underpowered", f"{name}: was measured on {rows} rows, must be on {gate.min_rows}")
     if gate.must in ("at_most", "at_least"):
-        return say(*_limit(gate, name, Estimate.from_json(measured["candidate"])))
+        own = Estimate.from_json(measured["candidate"])
+        if own.n < gate.min_rows:
+            return say("underpowered", f"{name}: was measured on {own.n} rows, must be on {gate.min_rows}")
+        return say(*_limit(gate, name, own))
     against = "base" if gate.against is None or first else gate.against
     compared = measured.get(f"vs_{against}")
     if compared is None:
         why = ", which has no such number where it is hosted or stands on another base" if against == "champion" else ""
         return say("fail", f"{name}: was not measured against the {against}{why}")
     estimate = Estimate.from_json(compared)
+    if estimate.n < gate.min_rows:
+        why = f"{name} against {against}: was compared on {estimate.n} rows, must be on {gate.min_rows}"
+        return say("underpowered", why)
     entry = say(*_difference(gate, f"{name} against {against}", estimate))
     if gate.must == "not_worse":
         entry |= {"power": _known(power_of(estimate, gate.margin)), "detectable": _known(detectable(estimate))}
@@ -213,6 +217,8 @@ def _limit(gate: Gate, name: str, estimate: Estimate) -> tuple[Outcome, str, Est
 
 
 def _rows(estimate: Estimate, distance: float) -> str:
+    if estimate.least_n is not None:
+        return f"there is no interval on fewer than {estimate.least_n}, there are {estimate.n}"
     shown = detectable(estimate)
     if not distance > 0 or not math.isfinite(shown) or estimate.n < 2:
         return f"{estimate.n} of them cannot tell"

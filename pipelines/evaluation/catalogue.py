@@ -8,30 +8,39 @@ from dataclasses import dataclass
 @dataclass(frozen=True, kw_only=True)
 class Metric:
     """What a metric is, for people; `form` writes its numbers. `by_row`: it has a number for each test row, so that a
-    gate may look at a slice of them."""
+    gate may look at a slice of them. `bounds`: between what its rows' numbers lie, where that is known."""
 
     title: str
     unit: str
     form: str = "{:.3f}"
     lower_is_better: bool = False
     by_row: bool = False
+    bounds: tuple[float, float] | None = None
 
 
+_SHARE = (0.0, 1.0)
 SUITES: dict[str, dict[str, Metric]] = {
     "quality": {
         "loss": Metric(title="Loss", unit="nats a token on the expected answers", lower_is_better=True, by_row=True),
         "perplexity": Metric(
             title="Perplexity", unit="the exponential of the loss of all tokens", form="{:,.2f}", lower_is_better=True
         ),
-        "exact_match": Metric(title="Exact match", unit="share of answers that are the expected one", by_row=True),
+        "exact_match": Metric(
+            title="Exact match", unit="share of answers that are the expected one", by_row=True, bounds=_SHARE
+        ),
         "label_accuracy": Metric(
-            title="Label accuracy", unit="share of right labels, but for case and punctuation", by_row=True
+            title="Label accuracy",
+            unit="share of right labels, but for case and punctuation",
+            by_row=True,
+            bounds=_SHARE,
         ),
         "macro_f1": Metric(title="Macro F1", unit="mean of the labels' F1, rare labels counting as frequent ones"),
-        "token_f1": Metric(title="Token F1", unit="words shared with the expected answer", by_row=True),
-        "rouge_l": Metric(title="ROUGE-L", unit="words in common, in the same order", by_row=True),
-        "chrf": Metric(title="chrF", unit="characters shared with the expected answer", by_row=True),
-        "schema_valid": Metric(title="Valid JSON", unit="share of answers that the JSON schema takes", by_row=True),
+        "token_f1": Metric(title="Token F1", unit="words shared with the expected answer", by_row=True, bounds=_SHARE),
+        "rouge_l": Metric(title="ROUGE-L", unit="words in common, in the same order", by_row=True, bounds=_SHARE),
+        "chrf": Metric(title="chrF", unit="characters shared with the expected answer", by_row=True, bounds=_SHARE),
+        "schema_valid": Metric(
+            title="Valid JSON", unit="share of answers that the JSON schema takes", by_row=True, bounds=_SHARE
+        ),
     },
     "latency": {
         "p95_latency_ms": Metric(
@@ -55,21 +64,31 @@ SUITES: dict[str, dict[str, Metric]] = {
     },
     "consistency": {
         "consistency": Metric(
-            title="Consistency", unit="likeness of answers to the same question in another casing or spelling"
+            title="Consistency",
+            unit="likeness of answers to the same question in another casing or spelling",
+            bounds=_SHARE,
         ),
         "repeated_consistency": Metric(
-            title="Asked again", unit="likeness of sampled answers to the very same question, to its greedy answer"
+            title="Asked again",
+            unit="likeness of sampled answers to the very same question, to its greedy answer",
+            bounds=_SHARE,
         ),
     },
     "robustness": {
         "injection_resistance": Metric(
-            title="Injections withstood", unit="share of prompt injections that are answered and not obeyed"
+            title="Injections withstood",
+            unit="share of prompt injections that are answered and not obeyed",
+            bounds=_SHARE,
         ),
         "jailbreaks_refused": Metric(
-            title="Jailbreaks refused", unit="share of harmful requests that are refused in whatever words they come"
+            title="Jailbreaks refused",
+            unit="share of harmful requests that are refused in whatever words they come",
+            bounds=_SHARE,
         ),
         "odd_inputs_answered": Metric(
-            title="Odd inputs", unit="share of empty, long and foreign questions with a well-formed answer"
+            title="Odd inputs",
+            unit="share of empty, long and foreign questions with a well-formed answer",
+            bounds=_SHARE,
         ),
     },
     "privacy": {
@@ -77,42 +96,57 @@ SUITES: dict[str, dict[str, Metric]] = {
             title="Training text repeated",
             unit="share of long training answers that their first third brings back word for word",
             lower_is_better=True,
+            bounds=_SHARE,
         ),
         "secrets_repeated": Metric(
             title="Secrets repeated",
             unit="share of training rows whose personal data or keys are given away",
             lower_is_better=True,
+            bounds=_SHARE,
         ),
         "canaries_remembered": Metric(
             title="Canaries remembered",
             unit="share of made-up secrets that it finds likelier than 39 others; by chance 1 in 40",
             lower_is_better=True,
+            bounds=_SHARE,
         ),
         "personal_data": Metric(
             title="Personal data in answers",
             unit="share of answers with personal data that the prompt does not have",
             lower_is_better=True,
+            bounds=_SHARE,
         ),
     },
     "compatibility": {
         "golden_kept": Metric(
-            title="Golden answers kept", unit="share of the serving version's good answers that are as good"
+            title="Golden answers kept",
+            unit="share of the serving version's good answers that are as good",
+            bounds=_SHARE,
         ),
     },
     "safety": {
-        "harmful_refused": Metric(title="Harmful requests", unit="share that is refused"),
+        "harmful_refused": Metric(title="Harmful requests", unit="share that is refused", bounds=_SHARE),
         "harmless_answered": Metric(
-            title="Harmless requests", unit="share that is not refused, though it sounds alarming"
+            title="Harmless requests",
+            unit="share that is not refused, though it sounds alarming",
+            bounds=_SHARE,
         ),
         "counterfactual_likeness": Metric(
-            title="Fairness", unit="likeness of answers to questions that differ in a name or a group alone"
+            title="Fairness",
+            unit="likeness of answers to questions that differ in a name or a group alone",
+            bounds=_SHARE,
         ),
         "toxic_answers": Metric(
-            title="Toxic answers", unit="share that the model's classifier calls toxic", lower_is_better=True
+            title="Toxic answers",
+            unit="share that the model's classifier calls toxic",
+            lower_is_better=True,
+            bounds=_SHARE,
         ),
     },
     "groundedness": {
-        "supported_answers": Metric(title="Supported answers", unit="share whose words stand in the prompt's context"),
+        "supported_answers": Metric(
+            title="Supported answers", unit="share whose words stand in the prompt's context", bounds=_SHARE
+        ),
     },
     "language_cost": {
         "answer_tokens_per_character": Metric(
@@ -128,7 +162,9 @@ SUITES: dict[str, dict[str, Metric]] = {
         ),
     },
     "judge": {
-        "judged_good": Metric(title="Judged good", unit="share of answers that the judge calls good", by_row=True),
+        "judged_good": Metric(
+            title="Judged good", unit="share of answers that the judge calls good", by_row=True, bounds=_SHARE
+        ),
     },
     "cost": {
         "cost_per_1000_usd": Metric(

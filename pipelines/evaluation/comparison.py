@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from pipelines.evaluation.catalogue import METRICS
+from pipelines.evaluation.catalogue import METRICS, Metric
 from registry.statistics import Estimate, mean_ci, paired_difference
 
 Value = TypeVar("Value")
@@ -21,13 +21,13 @@ def means(
     number there."""
     found = {}
     for name, versions in measured.items():
-        better = not METRICS[name].lower_is_better
+        metric = METRICS[name]
 
-        def mean(values: Sequence[float], better: bool = better) -> Estimate:
-            return mean_ci(values, higher_is_better=better)
+        def mean(values: Sequence[float], metric: Metric = metric) -> Estimate:
+            return mean_ci(values, higher_is_better=not metric.lower_is_better, bounds=metric.bounds)
 
-        def difference(one: Sequence[float], other: Sequence[float], better: bool = better) -> Estimate:
-            return paired_difference(one, other, higher_is_better=better)
+        def difference(one: Sequence[float], other: Sequence[float], metric: Metric = metric) -> Estimate:
+            return paired_difference(one, other, higher_is_better=not metric.lower_is_better, bounds=metric.bounds)
 
         values = {
             who: list(numbers) if chosen is None else [numbers[n] for n in chosen] for who, numbers in versions.items()

@@ -28,7 +28,8 @@ def of(difference: Mapping[str, Any]) -> Power:
     estimate = Estimate.from_json(dict(difference))
     ends = sorted((estimate.low, estimate.high) if estimate.higher_is_better else (-estimate.low, -estimate.high))
     # An interval may reach further to one side: a loss is shown by its other end than a gain
-    toward = replace(estimate, higher_is_better=estimate.estimate >= 0)
+    bad = (estimate.estimate >= 0) == estimate.higher_is_better
+    toward = replace(estimate, higher_is_better=estimate.estimate >= 0, error=estimate.error if bad else None)
     shows = detectable(toward)
     least = shows if math.isfinite(shows) and shows > 0 else None
     if ends[0] > 0 or ends[1] < 0:

@@ -127,6 +127,7 @@ def test_a_trained_adapter_is_told_from_base_and_champion(world: World) -> None:
         candidate=world.trained,
         champion=world.barely,
         rows=world.rows,
+        training=[row(n) for n in range(96)],
         system=None,
         generation=Lengths(),
         names=("quality", "latency"),

@@ -410,7 +410,7 @@ def test_quality_catches_a_version_that_learned_wrong_labels(base: Base, wrong: 
     rows, limit = intents(200, 30), {"must": "at_least", "value": 0.8}
     caught, passed = (
         judged(base, "quality", wrong, rows, champion=good),
-        judged(base, "quality", good, rows, schema={"enum": ["refund"]}),
+        judged(base, "quality", good, rows, schema={"enum": ["refund"]}, training=intents(0, 150)),
     )
     for metric in ("label_accuracy", "exact_match", "macro_f1"):
         assert passes(caught, metric, **limit) == "fail", metric

@@ -8,8 +8,8 @@ import pytest
 from scipy import stats
 
 from registry.gates import Decision, Gate, decide
-from registry.statistics import Estimate
-from tests.benchmarks.gates import CASES, Case, least_passes, most_passes, passes
+from registry.statistics import Estimate, percentile_difference
+from tests.benchmarks.gates import CASES, Case, least_passes, most_equal, most_passes, passes
 
 
 def _estimate(value: float, low: float, high: float, *, n: int = 200, higher: bool = True) -> dict[str, Any]:
@@ -184,13 +184,39 @@ def test_underpowered_names_the_rows_that_would_do_and_what_these_show() -> None
     assert skewed.gates[0]["detectable"] > entry["detectable"]
 
 
-@pytest.mark.parametrize("case", [*CASES[:3], CASES[4]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES[:3], CASES[4], *CASES[6:9], *CASES[11:]], ids=lambda case: case.name)
 def test_worse_by_the_margin_passes_no_more_often_than_promised_and_equal_as_often_as_told(case: Case) -> None:
     """1,000 simulated evaluations each, as `make bench` has them on more numbers of rows."""
+    for rows in case.refused:
+        assert passes(case, rows, worse=case.margin, runs=20).refused == 20
     rows = case.rows[0]
     assert passes(case, rows, worse=case.margin).passed <= most_passes()
     equal = passes(case, rows, worse=0.0)
-    assert equal.passed >= least_passes(equal.told)
+    assert least_passes(equal.told) <= equal.passed <= most_equal(equal.told)
+
+
+def test_the_bound_of_told_power_would_catch_none_told() -> None:
+    assert most_equal(0.0) < 150 < least_passes(0.25)
+
+
+def test_too_few_rows_for_an_interval_say_how_many_would_do() -> None:
+    gate = Gate(metric="p95_latency_ms", must="not_worse", margin=50, against="champion")
+    compared = percentile_difference([1.0] * 24, [1.0] * 24, 0.95, higher_is_better=False)
+    told = _decide(gate, vs_champion=compared.to_json())
+    assert (told.decision, told.gates[0]["power"]) == ("underpowered", None)
+    assert "too few rows, there is no interval on fewer than 72, there are 24" in told.reasons[0]
+
+
+def test_rows_that_are_asked_for_are_those_of_the_comparison() -> None:
+    """A champion that answered few rows is compared on few, however many the candidate answered."""
+    gate = Gate(metric="m", must="not_worse", margin=0.1, against="champion", min_rows=50)
+    for rows, decision in ((49, "underpowered"), (50, "pass")):
+        few = _decide(gate, candidate=_estimate(1, 0, 2, n=900), vs_champion=_estimate(0, -0.05, 0.05, n=rows))
+        assert few.decision == decision
+        if rows == 49:
+            assert few.reasons == ["m against champion: was compared on 49 rows, must be on 50"]
+    own = Gate(metric="m", must="at_least", value=0, min_rows=50)
+    assert _decide(own, candidate=_estimate(1, 0, 2, n=49)).decision == "underpowered"
 
 
 def test_what_is_unavailable_or_doubted_never_passes() -> None:

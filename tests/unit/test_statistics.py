@@ -19,6 +19,7 @@ from registry.statistics import (
     percentile_ci,
     percentile_difference,
     power_of,
+    resampled,
     rows_for,
 )
 
@@ -68,6 +69,30 @@ def test_rows_that_are_all_equal_leave_room_for_others() -> None:
     assert (losses.low, losses.high) == pytest.approx((0.2 - share * (apart + 0.4), 0.2 + share * apart))
 
 
+def test_bounded_rows_leave_room_for_the_worst_that_was_not_seen() -> None:
+    """Of equal rows the interval is Clopper and Pearson's of none, the rule of three; of values at both ends theirs."""
+    same = np.random.default_rng(1).random(60)
+    got = paired_difference(same, same, higher_is_better=True, bounds=(0, 1), resamples=40_000)
+    exact = stats.binomtest(0, 60).proportion_ci(method="exact").high
+    assert (got.estimate, got.error) == (0, 0)
+    assert (got.low, got.high) == pytest.approx((-exact, exact), rel=0.03)
+    assert (power_of(got, 1.1 * exact), power_of(got, 0.9 * exact)) == (1, 0)
+    assert rows_for(got, 0.017) == pytest.approx(60 * exact / 0.017, rel=0.03)
+    assert Estimate.from_json(got.to_json()) == got
+    losses = [-1.0] * 3 + [0.0] * 57
+    hit = paired_difference(np.array(losses) + 1, [1.0] * 59 + [0.999], higher_is_better=True, bounds=(0, 1))
+    assert hit.low == pytest.approx(-stats.binomtest(3, 60).proportion_ci(method="exact").high, rel=0.03)
+    alike = mean_ci([0.5] * 60, higher_is_better=True, bounds=(0, 1), resamples=40_000)
+    assert (alike.low, alike.high) == pytest.approx((0.5 - exact / 2, 0.5 + exact / 2), rel=0.03)
+
+
+def test_the_error_of_a_bounded_means_bad_end_is_that_of_repetitions() -> None:
+    random = np.random.default_rng(2)
+    found = [mean_ci(random.beta(5, 1, 80), higher_is_better=True, bounds=(0, 1), resamples=500) for _ in range(400)]
+    ends = np.std([one.low for one in found])
+    assert np.mean([one.error or 0.0 for one in found]) == pytest.approx(ends, rel=0.15)
+
+
 def test_a_few_rows_have_no_interval() -> None:
     """A version worse by just the margin, whose rows all happen to lie above it, would pass: of 2 rows in a quarter of
     all evaluations, of 5 in 3 %."""
@@ -75,7 +100,16 @@ def test_a_few_rows_have_no_interval() -> None:
     for n in range(2, 6):
         few = paired_difference(rows[:n], [0.0] * n, higher_is_better=True)
         assert (few.low, few.high) == (-math.inf, math.inf)
+        assert few.least_n == 6
         assert mean_ci([0.5] * n, higher_is_better=True).high == math.inf
+        assert mean_ci([0.5] * n, higher_is_better=True, bounds=(0, 1)).high == math.inf
+        (of_sums,) = resampled(lambda weights: weights @ np.ones((weights.shape[1], 1)), n, higher_is_better=True)
+        assert (of_sums.low, of_sums.high, of_sums.least_n) == (-math.inf, math.inf, 6)
+    for n, known in ((24, False), (71, False), (72, True)):
+        times = np.random.default_rng(n).random((2, n))
+        tail = percentile_difference(times[0], times[1], 0.95, higher_is_better=False)
+        assert (math.isfinite(tail.low), math.isfinite(tail.high), tail.least_n is None) == (known, known, known)
+        assert (percentile_ci(times[0], 0.95, higher_is_better=False).least_n is None) is known
     assert paired_difference(rows, [0.0] * 6, higher_is_better=True).low > 0
 
 
@@ -133,6 +167,16 @@ def test_a_percentiles_ranks_are_the_tightest_that_keep_the_promise(n: int, q: f
         assert under.sf(got.high - 1) <= 0.025 < under.sf(got.high - 2)
     else:
         assert under.sf(n - 1) > 0.025
+
+
+def test_statistics_that_are_means_have_the_means_interval() -> None:
+    """The studentized side of `resampled`, on the jackknife's pseudo-values, is that of `mean_ci`."""
+    x = np.random.default_rng(3).exponential(size=60)
+    (got,) = resampled(lambda weights: (weights @ x / weights.sum(axis=1))[:, None], 60, higher_is_better=False)
+    mean = mean_ci(x, higher_is_better=False)
+    assert got.estimate == pytest.approx(mean.estimate)
+    assert (got.low, got.high) == pytest.approx((mean.low, mean.high), abs=0.05 * (mean.high - mean.low))
+    assert got.high - got.estimate > 1.2 * (got.estimate - got.low)
 
 
 def test_the_difference_of_percentiles_holds_the_truth() -> None:

@@ -24,7 +24,8 @@ Progress = Callable[..., None]
 _BASE_SAYS = 96  # tokens of the untuned base, to suites' own questions: enough to refuse, to obey or to give away
 # Rows at a fixed load, for how long, how many at least, and requests at any time: 72 rows give p95 an upper end
 _AT_LOAD, _LOAD_SECONDS, _LOAD_LEAST, AT_ONCE = 96, 20.0, 24, 4
-_ALONE, _SECONDS, _LEAST = 24, 30.0, 6  # rows that are asked one at a time, for how long, and how many at least
+# Rows that are asked one at a time, for how long, and how many at least; a hosted model, which has no such limit, fewer
+_ALONE, _SECONDS, _LEAST, _HOSTED_ALONE = 96, 30.0, 6, 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ class Setting:
             self.cases,
             system=self.system,
             max_tokens=self.max_tokens,
-            first=self.order[:_ALONE],
+            first=self.order[:_HOSTED_ALONE],
             progress=lambda done: self.say("answers of the hosted model", done, len(self.cases)),
         )
 

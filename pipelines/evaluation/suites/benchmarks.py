@@ -16,6 +16,7 @@ from typing import Any
 from pipelines.config_scorers import Benchmarks
 from pipelines.evaluation.comparison import means
 from pipelines.evaluation.suites import Finding, Setting
+from registry.statistics import in_words, mean_ci
 
 METRIC = "benchmark_score"
 _NAMES = {"candidate": "the version", "base": "the base", "champion": "the serving version"}
@@ -49,7 +50,7 @@ def measure(setting: Setting) -> Finding:
             "lm_eval": importlib.metadata.version("lm_eval"),
             "notes": [
                 f"{task} ({score}, {len(values)} questions): "
-                + ", ".join(f"{_NAMES[who]} {_mean(own[task][1]):.3f}" for who, own in scored.items())
+                + ", ".join(f"{_NAMES[who]} {_in_words(own[task][1])}" for who, own in scored.items())
                 for task, (score, values) in tasks.items()
             ],
         },
@@ -92,8 +93,8 @@ def _scores(setting: Setting, who: str, wanted: Benchmarks) -> Scores:
     return scores
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _in_words(values: list[float]) -> str:
+    return in_words(mean_ci(values, higher_is_better=True).to_json())
 
 
 def _unavailable(why: str) -> Finding:

@@ -39,14 +39,14 @@ def measure(setting: Setting) -> Finding:
     if "candidate" in losses:
         metrics["perplexity"] = compare(
             {who: list(zip(values, lengths, strict=True)) for who, values in losses.items()},
-            lambda rows: _perplexity(rows),
-            _perplexity,
+            lambda rows: perplexity(rows),
+            perplexity,
         )
     else:
         del measured["loss"]
         unavailable |= {metric: NOT_APPLICABLE[metric] for metric in ("loss", "perplexity")}
     if are_labels:
-        metrics["macro_f1"] = labels.macro_f1(texts, expected)
+        metrics["macro_f1"] = labels.macro_f1(texts, expected, [row.answer for row in setting.training])
         about["labels"] = labels.by_label(texts, expected)
         about["labels_left_out"] = len(labels.frequent(expected, total)) - len(about["labels"])
     else:
@@ -56,7 +56,7 @@ def measure(setting: Setting) -> Finding:
     return Finding(metrics=metrics, rows=measured, not_applicable=not_applicable, unavailable=unavailable, about=about)
 
 
-def _perplexity(rows: Sequence[Loss], others: Sequence[Loss] | None = None) -> Estimate:
+def perplexity(rows: Sequence[Loss], others: Sequence[Loss] | None = None) -> Estimate:
     """The exponential of the mean loss of all tokens; with others, how much it is above theirs."""
     import numpy as np
 
