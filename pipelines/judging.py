@@ -132,7 +132,7 @@ def judge_again(
 ) -> dict[str, Any]:
     """The evaluation of a registered version on the test rows it was judged on, beside its base and, if it is another
     version, the champion. Schema, classifier, judge, hosted model and gates are those of the run that made it, or
-    of a pipeline file, whose test rows it answers if it has none here::
+    of a pipeline file, whose test rows it answers if it has none here; what is attached is by the gates of both::
 
         {"evaluation": ..., "gate": the contamination's entry of a gate decision, None where nobody can tell}
 

@@ -137,8 +137,11 @@ def search(
         over.callback(store.engine.dispose)
         study = patiently(lambda: open_study(spec, store), _PATIENCE)
         mirror = Mirror(spec, study, mlflow_parent)
-        if row["best"] is not None:  # the coordinator that ended it may not have come to tell of it
-            patiently(lambda: mirror.leave_behind(_jobs(spec.study)), _PATIENCE)
+        if row["best"] is not None:
+            # The coordinator that ended it may not have come to tell of it; nor is there whom to, where somebody has
+            # deleted the study from Optuna's tables since
+            if study.get_trials(deepcopy=False):
+                patiently(lambda: mirror.leave_behind(_jobs(spec.study)), _PATIENCE)
             return Best(**row["best"])
         return _Coordinator(spec, crew, study, mirror, progress, guard).run()
 

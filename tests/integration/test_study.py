@@ -19,6 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import optuna
 import psutil
 import pytest
 from click.testing import CliRunner
@@ -29,7 +30,7 @@ from infra.errors import Conflict, TunesmithError, UsageError
 from pipelines import plans, runs, stages
 from pipelines.cli import tunesmith
 from pipelines.tuning.methods import fixed_by
-from pipelines.tuning.mirror import Mirror
+from pipelines.tuning.mirror import Mirror, open_store
 from pipelines.tuning.search import search
 from pipelines.tuning.space import check_parts
 from pipelines.tuning.spec import StudySpec
@@ -80,8 +81,6 @@ def jobs(study: str = "m-1") -> list[studies.Job]:
 
 def in_optuna() -> list[Any]:
     """The study's trials as Optuna's own storage has them."""
-    import optuna
-
     url = f"{os.environ['TUNESMITH_DATABASE_URL'].rpartition('/')[0]}/{os.environ['TUNESMITH_DATABASE_PREFIX']}optuna"
     store = optuna.storages.RDBStorage(url.replace("postgresql://", "postgresql+psycopg://", 1))
     trials = optuna.load_study(study_name="m-1", storage=store).trials
@@ -569,6 +568,10 @@ def test_what_a_search_that_died_as_it_ended_had_not_told_is_told_by_the_next_on
     assert any(t.state.name == "RUNNING" for t in in_optuna())
     assert search(short, progress=quiet).stopped_by == "max_tokens"
     assert {t.state.name for t in in_optuna()} == {"PRUNED"}
+    store = open_store()
+    optuna.delete_study(study_name="m-1", storage=store)  # as a person may do in optuna-dashboard
+    store.engine.dispose()
+    assert search(short, progress=quiet).stopped_by == "max_tokens", "the result is kept all the same"
 
 
 def test_a_search_begins_with_what_was_good_before_and_from_the_adapter_it_is_given(spec: StudySpec) -> None:

@@ -46,7 +46,7 @@ def measure(setting: Setting) -> Finding:
         del measured["loss"]
         unavailable |= {metric: NOT_APPLICABLE[metric] for metric in ("loss", "perplexity")}
     if are_labels:
-        metrics["macro_f1"] = labels.macro_f1(texts, expected, [row.answer for row in setting.training])
+        metrics["macro_f1"] = labels.macro_f1(texts, expected, {row.answer for row in setting.training})
         about["labels"] = labels.by_label(texts, expected)
         about["labels_left_out"] = len(labels.frequent(expected, total)) - len(about["labels"])
     else:
