@@ -18,9 +18,8 @@ from typing import Any, Literal
 from psycopg.types.json import Jsonb
 
 from infra.db import Connection, load_queries, one
-from monitoring import windows
+from monitoring import figures, windows
 from monitoring.attribution import Cause
-from monitoring.console import figures
 from monitoring.windows import Window
 from registry import notifications
 

@@ -108,7 +108,7 @@ def monitor(ref: str, since: str, until: str | None, as_json: bool) -> None:
         return
     from rich.table import Table
 
-    from monitoring.console.figures import usd
+    from monitoring.figures import usd
 
     table = Table("version", "requests", "errors", "p50 ms", "p95 ms", "p99 ms", "tok/s", "cost", box=None)
     for v in versions:
@@ -201,7 +201,7 @@ def cost(ref: str, since: str, until: str | None, as_json: bool) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from monitoring.console.figures import usd
+    from monitoring.figures import usd
 
     table = Table(
         "version",

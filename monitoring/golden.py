@@ -13,8 +13,7 @@ from typing import Any
 from psycopg.types.json import Jsonb
 
 from infra.db import Connection, load_queries, one
-from monitoring import alerts
-from monitoring.console import figures
+from monitoring import alerts, figures
 from registry.statistics import in_words
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))

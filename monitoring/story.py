@@ -17,10 +17,9 @@ from functools import partial
 from typing import Any
 
 from infra.db import Connection
-from monitoring import drift, explain, statistics, windows
+from monitoring import drift, explain, figures, statistics, windows
 from monitoring.alerts import GOLDEN, NOT_SERVING, RECENT
 from monitoring.attribution import Cause
-from monitoring.console import figures
 from monitoring.windows import Window
 from registry import deployments
 from registry.deployments import Entry

@@ -12,8 +12,8 @@ from starlette.responses import Response
 
 from infra.db import transaction
 from infra.errors import NotFound
-from monitoring import alerts, story
-from monitoring.console import examples, figures, traffic
+from monitoring import alerts, figures, story
+from monitoring.console import examples, traffic
 from monitoring.console.drift import label
 from monitoring.console.model import pictures
 from monitoring.console.render import RANGES, SQL, Visit, draw

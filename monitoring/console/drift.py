@@ -13,8 +13,8 @@ from starlette.responses import Response
 from infra.db import Connection, one, transaction
 from infra.durations import parse_duration
 from infra.errors import NotFound
-from monitoring import drift, explain, golden, windows
-from monitoring.console import charts, examples, figures, strips
+from monitoring import drift, explain, figures, golden, windows
+from monitoring.console import charts, examples, strips
 from monitoring.console.model import look
 from monitoring.console.render import RANGES, SQL, Visit, draw, whole
 from monitoring.console.svg import Write

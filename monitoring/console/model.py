@@ -12,7 +12,8 @@ from starlette.responses import Response
 
 from infra.db import one, transaction
 from infra.errors import NotFound
-from monitoring.console import charts, figures, overview, strips, traffic
+from monitoring import figures
+from monitoring.console import charts, overview, strips, traffic
 from monitoring.console.render import RANGES, SQL, Visit, draw
 from registry import deployments, rollouts
 from registry.deployments import Deployment, Entry

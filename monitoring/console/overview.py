@@ -11,8 +11,8 @@ from starlette.responses import Response
 from infra.db import Connection, transaction
 from monitoring import alerts
 from monitoring.console import strips, traffic
-from monitoring.console.figures import number
 from monitoring.console.render import RANGES, SQL, Visit, draw
+from monitoring.figures import number
 
 
 def models(visit: Visit) -> Response:

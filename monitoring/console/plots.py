@@ -10,8 +10,8 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from monitoring.console.figures import DASH, number
 from monitoring.console.svg import element, figure, pct, rows_table, stretch
+from monitoring.figures import DASH, number
 
 _AXIS = 20  # pixels under the plot
 _ROOM = 18  # pixels over the highest grid line, for its label

@@ -19,8 +19,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from deploy.auth import Identity, NotAuthenticated, Role, require
 from infra.db import load_queries, transaction
 from infra.errors import NotFound, TunesmithError, UsageError
-from monitoring import alerts, attribution
-from monitoring.console import figures
+from monitoring import alerts, attribution, figures
 
 SQL = load_queries(Path(__file__).with_name("queries.sql"))
 log = logging.getLogger(__name__)

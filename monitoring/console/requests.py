@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from infra.db import transaction
 from infra.errors import NotFound
-from monitoring.console import figures
+from monitoring import figures
 from monitoring.console.model import look
 from monitoring.console.render import RANGES, SQL, Visit, draw
 from registry.profile import FEATURES, Feature, Profile

@@ -8,8 +8,8 @@ from starlette.responses import Response
 
 from infra.db import transaction
 from infra.settings import get_settings
-from monitoring import cost, drift
-from monitoring.console import charts, figures, traffic
+from monitoring import cost, drift, figures
+from monitoring.console import charts, traffic
 from monitoring.console.model import look
 from monitoring.console.render import RANGES, Visit, draw
 from registry import deployments

@@ -11,9 +11,9 @@ from infra.db import transaction
 from infra.errors import NotFound, Refused, TunesmithError
 from infra.settings import get_settings
 from infra.storage import file_digest
-from monitoring.console.figures import words
 from monitoring.console.model import HEADLINES, differences, look
 from monitoring.console.render import SQL, Visit, draw, whole
+from monitoring.figures import words
 from registry import approvals, card, deployments, judgements, versions
 from registry.names import check_model_name
 from registry.statistics import Estimate

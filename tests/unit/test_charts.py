@@ -8,7 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from monitoring.console import charts, figures, strips
+from monitoring import figures
+from monitoring.console import charts, strips
 from monitoring.console.svg import element
 from registry.statistics import Estimate
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from monitoring.console import figures
+from monitoring import figures
 from monitoring.console.svg import Write
 
 
