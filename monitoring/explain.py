@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from registry.profile import FEATURE, TOPICS
+from registry.profile import AXES, FEATURE, TOPICS
 
 if TYPE_CHECKING:
     from monitoring.attribution import Attribution, Cause
@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 _MAX_SENTENCES = 4
 _MAX_WORDS = 6
 # Features that say the same thing in other units: only the first of a group that moved is told.
-_GROUPS = (("prompt_tokens", "words", "characters"), ("completion_tokens", "answer_characters"))
+_GROUPS = (
+    ("prompt_tokens", "words", "characters"),
+    ("completion_tokens", "answer_characters"),
+    tuple(f"embedding_{axis}" for axis in range(1, AXES + 1)),
+)
 
 
 def too_few(model: str, version: int, answered: int, least: int) -> str:
@@ -137,6 +141,8 @@ def _sentence(m: Moved, new_words: Sequence[str], *, keeps_text: bool) -> str:
         return f"requests are in other languages ({live} now, {known} before)"
     if name == "json_shape":
         return _shape(*(counts[TOPICS] / sum(counts) for counts in (m.before, m.now)))
+    if name.startswith("embedding_"):
+        return f"the words of {_percent(_elsewhere(m))} of requests mean other things than before"
     if name == "unseen_word_share":
         return _unseen(m, new_words, keeps_text=keeps_text)
     if name in _LENGTHS:

@@ -27,12 +27,12 @@ _COMPARED = tuple(
 _OTHER_TOPIC = 0.2  # how far topics lie apart, where the whole range of another feature is 1
 
 
-def nearest(dataset: str, features: Sequence[float]) -> Row | None:
-    """The row of a data set that is nearest to an event's `features`, by the mean distance in bins; None when nothing
-    is known of it. Raises NotFound when the data set is not kept here."""
+def nearest(dataset: str, features: Sequence[float], profile: Profile) -> Row | None:
+    """The row of a data set that is nearest to an event's `features`, which were measured with `profile`, by the mean
+    distance in bins; None when nothing is known of it. Raises NotFound when the data set is not kept here."""
     import numpy
 
-    rows, known = _known(dataset)
+    rows, known = _known(dataset, tuple((word, tuple(place)) for word, place in profile.places.items()))
     wanted = statistics.array(_places(features))
     if not rows or numpy.isnan(wanted).all():
         return None
@@ -44,11 +44,11 @@ def nearest(dataset: str, features: Sequence[float]) -> Row | None:
 
 
 @lru_cache(maxsize=4)
-def _known(dataset: str) -> tuple[list[Row], Array]:
+def _known(dataset: str, places: tuple[tuple[str, tuple[float, ...]], ...]) -> tuple[list[Row], Array]:
     kept = datasets.open_dataset(dataset)
     every = max(1, int(kept.counts.get("train", 0)) // _ROWS)
     rows = [row for row in kept.rows("train", every) if row.source != "canary"]
-    extractor = Extractor(Profile(histograms={}))
+    extractor = Extractor(Profile(histograms={}, places=dict(places)))
     return rows, statistics.array([_places(extractor.features(row.prompt, _SILENT, 0)) for row in rows])
 
 

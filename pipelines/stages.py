@@ -339,18 +339,20 @@ def _profile(
     from monitoring.feedback import similarity
     from pipelines.data import canaries
     from registry import prompts
+    from registry.embeddings import WordPlaces
 
+    embed = None
     if config.hosted is not None:  # it counts tokens itself, and did so for the test rows only
         inputs = [(row.prompt, tokens) for row, tokens in zip(judged.rows, judged.prompt_tokens, strict=True)]
     else:
-        tokenizer = bases.load_tokenizer(base.folder)
+        tokenizer, embed = bases.load_tokenizer(base.folder), WordPlaces(base)
         rows = [*dataset.rows("train"), *dataset.rows("validation")]
         rows = [row for row in rows if row.source != canaries.SOURCE]
         inputs = [(row.prompt, len(prompts.encode(tokenizer, row.prompt, system=config.prompt.system))) for row in rows]
     judged_rows = list(zip(judged.rows, judged.answers, judged.prompt_tokens, strict=True))
     answers = [(row.prompt, answer, tokens) for row, answer, tokens in judged_rows]
     similarities = [s for row, answer, _ in judged_rows if (s := similarity(answer.text, row.answer)) is not None]
-    return profile.build(inputs, answers, similarities)
+    return profile.build(inputs, answers, similarities, embed)
 
 
 def register(

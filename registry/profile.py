@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 import struct
 import zlib
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -28,12 +29,16 @@ from registry import languages
 Side = Literal["input", "output", "quality"]
 Kind = Literal["number", "share", "flag", "category"]
 Messages = Sequence[Mapping[str, Any]]
+Places = Mapping[str, Sequence[float]]  # of words, along axes of their embeddings
+Embed = Callable[[Sequence[str]], Sequence[Sequence[float]]]
 
 TOPICS = 32
+AXES = 4  # of the base's embeddings (registry/embeddings.py)
 VOCABULARY = 2000
 _SCAN_CHARACTERS = 16_384  # words and character classes are read from the start of very long texts only
 _MIN_REQUESTS = 2  # a word is known when at least this many training inputs have it
 _UNKNOWN = float("nan")
+_FAR = 1000.0  # standard deviations
 
 
 def _float32(value: float) -> float:
@@ -210,6 +215,16 @@ FEATURES: tuple[Feature, ...] = (
         label="the shape of JSON answers",
         matters=0.05,
     ),
+    *(
+        Feature(
+            name=f"embedding_{axis}",
+            side="input",
+            kind="number",
+            edges=_linear_edges(-4.0, 4.0, 0.25),
+            label=f"what words mean (axis {axis} of the base's embeddings)",
+        )
+        for axis in range(1, AXES + 1)
+    ),
 )
 FEATURE: Mapping[str, Feature] = {f.name: f for f in FEATURES}
 _INPUTS = tuple(f for f in FEATURES if f.side == "input")
@@ -242,16 +257,20 @@ class Answer:
 @dataclass(frozen=True, kw_only=True)
 class Profile:
     """The frozen reference of one version: a histogram for each feature that was measured (its sum is the number
-    of rows behind it), and the common words of the training inputs with the share of inputs that have them."""
+    of rows behind it), the common words of the training inputs with the share of inputs that have them, and of those
+    words the `places` along the AXES of the base's embeddings, in standard deviations of training inputs around their
+    mean (none without a base)."""
 
     histograms: Mapping[str, tuple[int, ...]]
     vocabulary: Mapping[str, float] = field(default_factory=dict)
+    places: Places = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "format": 1,
             "histograms": {name: list(counts) for name, counts in self.histograms.items()},
             "vocabulary": dict(self.vocabulary),
+            "places": {word: list(place) for word, place in self.places.items()},
         }
 
     @classmethod
@@ -270,9 +289,15 @@ class Profile:
                 if name in FEATURE and len(counts) == FEATURE[name].bins
             }
             vocabulary = {str(w): float(s) for w, s in value["vocabulary"].items()}
+            places = {  # earlier releases had none; an import may bring what no 32-bit float holds
+                str(w): tuple(max(-_FAR, min(_FAR, float(x))) for x in place)
+                for w, place in value.get("places", {}).items()
+            }
+            if any(len(place) != AXES for place in places.values()):
+                places = {}
         except (LookupError, TypeError, AttributeError, OverflowError) as error:  # as an import may bring
             raise ValueError(f"it is not a profile: {type(error).__name__}: {error}") from error
-        return cls(histograms=histograms, vocabulary=vocabulary)
+        return cls(histograms=histograms, vocabulary=vocabulary, places=places)
 
 
 class Extractor:
@@ -281,6 +306,7 @@ class Extractor:
 
     def __init__(self, profile: Profile) -> None:
         self._known = frozenset(profile.vocabulary)
+        self._places = profile.places
 
     def features(self, messages: Messages, answer: Answer, prompt_tokens: int) -> list[float]:
         """One float for each of FEATURES, in their order; NaN where it is not known (quality comes later, with
@@ -289,7 +315,8 @@ class Extractor:
         found = words(text)
         unseen = sum(word not in self._known for word in found) if self._known else 0
         values = [_UNKNOWN] * len(FEATURES)
-        for place, value in zip(_INPUT_PLACES, _input_features(text, found, unseen, prompt_tokens), strict=True):
+        measured = _input_features(text, found, unseen, prompt_tokens, self._places)
+        for place, value in zip(_INPUT_PLACES, measured, strict=True):
             values[place] = value
         for place, value in zip(_OUTPUT_PLACES, _output_features(answer), strict=True):
             values[place] = value
@@ -306,10 +333,11 @@ def build(
     inputs: Iterable[tuple[Messages, int]],
     answers: Iterable[tuple[Messages, Answer, int]] = (),
     similarities: Iterable[float] = (),
+    embed: Embed | None = None,
 ) -> Profile:
     """The profile of a version: `inputs` are the training requests with their prompt tokens, `answers` the
     version's own answers to evaluation rows, `similarities` those answers' similarity to what was expected
-    (chrF / 100, 0 to 1), the level that corrections are later compared with.
+    (chrF / 100, 0 to 1), the level that corrections are later compared with. `embed` places words along AXES axes.
 
     A training input is judged by the words of all other inputs, never by its own (leave one out): otherwise fresh
     requests of the same kind would seem to bring new words.
@@ -321,15 +349,40 @@ def build(
         requests.update(set(found))
     ranked = sorted((w for w, n in requests.items() if n >= _MIN_REQUESTS), key=lambda w: (-requests[w], w))
     vocabulary = {word: round(requests[word] / len(rows), 6) for word in ranked[:VOCABULARY]}
+    of_others = {word for word in vocabulary if requests[word] > _MIN_REQUESTS}
+    places = _places(embed, vocabulary, [[w for w in found if w in of_others] for _, found, _ in rows])
+    places_of_others = {word: place for word, place in places.items() if word in of_others}
     counts = {f.name: [0] * f.bins for f in FEATURES}
     for text, found, tokens in rows:
-        unseen = sum(requests[w] <= _MIN_REQUESTS or w not in vocabulary for w in found)
-        _count(counts, _INPUTS, _as_float32(_input_features(text, found, unseen, tokens)))
+        unseen = sum(w not in of_others for w in found)
+        _count(counts, _INPUTS, _as_float32(_input_features(text, found, unseen, tokens, places_of_others)))
     for _, answer, _ in answers:
         _count(counts, _OUTPUTS, _as_float32(_output_features(answer)))
     for similarity in similarities:
         _count(counts, (FEATURE["similarity"],), _as_float32([similarity]))
-    return Profile(histograms={n: tuple(c) for n, c in counts.items() if any(c)}, vocabulary=vocabulary)
+    return Profile(histograms={n: tuple(c) for n, c in counts.items() if any(c)}, vocabulary=vocabulary, places=places)
+
+
+def _places(embed: Embed | None, vocabulary: Iterable[str], inputs: Iterable[Sequence[str]]) -> Places:
+    """Where words lie along each axis, in standard deviations of inputs from their mean; none where all lie alike."""
+    known = list(vocabulary)
+    if embed is None or not known:
+        return {}
+    raw = dict(zip(known, embed(known), strict=True))
+    axes = list(zip(*(_mean_place(found, raw) for found in inputs if found), strict=True))
+    spread = [(statistics.fmean(axis), statistics.pstdev(axis)) for axis in axes]
+    if not spread or not all(sd for _, sd in spread):
+        return {}
+    return {
+        word: tuple(round((x - mean) / sd, 3) for x, (mean, sd) in zip(place, spread, strict=True))
+        for word, place in raw.items()
+    }
+
+
+def _mean_place(found: Iterable[str], places: Places) -> Sequence[float]:
+    """That of a text: the mean over those of its words that have one; NaN without any."""
+    known = [place for word in found if (place := places.get(word)) is not None]
+    return [sum(axis) / len(known) for axis in zip(*known, strict=True)] if known else [_UNKNOWN] * AXES
 
 
 def input_text(messages: Messages) -> str:
@@ -363,7 +416,7 @@ def _as_float32(values: list[float]) -> list[float]:
     return list(struct.unpack(layout, struct.pack(layout, *values)))
 
 
-def _input_features(text: str, found: list[str], unseen: int, prompt_tokens: int) -> list[float]:
+def _input_features(text: str, found: list[str], unseen: int, prompt_tokens: int, places: Places) -> list[float]:
     seen = text[:_SCAN_CHARACTERS]
     ascii_only = seen.encode("ascii", "ignore")
     size = max(1, len(seen))
@@ -379,6 +432,7 @@ def _input_features(text: str, found: list[str], unseen: int, prompt_tokens: int
         unseen / len(found) if found else 0.0,
         _topic(found),
         _LANGUAGE[languages.guess(seen)],
+        *_mean_place(found, places),
     ]
 
 

@@ -32,11 +32,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from _home import temporary_home
 from numpy.typing import NDArray
 from scipy import stats
 
 from monitoring import drift
 from monitoring.statistics import design_effect
+from registry import bases
+from registry.embeddings import WordPlaces
 from registry.profile import FEATURES, Answer, Extractor, Profile, build
 
 DAYS, PROMISED = 1000, 0.05
@@ -49,7 +52,7 @@ PEER = Path(__file__).with_name("drift_peer.py")
 INPUTS = [(place, feature) for place, feature in enumerate(FEATURES) if feature.side == "input"]
 _SILENT = Answer(text="", completion_tokens=0)
 
-Bins = NDArray[np.int64]  # of each request (rows) and each input feature (columns)
+Bins = NDArray[np.int64]  # of each request (rows) and each input feature (columns); one too many for what is not known
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,9 @@ class World:
 
 def make_world(folder: Path | None) -> World:
     known, held, foreign = _intents(folder) if folder is not None else _docstrings()
-    profile = build((_chat(text), _tokens(text)) for text, _ in known)
+    with temporary_home():
+        embed = WordPlaces(bases.resolve("builtin:smollm2-135m"))
+    profile = build(((_chat(text), _tokens(text)) for text, _ in known), embed=embed)
     extractor = Extractor(profile)
     kinds: dict[str, list[int]] = {}
     for number, (_, kind) in enumerate(held):
@@ -114,7 +119,8 @@ def _tokens(text: str) -> int:
 
 def _bins(extractor: Extractor, texts: Sequence[str]) -> Bins:
     rows = [extractor.features(_chat(text), _SILENT, _tokens(text)) for text in texts]
-    return np.array([[feature.bin(row[place]) for place, feature in INPUTS] for row in rows])
+    return np.array([[feature.bin(v) if (v := row[place]) == v else feature.bins for place, feature in INPUTS]
+                     for row in rows])  # fmt: skip
 
 
 # --- traffic ---
@@ -140,7 +146,7 @@ def verdict(world: World, live: Sequence[Bins]) -> bool:
     """Whether the watcher would call it drift, of requests in the windows in which they came."""
     counts, effects = {}, {}
     for n, (_, f) in enumerate(INPUTS):
-        columns = np.array([np.bincount(window[:, n], minlength=f.bins) for window in live])
+        columns = np.array([np.bincount(window[:, n], minlength=f.bins + 1)[: f.bins] for window in live])
         counts[f.name] = columns.sum(0).tolist()
         effects[f.name] = design_effect(columns.astype(float))
     return any(moved.drifted for moved in drift.compare(world.profile, counts, effects=effects))

@@ -219,15 +219,21 @@ def test_a_quiet_series_has_no_change_in_ninety_nine_of_a_hundred() -> None:
 def test_a_request_without_its_text_is_shown_beside_the_row_nearest_to_it(database: Settings, home: Any) -> None:
     rows = [
         make_row([{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}])
-        for text in ("pay 12 euros", "WHERE IS MY PARCEL?", "please tell me at length how opening hours came about")
+        for text in (
+            "pay 12 euros",
+            "WHERE IS MY PARCEL?",
+            "please tell me at length how opening hours came about",
+            "they can walk",
+        )
     ]
     kept = datasets.keep({"train": rows, "validation": [], "test": []}, counts={}, sources=[], recipe={})
-    extractor = Extractor(Profile(histograms={}))
-    for asked, expected in (("pay 20 euros", 0), ("WHERE ARE MY SHOES?", 1)):
+    profile = Profile(histograms={}, places={"stroll": (2.0, 0.0, 0.0, 0.0), "walk": (2.1, 0.0, 0.0, 0.0)})
+    extractor = Extractor(profile)
+    for asked, expected in (("pay 20 euros", 0), ("WHERE ARE MY SHOES?", 1), ("one stroll", 3)):
         pair = (asked, "")
         features = extractor.features(traffic.messages(pair), traffic.answer(pair), 5)
         assert len(features) == len(FEATURES)
-        found = neighbours.nearest(kept.digest, features)
+        found = neighbours.nearest(kept.digest, features, profile)
         assert found is not None
         assert found.id == rows[expected].id
-    assert neighbours.nearest(kept.digest, [float("nan")] * 5) is None
+    assert neighbours.nearest(kept.digest, [float("nan")] * 5, profile) is None

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +24,8 @@ from infra.db import transaction
 from infra.errors import NotFound, UsageError
 from registry import bases, prompts, tiny
 from registry.bases import Base
+from registry.embeddings import WordPlaces
+from registry.profile import AXES
 from tests.lora import save_base
 
 
@@ -293,3 +296,16 @@ def test_smollm2_is_converted_once_and_answers(database: object) -> None:
     with torch.inference_mode():
         ids = model.generate(torch.tensor([asked]), max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(ids[0, len(asked) :])
+
+
+def test_words_lie_along_the_principal_components_of_the_token_embeddings(base: Base) -> None:
+    from sklearn.decomposition import PCA
+
+    weight = bases.load_model(base.folder, base.dtype).get_input_embeddings().weight.float().numpy()
+    tokenizer = bases.load_tokenizer(base.folder)
+    words = ["parcel", "refund", "naïve", "Straße"]
+    means = [weight[tokenizer(f" {word}", add_special_tokens=False)["input_ids"]].mean(0) for word in words]
+    expected = PCA(AXES, svd_solver="full").fit(weight).transform(means)
+    found = np.array(WordPlaces(base)(words))
+    assert found.shape == (len(words), AXES)
+    assert np.abs(found) == pytest.approx(np.abs(expected), rel=1e-3, abs=1e-4)  # an axis may point either way

@@ -13,7 +13,7 @@ from scipy.spatial.distance import jensenshannon
 
 from monitoring import drift, explain, statistics
 from monitoring.attribution import Attribution, Cause
-from registry.profile import FEATURE, FEATURES
+from registry.profile import AXES, FEATURE, FEATURES, Answer, Extractor, build
 
 
 def attributed(cause: Cause) -> Attribution:
@@ -187,6 +187,31 @@ def test_quality_drifts_only_downwards() -> None:
     assert drifted(drift.compare(reference, {"similarity": histogram(0.7)})) == set()
     [worse] = drift.compare(reference, {"similarity": histogram(0.3)})
     assert worse.value == pytest.approx(0.2, abs=0.05)
+
+
+def test_known_words_that_mean_other_things_are_found_where_no_word_is_new() -> None:
+    """As many words of the same lengths, of every initial, all known; only of the one half of the meanings."""
+    random = np.random.default_rng(5)
+    letters = "abcdefghijklmnop"
+    words = [f"w{a}{b}" for a in letters for b in letters]
+    meaning = {word: random.normal(1 if place % 2 else -1, 1, AXES).tolist() for place, word in enumerate(words)}
+
+    def ask(known: list[str]) -> list[dict[str, str]]:
+        return [{"role": "user", "content": " ".join(random.choice(known, 6))}]
+
+    profile = build([(ask(words), 9) for _ in range(900)], embed=lambda found: [meaning[word] for word in found])
+    extractor, silent = Extractor(profile), Answer(text="", completion_tokens=0)
+
+    def moved(known: list[str]) -> set[str]:
+        rows = [extractor.features(ask(known), silent, 9) for _ in range(300)]
+        live = {
+            f.name: np.bincount([f.bin(row[n]) for row in rows if row[n] == row[n]], minlength=f.bins).tolist()
+            for n, f in enumerate(FEATURES)
+        }
+        return drifted(drift.compare(profile, live))
+
+    assert moved(words) == set()
+    assert {f"embedding_{axis}" for axis in range(1, AXES + 1)} <= moved(words[::2])
 
 
 def test_every_feature_has_words() -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
+import statistics
 import struct
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from registry import languages
-from registry.profile import FEATURE, FEATURES, TOPICS, Answer, Extractor, Profile, build, input_text, words
+from registry.profile import AXES, FEATURE, FEATURES, TOPICS, Answer, Extractor, Profile, build, input_text, words
 
 
 def ask(text: str) -> list[dict[str, str]]:
@@ -50,6 +53,36 @@ def test_a_training_row_is_judged_by_the_words_of_the_others() -> None:
     assert profile.histograms["unseen_word_share"][FEATURE["unseen_word_share"].bin(1 / 3)] == 4
     assert Extractor(profile).new_words(ask("alpha gamma beta")) == ["gamma"]
     assert profile.vocabulary == {"alpha": 1.0, "beta": 1.0}
+
+
+AXIS = {"walk": 1.0, "stroll": 2.0, "pay": -3.0, "bank": -4.0, "odd": 9.0, "rare": 50.0}
+
+
+def embed(words: Sequence[str]) -> list[list[float]]:
+    return [[AXIS[word], -AXIS[word], 10 * AXIS[word] + 3, (AXIS[word] - 1) ** 2] for word in words]
+
+
+def test_what_words_mean_is_told_in_spreads_of_the_training_inputs() -> None:
+    answer = Answer(text="", completion_tokens=0)
+    asked = [(ask(text), 5) for text in [*3 * ["walk stroll", "pay", "bank pay", "odd"], "rare", "rare"]]
+    profile = build(asked, embed=embed)
+    extractor = Extractor(profile)
+    rows = [extractor.features(ask(text), answer, 5) for text in ("walk stroll", "pay", "bank pay", "odd")]
+    for axis in range(1, AXES + 1):
+        feature = FEATURE[f"embedding_{axis}"]
+        values = [row[FEATURES.index(feature)] for row in rows]
+        assert statistics.fmean(values) == pytest.approx(0, abs=1e-3)
+        assert statistics.pstdev(values) == pytest.approx(1, abs=1e-3)
+        # `rare` is known, but from too few requests for them to be judged by it
+        assert sum(profile.histograms[feature.name]) == 12
+    assert set(profile.places) == set(AXIS)
+    assert all(math.isnan(value) for value in extractor.features(ask("swim"), answer, 5)[-AXES:])
+    assert Profile.from_json(json.loads(json.dumps(profile.to_json()))) == profile
+    other = profile.to_json() | {"places": {"walk": [1.0]}}
+    assert Profile.from_json(other).places == {}
+    far = Profile.from_json(profile.to_json() | {"places": {"walk": [1e300, -1e300, math.inf, math.nan]}})
+    assert all(map(math.isfinite, Extractor(far).features(ask("walk"), answer, 5)[-AXES:]))
+    assert build(asked).places == build(3 * [(ask("pay"), 1)], embed=embed).places == {}
 
 
 def test_system_prompts_and_the_answer_to_learn_are_not_input() -> None:
