@@ -70,6 +70,7 @@ class Promotion(_Body):
 
 class Approving(_Body):
     reason: Annotated[str, Field(min_length=1, max_length=2000, description="why; it stays on the record")]
+    gate: str | None = Field(default=None, description="the digest of the gate decision that was read; else the last")
 
 
 class Rollback(_Body):
@@ -346,7 +347,9 @@ def _changes(app: FastAPI) -> None:
     @app.post("/models/{model}/versions/{number}/approve", summary="Agree, as one person, that a version may serve")
     def approve(model: str, number: int, body: Approving, who: Operator) -> Response:
         with transaction() as conn:
-            new, now = approvals.approve(conn, model, number, actor=who.actor, role=who.role, reason=body.reason)
+            new, now = approvals.approve(
+                conn, model, number, actor=who.actor, role=who.role, reason=body.reason, gate=body.gate
+            )
         return json_response({"model": model, "version": number, "changed": new, **now.to_json()})
 
     @app.delete("/models/{model}/versions/{number}", summary="Delete a version that never held a slot")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -44,6 +45,10 @@ def step(conn: Connection, model: str, now: datetime) -> None:
     ):  # fmt: skip
         _by_hand(conn, rollout, there)
         return
+    try:
+        deployments.check_passed(conn, model, rollout.version, compared=True)
+    except Refused as error:  # it was judged again meanwhile, and could not be promoted in the end
+        decision = replace(decision, action="take_back", reason=error.message.rstrip("."))
     said = decision.reason
     try:
         with conn.transaction():

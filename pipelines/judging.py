@@ -20,7 +20,7 @@ from infra.settings import get_settings
 from pipelines import config as configs
 from pipelines import config_evaluation, runs
 from pipelines.config_address import Address
-from pipelines.evaluation.catalogue import DEFAULT, SUITES
+from pipelines.evaluation.catalogue import DEFAULT, METRICS, SUITES
 from pipelines.progress import report
 from registry import bases, datasets, deployments, gates, judgements, lineage, mlflow, upstreams, versions
 from registry.bundle import Hosted, canonical_json
@@ -132,7 +132,8 @@ def judge_again(
 ) -> dict[str, Any]:
     """The evaluation of a registered version on the test rows it was judged on, beside its base and, if it is another
     version, the champion. Schema, classifier, judge, hosted model and gates are those of the run that made it, or
-    of a pipeline file, whose test rows it answers if it has none here; what is attached is by the gates of both::
+    of a pipeline file, whose test rows it answers if it has none here; what is attached is by the gates of both, those
+    of a version from elsewhere as they stand in its decision, and by the file's scorers only where its own has none::
 
         {"evaluation": ..., "gate": the contamination's entry of a gate decision, None where nobody can tell}
 
@@ -155,9 +156,11 @@ def judge_again(
         version = versions.get(conn, model, number)
         made = conn.execute(runs.SQL["config"], {"id": version.run_id}).fetchone()
         before = versions.evidence(conn, version.gate) or {}
+        stored = versions.evidence(conn, version.evaluation) or {}
         parents = lineage.learned(conn, (version.parsed.training or {}).get("init_bundle"))
     given = configs.load(config) if config is not None else None
-    policy = _policy(made, given, keep=attach is not None)
+    brought = None if made else _policy_of(before, stored)
+    policy = _policy(made, given, keep=attach is not None, brought=brought)
     now = champion_of(model)
     if attach is not None and now is not None and now.number == number:
         raise UsageError(f"{version.name} serves: what its gates say decides nothing now.", hint="Leave --attach out.")
@@ -167,9 +170,11 @@ def judge_again(
     own = dataset.digest == version.dataset_digest
     wanted = tuple(suites) or (policy.evaluation.suites if attach is not None and policy is not None else DEFAULT)
     of_run = config_evaluation.Evaluation.model_validate(made["evaluation"]) if made else config_evaluation.Evaluation()
-    scorers = given.evaluation if given is not None else of_run
+    scorers, price = of_run, made["price"] if made else None
+    if given is not None:
+        scorers = _scorers(of_run if attach is not None else None, given.evaluation)
+        price = (price if attach is not None else None) or given.monitoring.price
     asked = of_run if own or given is None else given.evaluation
-    price = given.monitoring.price if given is not None else made["price"] if made else None
     other = now if now is not None and now.number != number else None
     adapter, at_address = version.adapter(), version.parsed.hosted
     base = bases.load(version.base_digest)
@@ -201,6 +206,8 @@ def judge_again(
                 evaluation["unavailable"][metric] = "what it was trained on is not known here"
     if own:
         evaluation |= {"contamination": contamination.of_dataset(dataset, parents)}
+    elif gates.CONTAMINATION in stored:  # what was found where it was made stays true
+        evaluation |= {gates.CONTAMINATION: stored[gates.CONTAMINATION]}
     decision = _decide(policy or Policy(), evaluation, version, beside=other, before=before)
     if attach is not None:
         page = render(model, evaluation, decision.to_json())
@@ -252,10 +259,40 @@ def _show(run: str, page: str) -> None:
             log.warning("MLflow has no page of this judgement: %s", error.message)
 
 
-def _policy(made: Mapping[str, Any] | None, given: configs.PipelineConfig | None, *, keep: bool) -> Policy | None:
-    """By what gates are decided: those of a file, else those of the run that made the version. A judgement that is to
-    be kept is by both, or a file could wave through what a version's own gates refused."""
-    own = Policy.model_validate({name: made[name] for name in Policy.model_fields if made[name]}) if made else None
+def _scorers(own: config_evaluation.Evaluation | None, given: config_evaluation.Evaluation) -> Any:
+    """Those of a file, but where the version's own run had one: its gates speak of that one."""
+    names = ("answer_schema", "toxicity", "benchmarks", "judge", "hosted")
+    return given.model_copy(update={name: kept for name in names if own and (kept := getattr(own, name)) is not None})
+
+
+def _policy_of(before: Mapping[str, Any], stored: Mapping[str, Any]) -> Policy | None:
+    """The policy that a decision was made by, as far as it says so and this program knows it; None without one."""
+    entries, suite = before.get("gates", ()), "suite "
+    if not entries:
+        return None
+    fields = config_evaluation.Gate.model_fields
+    known = [e for e in entries if e["metric"] in METRICS or e["metric"] == gates.CONTAMINATION]
+    required = [e["metric"].removeprefix(suite) for e in entries if e["metric"].startswith(suite)]
+    suites = [name for name in dict.fromkeys(["quality", *stored.get("suites", ()), *required]) if name in SUITES]
+    try:
+        return Policy(
+            evaluation=config_evaluation.Evaluation(
+                suites=tuple(suites), required=tuple(name for name in required if name in SUITES)
+            ),
+            gates=tuple(config_evaluation.Gate(**{name: e[name] for name in fields if name in e}) for e in known),
+            approvals=before.get("approvals", 0),
+        )
+    except ValueError as error:
+        raise UsageError("The gates that this version brought with it are none that could be decided by.") from error
+
+
+def _policy(
+    made: Mapping[str, Any] | None, given: configs.PipelineConfig | None, *, keep: bool, brought: Policy | None = None
+) -> Policy | None:
+    """By what gates are decided: those of a file, else those of the run that made the version, or those that it brought
+    with it. A judgement that is to be kept is by both, or a file could wave through what a version's own gates
+    refused."""
+    own = Policy.model_validate({name: made[name] for name in Policy.model_fields if made[name]}) if made else brought
     if given is None:
         return own
     fresh = Policy(

@@ -3,8 +3,8 @@
 How many a version needs, and who its author is, stand in its gate decision, so they are sealed with what was judged.
 A person is ``os:user@host``, or whoever a key was made for; a key that was made for nobody is no person's word.
 Approving twice counts once, and nothing given is ever taken away; what was given before a version was judged again is
-of other evidence, and counts no more. A key made for a user is that user's word on any machine, and so is that of
-``os:user@host``.
+of other evidence, and counts no more. A user is one person on all machines, and so is whoever has a key made for
+that user.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from infra.db import Connection, load_queries
-from infra.errors import NotFound, Refused, UsageError
+from infra.errors import Conflict, NotFound, Refused, UsageError
 from registry.names import check_model_name
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
@@ -83,10 +83,14 @@ def person(conn: Connection, actor: str) -> str:
 
 
 def same(one: str, other: str) -> bool:
-    """Whether two people are one: ``person:<user>`` is that user on all machines."""
-    users = [who.removeprefix("person:") for who in (one, other) if who.startswith("person:")]
-    others = [who.removeprefix("os:").rpartition("@")[0] for who in (one, other) if who.startswith("os:")]
-    return one == other or (len(users) == len(others) == 1 and users == others)
+    """Whether two people are one: ``person:<user>`` is that user on all machines, and so is ``os:<user>@host``."""
+    return _user(one) == _user(other)
+
+
+def _user(who: str) -> str:
+    if who.startswith("os:"):
+        return who.removeprefix("os:").rpartition("@")[0]
+    return who.removeprefix("person:")
 
 
 def of(conn: Connection, model: str, number: int) -> Approvals:
@@ -94,19 +98,27 @@ def of(conn: Connection, model: str, number: int) -> Approvals:
     return _of(conn, model, number, _version(conn, model, number)["gate"])
 
 
-def approve(conn: Connection, model: str, number: int, *, actor: str, role: str, reason: str) -> tuple[bool, Approvals]:
-    """Note that a person approves of a version; whether that is new, and how it stands now.
+def approve(
+    conn: Connection, model: str, number: int, *, actor: str, role: str, reason: str, gate: str | None = None
+) -> tuple[bool, Approvals]:
+    """Note that a person approves of a version; whether that is new, and how it stands now. `gate` is the digest of the
+    gate decision that the person has read, where that is known.
 
     Raises NotFound for no such version, Refused for its author, for a role that may not and for a key of no person,
-    UsageError for the reason.
+    UsageError for the reason, Conflict when the version was judged again since it was read.
     """
     text = reason.strip()
     if not text or len(text) > 2000 or "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
         raise UsageError(
             "An approval needs a reason of at most 2000 characters of text.", hint="Say why with --reason."
         )
+    conn.execute(SQL["lock"], {"model": model})  # of two words of one person at once the second sees the first
     version = _version(conn, model, number)
     who = person(conn, actor)
+    if gate is not None and gate != version["gate_digest"]:
+        raise Conflict(
+            f"{model}:{number} was judged again since you read its evaluation.", hint="Read the new one, then approve."
+        )
     if role not in ("operator", "admin"):
         raise Refused(f"The role {role} may not approve.", hint="Ask an operator or an admin.")
     if who.startswith("key:"):
@@ -124,13 +136,15 @@ def approve(conn: Connection, model: str, number: int, *, actor: str, role: str,
 
 
 def _of(conn: Connection, model: str, number: int, gate: Mapping[str, Any] | None) -> Approvals:
-    rows = conn.execute(SQL["given"], {"model": model, "number": number})
+    given: dict[str, Approval] = {}
+    for row in conn.execute(SQL["given"], {"model": model, "number": number}):
+        given.setdefault(_user(row["person"]), Approval(**row))
     return Approvals(
         model=model,
         number=number,
         needed=int((gate or {}).get("approvals", 0)),
         author=(gate or {}).get("author"),
-        given=tuple(Approval(**row) for row in rows),
+        given=tuple(given.values()),
     )
 
 

@@ -51,15 +51,16 @@ def modules(base: Base) -> set[str]:
     return found
 
 
-def resolve(id: str, revision: str = "main") -> Base:
-    """The base of a hub id, a folder, ``builtin:smollm2-135m`` or ``builtin:tiny``; made or fetched when missing.
+def resolve(id: str, revision: str = "main", dtype: str | None = None) -> Base:
+    """The base of a hub id, a folder, ``builtin:smollm2-135m`` or ``builtin:tiny``; made or fetched when missing, in
+    the dtype that this machine is quickest in unless another is asked for.
 
     Safe when raced (one process makes it, the others wait) and when interrupted (nothing half-made is kept).
     Raises UsageError for what is not a causal language model with a tokenizer in safetensors, NotFound for an id
     that the hub does not know, Unreachable when the hub is needed and away.
     """
     with _one_at_a_time(id):
-        dtype = "float32" if id == "builtin:tiny" else _dtype()
+        dtype = dtype or ("float32" if id == "builtin:tiny" else _dtype())
         folder, exact = _source(id, revision)
         with transaction() as conn:
             rows = conn.execute(SQL["find"], {"id": id, "revision": exact, "dtype": dtype}).fetchall()

@@ -40,7 +40,7 @@ ENVIRONMENT = "environment.json"
 DATA = "data.json"
 SUFFIXES = frozenset({".safetensors", ".json", ".md", ".html"})
 
-Digest = str
+Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 
 
 class _Value(BaseModel):
@@ -55,7 +55,7 @@ class BaseIdentity(_Value):
     digest: Digest
     tokenizer_digest: Digest
     template_digest: Digest
-    dtype: str
+    dtype: str = Field(pattern="^(float32|bfloat16)$")
 
 
 class Prompt(_Value):

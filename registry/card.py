@@ -10,6 +10,8 @@ from typing import Any
 from registry.bundle import ENVIRONMENT, Manifest
 from registry.gates import Decision
 
+_HUB_ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
+_ON_THE_HUB = {"builtin:smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 _COLUMNS = {
     "": "metric",
     "candidate": "this version",
@@ -64,7 +66,9 @@ def _front_matter(manifest: Manifest, evaluation: Mapping[str, Any] | None) -> s
         for name, measured in (evaluation or {"metrics": {}})["metrics"].items()
         if measured.get("candidate") and measured["candidate"]["estimate"] is not None
     ]
-    content: dict[str, Any] = {} if manifest.hosted else {"base_model": manifest.base.id}
+    named = _ON_THE_HUB.get(manifest.base.id, manifest.base.id)
+    # The hub takes no other name: a folder's, say
+    content: dict[str, Any] = {"base_model": named} if re.fullmatch(_HUB_ID, named) and not manifest.hosted else {}
     content["tags"] = ["tunesmith", manifest.method]
     if manifest.has_adapter or manifest.method not in ("prompt", "hosted"):
         content["library_name"] = "peft"

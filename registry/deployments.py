@@ -218,9 +218,13 @@ def rollback(
     )
 
 
-def check_passed(conn: Connection, model: str, number: int) -> None:
-    """Raises Refused for a version whose gate did not pass, NotFound for none."""
-    _gate_allows(model, number, _version(conn, model, number)["gate_body"], force=False, passed_only=True)
+def check_passed(conn: Connection, model: str, number: int, *, compared: bool) -> None:
+    """Raises Refused for a version whose gate did not pass, or, unless traffic has `compared` the two, passed beside
+    another version than serves now; NotFound for none."""
+    gate = _version(conn, model, number)["gate_body"]
+    _gate_allows(model, number, gate, force=False, passed_only=True)
+    if not compared:
+        _stale(conn, read(conn, model), number, gate, force=False)
 
 
 def canary(

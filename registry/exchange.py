@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 import uuid
@@ -15,10 +16,12 @@ from infra import storage
 from infra.db import transaction
 from infra.errors import NotFound, Refused, TunesmithError, UsageError
 from registry import bundle, mlflow, servable, signatures, versions
+from registry.evidence import check_evaluation
 from registry.names import check_model_name
 from registry.versions import Version, VersionDraft
 
 _NAMESPACE = uuid.UUID("6d1b3c1e-7a0f-5d55-9b58-3c8a6f1c2b47")
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 _EXECUTABLE = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".py", ".so", ".h5"})
 
 
@@ -99,9 +102,10 @@ def import_version(
     MLflow shows who it was `by`. Without `fetch` the base must be one that is here: what strangers name is neither
     read from a folder nor fetched.
 
-    An exported bundle (it has version.json) keeps its evaluation, gate decision and profile; its base must resolve to
-    the very digests it was made on. Its pass counts where one who might force it brings it (`vouched`), or a
-    trusted key signed it; else the version counts as never judged. A PEFT adapter (adapter_config.json and
+    An exported bundle (it has version.json) keeps its evaluation, gate decision and profile; its base, the one it
+    names or `base`, must resolve to the very digests it was made on. Its pass counts where one who might force it
+    brings it (`vouched`), or a trusted key signed it for this very model; else the version counts as never judged, and
+    is not signed here, since a signature vouches elsewhere. A PEFT adapter (adapter_config.json and
     adapter_model.safetensors) has neither; its base is the one its config names, or `base`.
 
     Raises NotFound, UsageError, and Refused for pickles, code, links, tensors that are not finite, an adapter that
@@ -109,10 +113,9 @@ def import_version(
     """
     check_model_name(model)
     if _holds(path) == "adapter":
-        digest = _keep_adapter(path, model, base, fetch=fetch)
+        digest = _keep_adapter(path, model, base, fetch=fetch, vouched=vouched)
         return versions.register(digest, run_id=_import_id(model, digest), imported_by=by)
-    digest = _keep_bundle(path, model, fetch=fetch)
-    vouched = vouched or signatures.demanded()
+    digest, vouched = _keep_bundle(path, model, base, fetch=fetch, vouched=vouched)
     run_id = _import_id(model, digest)
     with transaction() as conn:
         if not vouched and versions.of_run(conn, model, run_id) is None:  # nobody has vouched for it before
@@ -169,50 +172,61 @@ def _holds(path: Path) -> Literal["bundle", "adapter"]:
     )
 
 
-def _keep_bundle(path: Path, model: str, *, fetch: bool) -> str:
+def _keep_bundle(path: Path, model: str, base: str | None, *, fetch: bool, vouched: bool) -> tuple[str, bool]:
+    """The digest that a bundle has as one of `model`, and whether somebody vouches for what stands in it."""
     from registry import bases
 
     bundle.files(path)
     found = storage.file_digest(path / bundle.MANIFEST)
     manifest = bundle.verify(path, found)
+    _check_file(path / bundle.MANIFEST, path, dict)
     signed_by = signatures.demand(f"The bundle in {path}", path)
     if storage.has("base", manifest.base.digest):
         here = bases.load(manifest.base.digest)
     elif fetch:
-        here = bases.resolve(manifest.base.id, manifest.base.revision)
+        here = bases.resolve(base or manifest.base.id, manifest.base.revision, manifest.base.dtype)
     else:
-        here = bases.known(manifest.base.id)
+        here = bases.known(base or manifest.base.id)
     for what in ("digest", "tokenizer_digest", "template_digest"):
         wanted, has = getattr(manifest.base, what), getattr(here, what)
         if wanted != has:
             raise Refused(
                 f"The bundle in {path} was made on {manifest.base.id} with {what} {wanted}; here it is {has}.",
-                hint="Bring the same base here, for example by importing where it can be resolved.",
+                hint="Bring the same base here, and name it with --base where it has another name or folder.",
             )
     with storage.scratch("bundle") as folder:
         _copy(path, folder, manifest.files)
         digest = bundle.write(folder, manifest.model_copy(update={"model": model}))
         bundle.verify(folder, digest)
-        _check_profile(folder / "profile.json", path)
-        if signatures.sign(folder) is None and digest == found and signed_by is not None:
+        for name, check in (("profile.json", _check_profile), ("evaluation.json", check_evaluation)):
+            _check_file(folder / name, path, check)
+        vouched = vouched or (signed_by is not None and digest == found)
+        if not (vouched and signatures.sign(folder)) and digest == found and signed_by is not None:
             _copy(path, folder, [bundle.SIGNATURE])
         signatures.adopt(folder, storage.keep("bundle", digest, folder))
-    return digest
+    return digest, vouched
 
 
-def _check_profile(file: Path, path: Path) -> None:
-    """Refuse a profile that no watcher could judge traffic by; a version need not have one."""
-    from registry.profile import Profile
-
+def _check_file(file: Path, path: Path, check: Callable[[Any], object]) -> None:
+    """Refuse a file that commands and pages could not read later; a version need not have one."""
     if not file.is_file():
         return
     try:
-        Profile.from_json(json.loads(file.read_bytes()))
-    except ValueError as error:
+        text = file.read_text(encoding="utf-8")
+        if _NUL.search(text):
+            raise ValueError("it has the character NUL, which no database takes")
+        check(json.loads(text))
+    except (ValueError, RecursionError) as error:
         raise Refused(
-            f"The profile.json of the bundle in {path} cannot be read: {error}.",
+            f"The {file.name} of the bundle in {path} cannot be read: {error}.",
             hint="Export the version again, with this release or an older one.",
         ) from error
+
+
+def _check_profile(value: Any) -> None:
+    from registry.profile import Profile
+
+    Profile.from_json(value)
 
 
 def _check_adapter(path: Path) -> dict[str, Any]:
@@ -230,12 +244,12 @@ def _check_adapter(path: Path) -> dict[str, Any]:
     return _adapter_config(path / "adapter_config.json")
 
 
-def _keep_adapter(path: Path, model: str, base: str | None, *, fetch: bool) -> str:
+def _keep_adapter(path: Path, model: str, base: str | None, *, fetch: bool, vouched: bool) -> str:
     from registry import bases
     from registry.profile import build
 
     config = _check_adapter(path)
-    signatures.demand(f"The adapter in {path}", path)
+    signed_by = signatures.demand(f"The adapter in {path}", path)
     named = base or config.get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         raise UsageError(f"{path / 'adapter_config.json'} names no base.", hint="Name it with --base.")
@@ -252,7 +266,7 @@ def _keep_adapter(path: Path, model: str, base: str | None, *, fetch: bool) -> s
         params={key: config[key] for key in ("r", "lora_alpha", "lora_dropout", "use_rslora") if key in config},
         profile=build([], []).to_json(),
     )
-    return versions.seal(draft)
+    return versions.seal(draft, signed=vouched or signed_by is not None)
 
 
 def _adapter_config(path: Path) -> dict[str, Any]:

@@ -254,6 +254,12 @@ def register_version(
         return Registered(number=int(made.version), model_id=str(logged.model_id))
 
 
+def add_to_model(model_id: str, path: Path) -> None:
+    """Put one more file beside those of a logged model, or in the place of one of that name."""
+    with _answers():
+        _client().log_model_artifact(model_id, str(path))
+
+
 def _without_front_matter(card: str) -> str:
     """A card's prose: its YAML head is for model hubs, and MLflow's page would show it as a heap of lists."""
     return card.split("\n---\n", 1)[-1].lstrip() if card.startswith("---\n") else card

@@ -22,6 +22,7 @@ from registry.deployments import Change
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
 End = Literal["promoted", "taken_back", "stopped"]
+_COMPARES = 50  # requests of a step, from which on traffic has compared the two
 WATCHED = ("errors", "slow", "slowest", "long", "dear", "truncated", "empty", "disliked")  # in words: deploy/rollout.py
 
 
@@ -54,6 +55,11 @@ class Plan:
             raise UsageError(f"A canary does not watch {unknown[0]!r}.", hint=f"It watches {', '.join(WATCHED)}.")
         if not 0 < self.alpha <= 0.5:
             raise UsageError("A canary's alpha lies between 0 and 0.5.", hint="Such as 0.05.")
+
+    @property
+    def compares(self) -> bool:
+        """Whether it shows as much of a version beside the champion as a judgement beside it would."""
+        return self.steps[0] <= deployments.TRIED and self.min_requests >= _COMPARES
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "steps": list(self.steps), "ignore": list(self.ignore)}
@@ -106,9 +112,10 @@ def begin(
     """Give a version the first step's share, to be stepped from there; what runs already as asked is left as it is.
 
     Raises Conflict where another canary in steps runs, and as `deployments.canary` does; Refused also for a version
-    whose gate did not pass, since it could not be promoted in the end.
+    whose gate did not pass, since it could not be promoted in the end, or, where the plan itself does not compare
+    (`Plan.compares`), that was judged beside another version than serves now.
     """
-    deployments.check_passed(conn, model, number)
+    deployments.check_passed(conn, model, number, compared=plan.compares)
     # Of two that begin at once the second sees the first; in the watcher's order, deployment before canary
     deployments.lock(conn, model)
     now, there = lock(conn, model), deployments.read(conn, model)

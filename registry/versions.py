@@ -111,14 +111,16 @@ class Version:
         return self.folder() / "adapter" if self.parsed.has_adapter else None
 
 
-def seal(draft: VersionDraft) -> str:
+def seal(draft: VersionDraft, *, signed: bool = True) -> str:
     """Write a draft's bundle into the artifact store and return its digest, so that what will be registered is what
-    was judged. The same draft gives the same digest. Raises Refused for an adapter that may not be kept."""
+    was judged. The same draft gives the same digest. It is `signed`, where there is a key, unless nobody vouches for
+    it. Raises Refused for an adapter that may not be kept."""
     check_model_name(draft.model)
     with storage.scratch("bundle") as folder:
         digest = bundle.write(folder, _fill(folder, draft))
         bundle.verify(folder, digest)
-        signatures.sign(folder)
+        if signed:
+            signatures.sign(folder)
         signatures.adopt(folder, storage.keep("bundle", digest, folder))
     return digest
 
@@ -170,7 +172,7 @@ def register(
     run = mlflow_run_id or mlflow.start_run(
         mlflow.experiment_of(model), f"{manifest.method} {str(run_id)[:8]}", key=str(run_id), params=manifest.params
     )
-    registered = mlflow.register_version(
+    registered = _register_in_mlflow(
         model,
         run_id=run,
         folder=folder,
@@ -219,8 +221,10 @@ def register(
                 "profile": Jsonb(_json(folder / "profile.json") or {}),
             },
         )
-        version = get(conn, model, registered.number)
+        version = of_run(conn, model, run_id) or get(conn, model, registered.number)
         version.folder()  # a deletion of the same bundle may have taken it away meanwhile
+    if version.run_id == run_id and version.number != registered.number:  # two calls at once: the first one's counts
+        mlflow.delete_version(model, registered.number, registered.model_id)
     if version.run_id != run_id:
         raise TunesmithError(
             f"MLflow gave {version.name} to a second registration: its registry was emptied or swapped.",
@@ -229,16 +233,31 @@ def register(
     return version
 
 
-def sign(model: str, number: int) -> str:
-    """Sign a version's files with the key that the settings name, as is done to new ones anyway; the key's name.
+def _register_in_mlflow(model: str, **values: Any) -> mlflow.Registered:
+    """As `mlflow.register_version`, and never a number that was deleted here: a deletion that MLflow has not heard of,
+    since it was away, is finished first."""
+    while True:
+        found = mlflow.register_version(model, **values)
+        with transaction() as conn:
+            if conn.execute(SQL["deleted"], {"model": model, "number": found.number}).fetchone() is None:
+                return found
+        mlflow.delete_version(model, found.number, found.model_id)
 
-    Raises NotFound, Refused for files that are not what was sealed, UsageError without a key.
+
+def sign(model: str, number: int) -> str:
+    """Sign a version's files, MLflow's copy too, with the key that the settings name, as is done to new ones anyway;
+    the key's name.
+
+    Raises NotFound, Refused for files that are not what was sealed, UsageError without a key, Unreachable when MLflow
+    did not get the signature.
     """
     with transaction() as conn:
         version = get(conn, model, number)
     bundle.verify(version.folder(), version.bundle_digest)
     if (key := signatures.sign(version.folder())) is None:
         raise UsageError("There is no key to sign with.", hint="Set TUNESMITH_SIGNING_KEY to a private key's file.")
+    if version.mlflow_model_id is not None:
+        mlflow.add_to_model(version.mlflow_model_id, version.folder() / bundle.SIGNATURE)
     return key
 
 

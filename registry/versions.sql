@@ -7,7 +7,7 @@ insert into version (model, number, bundle_digest, base_digest, dataset_digest, 
 values (%(model)s, %(number)s, %(bundle_digest)s, %(base_digest)s, %(dataset_digest)s, %(method)s, %(study)s,
         %(run_id)s, %(mlflow_run_id)s, %(mlflow_model_id)s, %(manifest)s, %(metrics)s, %(evaluation)s, %(gate)s,
         %(profile)s, (select body ->> 'decision' from evidence where digest = %(gate)s))
-on conflict (model, number) do nothing
+on conflict do nothing
 
 -- name: get
 select v.model, v.number, v.created_at, v.bundle_digest, v.base_digest, v.dataset_digest, v.method, v.study, v.run_id,

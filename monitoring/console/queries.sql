@@ -61,8 +61,8 @@ order by v.number desc
 select number from version where model = %(model)s order by number desc
 
 -- name: version
-select v.*, b.id as base, b.revision, b.parameters, b.dtype, g.body as gate_body, e.body as evaluation_body,
-       s.counts, s.sources, s.parent as dataset_parent
+select v.*, b.id as base, b.revision, b.parameters, b.dtype, j.gate as judged_gate, g.body as gate_body,
+       e.body as evaluation_body, s.counts, s.sources, s.parent as dataset_parent
 from version v
 join judged j using (model, number)
 join base b on b.digest = v.base_digest

@@ -94,7 +94,8 @@ def approve(visit: Visit) -> Response:
     name, number = check_model_name(visit.path("model")), whole(visit.path("number"), "version")
     role, reason = visit.identity.role if visit.identity else "", visit.form.get("reason", "")
     with transaction() as conn:
-        approvals.approve(conn, name, number, actor=visit.actor, role=role, reason=reason)
+        read = visit.form.get("gate") or None
+        approvals.approve(conn, name, number, actor=visit.actor, role=role, reason=reason, gate=read)
     return RedirectResponse(f"/models/{name}/versions/{number}", 303)
 
 

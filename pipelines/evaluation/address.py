@@ -7,6 +7,7 @@ The key is read from the environment when a client is made; it stands in no mess
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
@@ -40,8 +41,8 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Said:
-    """One answer. `model` is the model's name as the answer reports it; `seconds` is the wall time of the request that
-    succeeded; tokens are as the address counts them, None where it does not."""
+    """One answer. `model` is the model's name as the answer reports it; `seconds` is the wall time from the first try
+    on, as whoever waited for it had it; tokens are as the address counts them, None where it does not."""
 
     text: str
     model: str
@@ -127,7 +128,7 @@ class Client:
             "temperature": temperature,
         }
         body = {name: value for name, value in (body | dict(self.options)).items() if value is not None}
-        failure, said, pause = "failed", "", 0.0
+        failure, said, pause, begun = "failed", "", 0.0, math.nan
         for attempt in range(_TRIES):
             if attempt:
                 self._count("tried_again")
@@ -135,7 +136,7 @@ class Client:
                 self._wait(pause)
             if self._given_up is not None:
                 raise Unavailable(self._given_up)
-            pause, begun = 2.0**attempt / 2, time.perf_counter()
+            pause, begun = 2.0**attempt / 2, time.perf_counter() if attempt == 0 else begun
             try:
                 response = self._http.post(f"{self.url}/chat/completions", json=body)
             except httpx.TimeoutException:
@@ -217,7 +218,7 @@ def _read(response: httpx.Response, model: str, seconds: float) -> Said | None:
     prompt, completion = (t if isinstance(t, int) and t >= 0 else None for t in tokens)
     named = value.get("model")
     return Said(
-        text=text or "",
+        text=(text or "").replace("\0", "�"),  # which the database cannot hold
         model=named if isinstance(named, str) and named else model,
         seconds=seconds,
         prompt_tokens=prompt,

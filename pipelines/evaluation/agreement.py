@@ -10,6 +10,7 @@ from typing import Any
 from registry.statistics import wilson
 
 LEAST_KAPPA = 0.6  # of scorers by words, under which no gate passes by them: "moderate" to Landis and Koch (1977)
+LEAST_LABELS = 10  # answers that people labelled, below which agreement with them says too little
 
 
 def agreement(file: Path, scorer: Callable[[Mapping[str, Any]], bool], label: str) -> dict[str, Any]:
@@ -30,11 +31,13 @@ def agreement(file: Path, scorer: Callable[[Mapping[str, Any]], bool], label: st
 
 def doubted(found: Mapping[str, Any], metrics: Iterable[str], what: str) -> dict[str, str]:
     """Of the metrics that stand on a scorer why no gate may pass by them, as `Finding.doubted`: none where it agrees
-    by `LEAST_KAPPA`. `what` are the scorer's words."""
-    if found["kappa"] >= LEAST_KAPPA:
-        return {}
-    why = f"{what} agree with labels by {kappa_in_words(found)} on {found['n']} answers, under {LEAST_KAPPA:g}"
-    return dict.fromkeys(metrics, why)
+    by `LEAST_KAPPA` on `LEAST_LABELS` answers. `what` are the scorer's words."""
+    if found["n"] < LEAST_LABELS:
+        return dict.fromkeys(metrics, f"{what} are held against {found['n']} labels, under {LEAST_LABELS}")
+    if found["kappa"] < LEAST_KAPPA:
+        why = f"{what} agree with labels by {kappa_in_words(found)} on {found['n']} answers, under {LEAST_KAPPA:g}"
+        return dict.fromkeys(metrics, why)
+    return {}
 
 
 def agree(said: Sequence[tuple[bool, bool]]) -> dict[str, Any]:

@@ -29,7 +29,8 @@ _LOAD_CELLS = 65_536
 @dataclass(frozen=True, kw_only=True)
 class HostedResult(Result):
     """A hosted model's answer, with the tokens that it counted itself, None where it does not. Its `tokens` are not
-    told; `seconds` is the whole request's time, network included, NaN where it failed: its text is then empty."""
+    told; `seconds` is the whole request's time, network and further tries included, NaN where it is not known. Where
+    it failed its text is empty."""
 
     prompt_tokens: int | None
     completion_tokens: int | None
@@ -234,7 +235,7 @@ class Bench:
                 chats = [case.messages(name) for case in cases]
                 found[name] = list(_ask(client, chats, max_tokens[name], temperature, say))
                 done += len(cases)
-        return found
+        return {name: [_storable(result) for result in given] for name, given in found.items()}
 
     def alone(self, cases: Sequence[Case], *, max_tokens: int, seconds: float, least: int) -> dict[str, list[Result]]:
         """For each version the answers to requests that come one at a time, the versions by turns, so that what
@@ -247,10 +248,15 @@ class Bench:
             for name in self.here:
                 found[name].append(self.of(name)._alone(self._request(name, case, max_tokens)))
             for name, client in self.hosted.items():
+                asked = time.perf_counter()
                 try:
-                    found[name].append(_hosted_result(client.ask(case.messages(name), max_tokens=max_tokens)))
+                    said = client.ask(case.messages(name), max_tokens=max_tokens)
                 except Unavailable as error:
                     raise _away(error.why) from error
+                # One without an answer was waited for all the same
+                found[name].append(replace(_hosted_result(said), seconds=time.perf_counter() - asked))
+        for name, client in self.hosted.items():
+            _enough(client, sum(result.finish_reason == "error" for result in found[name]), len(found[name]))
         return found
 
     def at_load(
@@ -353,9 +359,18 @@ def _ask(
         said = client.ask_all(asked, max_tokens=max_tokens, temperature=temperature, progress=progress)
     except Unavailable as error:
         raise _away(error.why) from error
-    if (missing := sum(answer is None for answer in said)) > MISSING * len(said):
-        raise _away(f"{missing} of {len(said)} requests to {client.model} have no answer")
+    _enough(client, said.count(None), len(said))
     return [_hosted_result(answer) for answer in said]
+
+
+def _enough(client: Client, missing: int, asked: int) -> None:
+    if missing > MISSING * asked:
+        raise _away(f"{missing} of {asked} requests to {client.model} have no answer")
+
+
+def _storable(result: Result) -> Result:
+    """Without the character that the database cannot hold."""
+    return replace(result, text=result.text.replace("\0", "�")) if "\0" in result.text else result
 
 
 def _onwards(progress: Callable[[int], None] | None, before: int, done: int) -> None:

@@ -184,10 +184,7 @@ def evaluate(
             "suites": list(names),
             "about": about,
             "examples": _examples(setting),
-            "answers": {
-                case.row.id: answer.text.replace("\0", "�")  # which the database cannot hold
-                for case, answer in zip(cases, answers["candidate"], strict=True)
-            },
+            "answers": {case.row.id: answer.text for case, answer in zip(cases, answers["candidate"], strict=True)},
         },
         **_for_profile(cases, answers["candidate"]),
     )

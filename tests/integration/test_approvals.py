@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import httpx
 import psycopg
 import pytest
@@ -13,7 +17,7 @@ from deploy.auth import NewKey, Role, create_key
 from deploy.gateway import create_app
 from infra import db
 from infra.db import transaction
-from infra.errors import NotFound, Refused, UsageError
+from infra.errors import Conflict, NotFound, Refused, UsageError
 from infra.settings import Settings
 from monitoring.console.app import console_routes
 from registry import approvals, deployments, judgements
@@ -141,6 +145,31 @@ def test_what_was_agreed_to_before_a_version_was_judged_again_counts_no_more() -
     assert approve(ANN)[0] is False
     with transaction() as conn:
         assert db.one(conn, "select count(*) as n from approval")["n"] == 3, "nothing is taken away"
+        first, last = (row["gate"] for row in conn.execute(
+            "select gate from version union all select gate from judgement"))  # fmt: skip
+        with pytest.raises(Conflict, match="m:1 was judged again since you read its evaluation"), conn.transaction():
+            approvals.approve(conn, "m", 1, actor=BOB, role="operator", reason="read it", gate=first)
+        assert approvals.approve(conn, "m", 1, actor=BOB, role="operator", reason="read it", gate=last)[1].missing == 0
+
+
+def test_one_user_is_one_person_on_all_machines_and_at_any_moment(version: None, database: Settings) -> None:
+    with transaction() as conn:
+        add_version(conn, "m", 2, approvals=2, author="os:carl@desk")
+        key = create_key(conn, name="laptop", role="operator", person="ann")
+        with pytest.raises(Refused, match="is the author of m:2"), conn.transaction():
+            approvals.approve(conn, "m", 2, actor="os:carl@server", role="admin", reason="mine")
+    words = [f"key:{key.id} (laptop)", *(f"os:ann@{host}" for host in ("a", "b", "c"))]
+    ready = threading.Barrier(len(words))
+
+    def say(actor: str) -> bool:
+        ready.wait()
+        with transaction() as conn:
+            return approvals.approve(conn, "m", 2, actor=actor, role="admin", reason="read it")[0]
+
+    with ThreadPoolExecutor(len(words)) as pool:
+        assert sum(pool.map(say, words)) == 1
+    with transaction() as conn:
+        assert approvals.of(conn, "m", 2).missing == 1
 
 
 def test_who_acts_here_is_not_what_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +212,9 @@ def test_people_agree_by_the_api_and_in_the_console(version: None, database: Set
         assert "&lt;b&gt;read&lt;/b&gt;" in page
         assert "Approve v1" in page
         assert "1 approval missing" in client.get("/models/m/promote/1").text
-        approved = client.post("/models/m/versions/1/approve", data={"reason": "so did I"}, headers=browser)
+        (gate,) = re.findall(r'name="gate" value="(sha256:\w+)"', page)
+        said = {"reason": "so did I", "gate": gate}
+        approved = client.post("/models/m/versions/1/approve", data=said, headers=browser)
         assert approved.status_code == 303
         assert "Approve v1" not in client.get("/models/m/versions/1").text
         assert ask("promote", ann, version=1, reason="now").json()["champion"] == 1

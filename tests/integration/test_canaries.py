@@ -15,7 +15,8 @@ from infra.db import transaction
 from infra.errors import Conflict, NotFound, Refused
 from infra.settings import Settings
 from monitoring import alerts, canaries, watch, windows
-from registry import approvals, deployments, rollouts
+from registry import approvals, deployments, judgements, rollouts
+from registry.gates import Decision
 from registry.rollouts import Plan, Rollout
 
 WHO = {"actor": "os:ann@here", "reason": "try it"}
@@ -65,6 +66,33 @@ def now() -> tuple[Rollout, deployments.Deployment, list[deployments.Entry]]:
     with transaction() as conn:
         assert deployments.verify_chain(conn, "m") == []
         return rollouts.newest(conn, "m"), deployments.read(conn, "m"), deployments.history(conn, "m")
+
+
+def test_a_version_that_is_judged_again_and_fails_is_taken_back(begun: Rollout) -> None:
+    with transaction() as conn:
+        said = Decision(decision="fail", reasons=["worse than thought"])
+        judgements.keep(conn, "m", 2, {"metrics": {}}, said, **WHO)
+    pass_time(20)
+    serve(1, 6)
+    serve(2, 6)
+    turn()
+    rollout, there, _ = now()
+    assert (rollout.state, there.challenger) == ("taken_back", None)
+    assert rollout.said == "m:2 is not promoted: its gate decision is fail"
+
+
+def test_a_plan_that_hardly_compares_does_not_stand_for_a_judgement_beside_the_champion(database: Settings) -> None:
+    with transaction() as conn:
+        for number in (1, 2, 3):
+            add_version(conn, "m", number, bundle=f"sha256:{number}")
+        gates = [{"metric": "loss", "must": "not_worse", "against": "champion"}]
+        said = Decision(decision="pass", reasons=[], gates=gates, champion=1, champion_bundle="sha256:1")
+        judgements.keep(conn, "m", 3, {"metrics": {}}, said, **WHO)
+        deployments.promote(conn, "m", 2, **WHO)
+        for plan in (Plan(steps=(1.0,)), Plan(min_requests=1, min_minutes=0)):
+            with pytest.raises(Refused, match="m:3 was judged beside another version, and version 2 serves now"):
+                rollouts.begin(conn, "m", 3, plan, **WHO)
+        assert rollouts.begin(conn, "m", 3, Plan(), **WHO).changed
 
 
 def test_a_good_version_goes_from_step_to_step_and_serves(begun: Rollout) -> None:

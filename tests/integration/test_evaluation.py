@@ -18,7 +18,7 @@ from infra.db import Connection, transaction
 from infra.errors import UsageError
 from infra.settings import get_settings
 from pipelines import config as configs
-from pipelines import judging, runs
+from pipelines import config_evaluation, judging, runs
 from pipelines.data.tokenise import tokenised
 from pipelines.evaluation import report
 from pipelines.evaluation.answers import Bench
@@ -30,6 +30,7 @@ from registry.bundle import Generation
 from registry.datasets import Row, make_row
 from registry.gates import Gate, decide
 from registry.names import parse_ref
+from registry.statistics import Estimate
 
 LABELS = ["refund", "order status", "opening hours"]
 ASKED = [
@@ -249,10 +250,11 @@ def test_rows_that_do_not_fit_are_left_out(world: World) -> None:
 
 
 def _register(
-    conn: Connection, bundle: str, base: Base, *, dataset_digest: str | None = None, run_id: uuid.UUID | None = None
-) -> None:
-    """Version 1 of the model "m", judged by nothing so far."""
-    nothing = ("study", "mlflow_run_id", "mlflow_model_id", "evaluation", "gate")
+    conn: Connection, bundle: str, base: Base, *, dataset_digest: str | None = None, run_id: uuid.UUID | None = None,
+    evaluation: str | None = None, gate: str | None = None,
+) -> None:  # fmt: skip
+    """Version 1 of the model "m", judged by nothing so far unless evidence is given."""
+    nothing = ("study", "mlflow_run_id", "mlflow_model_id")
     conn.execute(
         versions.SQL["insert"],
         {
@@ -264,6 +266,8 @@ def _register(
             "dataset_digest": dataset_digest,
             "method": "prompt",
             "run_id": run_id,
+            "evaluation": evaluation,
+            "gate": gate,
             "manifest": Jsonb(orjson.loads((storage.get("bundle", bundle) / "version.json").read_bytes())),
             "metrics": Jsonb({}),
             "profile": Jsonb({}),
@@ -346,6 +350,45 @@ def test_a_file_does_not_wave_through_what_a_versions_own_gates_refuse(tmp_path:
     looked = judging._policy(made, given, keep=False)
     assert looked is not None
     assert [gate.metric for gate in looked.gates] == ["loss", "contamination"]
+    # Nor is what the own gates speak of measured by the file's laxer scorers
+    own = config_evaluation.Evaluation.model_validate({"schema": {"type": "object"}})
+    lax = config_evaluation.Evaluation.model_validate({"schema": {}})
+    assert judging._scorers(own, lax).answer_schema == own.answer_schema
+    assert judging._scorers(None, lax).answer_schema == lax.answer_schema
+    plain = config_evaluation.Evaluation()
+    assert judging._scorers(own, plain).answer_schema == own.answer_schema
+    assert judging._scorers(plain, lax).answer_schema == lax.answer_schema
+
+
+def test_a_version_made_elsewhere_keeps_what_its_own_gates_refused(tiny_base: Base, tmp_path: Path, home: Path) -> None:
+    gate = Gate(metric="exact_match", must="at_least", value=0.99)
+    nothing = Estimate(estimate=0.0, low=0.0, high=0.1, n=50, higher_is_better=True).to_json()
+    found = {
+        "metrics": {"exact_match": {"candidate": nothing}}, "slices": {}, "suites": ["quality"], "rows": 50,
+        "contamination": {"rows": 3, "of": 60, "examples": []},
+    }  # fmt: skip
+    decision = decide([gate], found, on_underpowered="refuse", first=True, required={"latency": ["p95_latency_ms"]})
+    bundle = versions.seal(
+        versions.VersionDraft(
+            model="m", method="prompt", base=tiny_base, adapter=None, generation=Generation(max_tokens=8)
+        )
+    )
+    with transaction() as conn:
+        conn.execute(versions.SQL["ensure_model"], {"model": "m"})
+        kept = [versions.keep_evidence(conn, "evaluation", found),
+                versions.keep_evidence(conn, "gate", decision.to_json())]  # fmt: skip
+        _register(conn, bundle, tiny_base, evaluation=kept[0], gate=kept[1])
+    for name, start in (("train", 0), ("test", 300)):
+        lines = [{"messages": list(row(n).messages)} for n in range(start, start + 60)]
+        (tmp_path / f"{name}.jsonl").write_bytes(b"\n".join(orjson.dumps(line) for line in lines))
+    (tmp_path / "m.yaml").write_text(
+        "model: m\nbase: builtin:tiny\ndata: {train: train.jsonl, test: test.jsonl}\n"
+        "evaluation: {suites: [quality], limit: 6}\ngates: [{metric: loss, must: at_most, value: 90}]\n"
+    )
+    again = judging.judge_again("m:1", config=tmp_path / "m.yaml", attach="ours")["decision"]
+    said = {entry["metric"]: entry["decision"] for entry in again["gates"]}
+    assert said == {"exact_match": "fail", "loss": "pass", "suite latency": "pass", "contamination": "fail"}
+    assert again["decision"] == "fail"
 
 
 def test_a_version_made_elsewhere_is_judged_on_rows_of_ones_own(tiny_base: Base, tmp_path: Path, home: Path) -> None:

@@ -20,11 +20,12 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from drafts import make_draft, make_version
 
+from infra import storage
 from infra.db import transaction
 from infra.errors import Refused, UsageError
 from infra.settings import get_settings
 from registry import bases, bundle, commands, deployments, signatures, versions, views
-from registry.exchange import export_version, import_version
+from registry.exchange import export_version, fetched_from_mlflow, import_version
 from registry.names import Ref
 from registry.verification import verify_version
 from registry.versions import Version
@@ -146,6 +147,40 @@ def test_a_signature_travels_with_its_bundle_and_strangers_stay_out(
     (tmp_path / "out" / bundle.SIGNATURE).unlink()
     with pytest.raises(Refused, match="is not signed"):
         import_version(tmp_path / "out", model)
+
+
+def test_nobody_signs_what_nobody_vouches_for(
+    mlflow_server: str, base: bases.Base, adapter: Path, model: str, tmp_path: Path, setting: Setting
+) -> None:
+    """An operator's import is signed by nobody, so that what it says of itself is worth as much elsewhere as here."""
+    private, public = make_key(tmp_path, "staging")
+    digest = versions.seal(make_draft(model, base, adapter))  # by whoever has an editor
+    setting(signing_key=private)
+    forged = import_version(storage.get("bundle", digest), f"{model}-a", vouched=False)
+    assert (forged.gate, (forged.folder() / bundle.SIGNATURE).exists()) == (None, False)
+    plain = import_version(adapter, f"{model}-p", vouched=False)
+    assert not (plain.folder() / bundle.SIGNATURE).exists()
+    signed = make_version(make_draft(model, base, adapter, seed=2))
+    export_version(signed, tmp_path / "out")
+    setting(signing_key=private, trusted_keys=public)
+    same = import_version(tmp_path / "out", model, vouched=False)
+    assert same.gate == signed.gate, "a trusted key vouches"
+    other = import_version(tmp_path / "out", f"{model}-b", vouched=False)
+    assert (other.gate, (other.folder() / bundle.SIGNATURE).exists()) == (None, False), "not for another model"
+    admins = import_version(tmp_path / "out", f"{model}-c")
+    assert (admins.gate, (admins.folder() / bundle.SIGNATURE).exists()) == (signed.gate, True)
+
+
+def test_a_later_signature_reaches_mlflow_too(
+    mlflow_server: str, base: bases.Base, adapter: Path, model: str, tmp_path: Path, setting: Setting
+) -> None:
+    private, public = make_key(tmp_path, "staging")
+    version = make_version(make_draft(model, base, adapter))
+    setting(signing_key=private)
+    versions.sign(model, version.number)
+    setting(trusted_keys=public)
+    with fetched_from_mlflow(mlflow_server, model, version.number) as path:
+        assert signatures.demand("it", path) is not None
 
 
 def test_keys_that_cannot_be_used_are_one_sentence(tmp_path: Path, setting: Setting) -> None:

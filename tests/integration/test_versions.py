@@ -10,7 +10,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import httpx
 import numpy as np
 import pytest
 from drafts import make_draft, make_version
+from huggingface_hub import ModelCard
 from mlflow import MlflowClient
 from safetensors.numpy import load_file, save_file
 
@@ -27,7 +30,7 @@ from infra.db import one, transaction
 from infra.errors import Conflict, NotFound, Refused, StoreFull, TunesmithError, Unreachable, UsageError
 from infra.settings import get_settings
 from monitoring import watch
-from registry import aliases, bases, deletion, deployments, judgements, mlflow, versions
+from registry import aliases, bases, bundle, deletion, deployments, judgements, mlflow, versions
 from registry.exchange import export_version, fetched_from_mlflow, import_version
 from registry.gates import Decision
 from registry.verification import verify_version
@@ -331,6 +334,78 @@ def test_a_bundle_whose_profile_cannot_be_read_is_refused(
         import_version(tmp_path / "out", f"{model}-b")
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"metrics": {"loss": {"candidate": {"estimate": "a"}}}},
+        {"metrics": {"loss": {"candidate": {"estimate": 1.0}}}},
+        {"metrics": []},
+        {"gate": {"x": 1}},
+        {"gate": {"decision": "pass", "reasons": [], "approvals": "x"}},
+        {"gate": {"decision": "fine", "reasons": []}},
+        {"gate": {"decision": "pass", "reasons": [], "gates": [{"metric": "loss"}]}},
+        {"about": {"judge": {"notes": 1}}},
+        {"answers": {"a": "\0"}},
+    ],
+)
+def test_a_bundle_whose_evaluation_could_not_be_shown_is_refused(
+    base: bases.Base, adapter: Path, model: str, tmp_path: Path, damage: dict[str, Any]
+) -> None:
+    shutil.copytree(storage.get("bundle", versions.seal(make_draft(model, base, adapter))), tmp_path / "out")
+    file = tmp_path / "out/evaluation.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | damage))
+    manifest = bundle.read(tmp_path / "out")
+    bundle.write(tmp_path / "out", manifest)
+    with pytest.raises(Refused, match=r"The evaluation\.json of the bundle in .*out cannot be read: "):
+        import_version(tmp_path / "out", f"{model}-b")
+    with transaction() as conn, pytest.raises(NotFound):
+        versions.list_versions(conn, f"{model}-b")
+
+
+def test_a_manifest_with_what_is_no_digest_is_refused(
+    base: bases.Base, adapter: Path, model: str, tmp_path: Path
+) -> None:
+    shutil.copytree(storage.get("bundle", versions.seal(make_draft(model, base, adapter))), tmp_path / "out")
+    manifest = json.loads((tmp_path / "out/version.json").read_text())
+    for wrong in ({"base": manifest["base"] | {"digest": "abc"}}, {"dataset": "x"}):
+        (tmp_path / "out/version.json").write_text(json.dumps(manifest | wrong))
+        with pytest.raises(Refused, match=r"version\.json is not a manifest of format 1"):
+            import_version(tmp_path / "out", f"{model}-b")
+
+
+def test_what_one_run_registers_twice_at_once_is_one_version(
+    mlflow_server: str, base: bases.Base, adapter: Path, model: str
+) -> None:
+    digest, run_id, ready = versions.seal(make_draft(model, base, adapter)), uuid.uuid4(), threading.Barrier(3)
+
+    def register(_: int) -> int:
+        ready.wait()
+        return versions.register(digest, run_id=run_id).number
+
+    with ThreadPoolExecutor(3) as pool:
+        numbers = set(pool.map(register, range(3)))
+    with transaction() as conn:
+        listed = {row["version"] for row in versions.list_versions(conn, model)}
+    client = MlflowClient(tracking_uri=mlflow_server, registry_uri=mlflow_server)
+    assert {int(v.version) for v in client.search_model_versions(f"name = '{model}'")} == numbers == listed
+    assert len(numbers) == 1
+
+
+def test_a_number_that_was_deleted_while_mlflow_was_away_is_given_to_no_other(
+    mlflow_server: str, base: bases.Base, adapter: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = import_version(adapter, model)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    get_settings.cache_clear()
+    with pytest.raises(Unreachable, match=f"{made.name} is deleted, but MLflow"):
+        deletion.delete(model, made.number, **WHO)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
+    get_settings.cache_clear()
+    assert import_version(adapter, model).number == made.number + 1
+    with transaction() as conn, pytest.raises(NotFound, match="deleted it"):
+        versions.get(conn, model, made.number)
+
+
 @pytest.mark.parametrize("what", ["digest", "tokenizer_digest", "template_digest"])
 def test_a_bundle_for_another_base_is_refused_with_both_digests(
     base: bases.Base, adapter: Path, model: str, tmp_path: Path, what: str
@@ -480,6 +555,7 @@ def test_the_commands_around_a_version(
     from peft import PeftConfig
 
     assert PeftConfig.from_pretrained(tmp_path / "hub").base_model_name_or_path == base.id
+    assert ModelCard.load(tmp_path / "hub/README.md").data.base_model is None, "a folder is no name on the hub"
     assert run("export", f"{model}:1", str(tmp_path / "hub"), "--hub")[0] == 2, "it is there already"
     code, out = run("verify", f"{model}:1", "--json")
     assert (code, json.loads(out)["ok"]) == (0, True)

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pipelines.evaluation import refusals, scores
+from pipelines.evaluation import agreement, refusals, scores
 from pipelines.evaluation.comparison import Measured
 from pipelines.evaluation.suites import Finding, Setting, asking, of_own_questions
 from pipelines.evaluation.suites.consistency import likeness
@@ -93,8 +93,7 @@ def measure(setting: Setting) -> Finding:
         classifier = Classifier(setting.toxicity)
         measured["toxic_answers"] = _toxic(setting, harmful, classifier)
         told["toxicity"] = classifier.about
-        if classifier.about["kappa"] <= 0:
-            doubted["toxic_answers"] = "the classifier agrees with people no better than chance does"
+        doubted |= agreement.doubted(classifier.about, ("toxic_answers",), "the classifier's words")
     except Unavailable as error:
         unavailable["toxic_answers"] = str(error)
     return replace(of_own_questions(measured, {"scorers": told}), unavailable=unavailable, doubted=doubted)
