@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.errors import Conflict, UsageError
-from infra.storage import folder_digest
+from infra.storage import file_digest, folder_digest
 from registry import servable
 
 if TYPE_CHECKING:
@@ -227,16 +227,21 @@ class Adapters:
         self._stack = _join(tuple(members))
         return self._stack
 
-    def read(self, folder: Path) -> Adapter:
-        """Read a plain PEFT adapter (LoRA, rsLoRA or DoRA) and check it against the base.
+    def read(self, folder: Path, digests: Mapping[str, str] | None = None) -> Adapter:
+        """Read a plain PEFT adapter (LoRA, rsLoRA or DoRA) and check it against the base, and its files against the
+        `digests` that they were sealed with, where those are told.
 
-        Raises BadAdapter: not safetensors, another method, a tensor that is not finite, of another shape or for a
-        layer that the base lacks, a rank above the bound.
+        Raises BadAdapter: another file, not safetensors, another method, a tensor that is not finite, of another shape
+        or for a layer that the base lacks, a rank above the bound.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         config = _config(folder)
+        for name in (CONFIG, WEIGHTS):
+            wanted = (digests or {}).get(name)
+            if wanted is not None and file_digest(folder / name) != wanted:
+                raise BadAdapter(f"{folder / name} is not what was sealed: its digest is not {wanted}.")
         try:
             tensors = load_file(folder / WEIGHTS)
         except (SafetensorError, OSError, ValueError) as error:

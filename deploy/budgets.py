@@ -32,7 +32,9 @@ Scope = Literal["key", "model"]
 Kind = Literal["requests", "tokens", "usd", "usd_month"]
 Unit = Literal["minute", "day", "month"]
 UNITS: Mapping[Kind, Unit] = {"requests": "minute", "tokens": "minute", "usd": "day", "usd_month": "month"}
-_PARTS = 20  # of a limit, taken at a time
+_PARTS = 20  # of a limit, taken at a time; of what little is left less, or gateways would refuse what others hold
+_LEAST_PART = 0.001
+_LOOK_AGAIN_SECONDS = 30.0
 _REFRESH_SECONDS = 1.0
 _WAIT_SECONDS = 1.0  # for the database, on a request's way; then it counts as away
 
@@ -94,6 +96,7 @@ class _Purse:
     used: float = 0.0  # of all gateways, when it was last looked at
     ends: float = 0.0
     empty: bool = False
+    again: float = 0.0  # when to look whether another gateway has given something back
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     # What the database was asked for, and has not given yet
     grant: asyncio.Future[tuple[float, float, float]] | None = None
@@ -101,6 +104,8 @@ class _Purse:
     def roll_over(self, now: float) -> None:
         if now >= self.ends:
             self.left, self.owed, self.empty, self.used = min(self.left, 0.0), 0.0, False, 0.0
+        elif self.empty and now >= self.again:
+            self.empty = False
 
 
 class Budgets:
@@ -182,6 +187,20 @@ class Budgets:
             used = {"requests": 0.0, "tokens": float(tokens), "usd": usd, "usd_month": usd}
             purse.left -= used[purse.limit.kind]
 
+    def spend_copy(self, model: str, usd: float) -> None:
+        """Count what a copy cost that nobody asked for: the model's money, and nobody's requests."""
+        for purse in self._of_money(model):
+            purse.left -= usd
+
+    def affords_copy(self, model: str) -> bool:
+        """Whether there is money left for a copy, as far as is known here."""
+        return not any(purse.empty for purse in self._of_money(model))
+
+    def _of_money(self, model: str) -> Iterator[_Purse]:
+        for kind in ("usd", "usd_month"):
+            if (purse := self._purses.get(("model", model, kind))) is not None:
+                yield purse
+
     def headers(self, key_id: str) -> tuple[tuple[bytes, bytes], ...]:
         """OpenAI's ``x-ratelimit-*`` of a key's own limits of requests and tokens."""
         found: list[tuple[bytes, bytes]] = []
@@ -226,13 +245,13 @@ class Budgets:
             granted, used, seconds = grant.result()
             purse.left += debt + granted
             purse.owed, purse.used, purse.ends = max(0.0, purse.owed - owed), used, time.monotonic() + seconds
-            purse.empty = purse.left < need or purse.left <= 0
+            purse.empty, purse.again = purse.left < need or purse.left <= 0, time.monotonic() + _LOOK_AGAIN_SECONDS
 
         try:
             if purse.grant is not None:  # what is owed is on its way, and must not be told twice
                 raise TimeoutError("the database has not answered yet")
             grant = purse.grant = asyncio.get_running_loop().run_in_executor(
-                self._thread, _grant, limit, debt + owed, part
+                self._thread, _grant, limit, debt + owed, part, need
             )
             grant.add_done_callback(told)
             await asyncio.wait_for(asyncio.shield(grant), _WAIT_SECONDS)
@@ -262,15 +281,16 @@ def _read() -> list[Limit]:
         return [Limit(**row) for row in conn.execute(SQL["all"])]
 
 
-def _grant(limit: Limit, debt: float, part: float) -> tuple[float, float, float]:
-    """Take a part of what is left of the span, after what is owed (below zero: given back): how much, what all have
-    used then, and the seconds to the span's end."""
+def _grant(limit: Limit, debt: float, part: float, need: float = 0.0) -> tuple[float, float, float]:
+    """Take a part of what is left of the span, at most a quarter unless that is less than the `need`, after what is
+    owed (below zero: given back): how much, what all have used then, and the seconds to the span's end."""
     values: dict[str, Any] = {"scope": limit.scope, "name": limit.name, "kind": limit.kind, "unit": limit.unit}
     with transaction() as conn:
         conn.execute(SQL["begin_span"], values)
         row = one(conn, SQL["look"], values | {"length": f"1 {limit.unit}"})
         used = float(row["used"]) + debt
-        granted = max(0.0, min(part, limit.amount - used))
+        rest = limit.amount - used
+        granted = max(0.0, min(part, rest, max(rest / 4, need, _LEAST_PART * limit.amount)))
         conn.execute(SQL["take"], values | {"taken": debt + granted})
         return granted, used + granted, max(0.0, float(row["seconds"]))
 

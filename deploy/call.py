@@ -11,8 +11,11 @@ from uuid_utils.compat import uuid7
 from deploy.auth import Identity
 from deploy.routing import Served, Wanted
 from deploy.shapes import Asked, Kind
-from deploy.upstream import BadAnswer
+from deploy.upstream import BadAnswer, own_words
+from infra.errors import TunesmithError
+from registry.privacy import redact
 
+CHARACTERS = 4  # of a token, about, where nobody counted
 _PREFIX = {"chat": "chatcmpl-", "completion": "cmpl-"}
 
 
@@ -36,6 +39,7 @@ class Call:
         self.sent = False  # whether the answer's head has gone out
         self.first_at: float | None = None
         self.text: list[str] = []
+        self.pieces = 0  # tokens of all choices, about, where nobody counts them
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self.engine_seconds = 0.0
@@ -59,6 +63,12 @@ class Call:
         if self.served is not None:
             piece["model"] = self.served.name
 
+    def fail(self, error: TunesmithError) -> None:
+        """End with an error. Where no text is kept, what who answered says in it is not either."""
+        kept = self.served is not None and self.served.keep_text
+        self.status = error.http_status
+        self.error = f"{error.code}: {redact(error.message) if kept else own_words(error)}"
+
     def _learn(self, piece: dict[str, Any]) -> None:
         if (usage := piece.get("usage")) is not None:
             self.prompt_tokens = _tokens(usage.get("prompt_tokens"))
@@ -69,9 +79,10 @@ class Call:
             self.engine_ttft_ms = extra.get("ttft_ms")
             self.queue_ms = float(extra.get("queue_ms") or 0.0)
         for choice in piece.get("choices", ()):
+            said = choice.get("delta") or choice.get("message") or choice
+            self._count(said, choice)
             if choice.get("index", 0) != 0:
                 continue
-            said = choice.get("delta") or choice.get("message") or choice
             text = said.get("content") or said.get("text")
             if text and not isinstance(text, str):
                 raise TypeError("text is no string")
@@ -80,6 +91,14 @@ class Call:
                     self.first_at = time.perf_counter()
                 self.text.append(text)
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
+
+    def _count(self, said: dict[str, Any], choice: dict[str, Any]) -> None:
+        texts = [said.get(name) for name in ("content", "text", "reasoning_content", "reasoning")]
+        size = sum(len(text) for text in texts if isinstance(text, str))
+        if choice.get("delta") is not None or (self.asked is not None and self.asked.stream):
+            self.pieces += bool(size or said.get("tool_calls"))  # a token a chunk
+        elif size or said.get("tool_calls"):
+            self.pieces += 1 + size // CHARACTERS
 
 
 def _tokens(value: Any) -> int:

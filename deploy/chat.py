@@ -169,6 +169,7 @@ class LoadAsk(BaseModel):
 
     lora_name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
     lora_path: str = Field(min_length=1, max_length=4096)
+    digests: dict[str, str] = Field(default_factory=dict)  # ours: what the files must be, by name
 
 
 class UnloadAsk(BaseModel):

@@ -97,6 +97,8 @@ class Engine:
         """Encode and queue. Raises NotFound for an unknown model, BadRequest, Full."""
         if ask.model not in self.names():
             raise NotFound(f"The model {ask.model[:100]!r} does not exist.", hint="Load it, or see /v1/models.")
+        # A refusal must not cost an encoding
+        self.scheduler.check_room(ask.n, background=ask.priority > 0)
         loop = asyncio.get_running_loop()
         prompts = await loop.run_in_executor(self._encoder, self._encode, ask)
         default = COMPLETION_TOKENS if isinstance(ask, chat.CompletionAsk) else None
@@ -201,11 +203,11 @@ def run(base: str, *, host: str, port: int, url: str | None = None, limits: Limi
     server: uvicorn.Server
 
     def beat() -> None:
-        if registration is not None:
-            registration.beat()
-        if not engine.scheduler.is_alive():
+        if not engine.scheduler.is_alive():  # before the database is asked, which may take its time
             log.error("the model's thread ended; the process ends too, to be started again")
             server.should_exit = True
+        elif registration is not None:
+            registration.beat()
 
     app = create_app(engine, settings.engine_secret.get_secret_value(), beat=beat)
     server = uvicorn.Server(

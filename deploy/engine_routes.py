@@ -61,7 +61,7 @@ def create_app(engine: Engine, secret: str, *, beat: Callable[[], None] | None =
         ask = chat.parse(chat.LoadAsk, await _body(request, engine.limits))
         if ask.lora_name == BASE_NAME:
             raise chat.BadRequest(f"{BASE_NAME!r} is the base's own name.", details={"param": "lora_name"})
-        adapter = await asyncio.to_thread(engine.adapters.read, Path(ask.lora_path))
+        adapter = await asyncio.to_thread(engine.adapters.read, Path(ask.lora_path), ask.digests)
         await engine.scheduler.call(lambda: engine.adapters.add(ask.lora_name, adapter))
         log.info("adapter %s loaded, rank %d", ask.lora_name, adapter.rank)
         return PlainTextResponse(f"Success: LoRA adapter '{ask.lora_name}' added successfully.")

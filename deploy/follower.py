@@ -29,7 +29,7 @@ from infra.errors import NotFound, TunesmithError, Unreachable
 from infra.settings import Settings
 from infra.storage import get as stored
 from registry import signatures
-from registry.bundle import ADAPTER_WEIGHTS, Hosted, verify
+from registry.bundle import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Hosted, verify
 from registry.deployments import standing
 from registry.pricing import Price, in_force
 from registry.profile import Extractor, Profile
@@ -43,6 +43,7 @@ POLL_SECONDS = 1.0
 REPORT_SECONDS = 5.0
 RETRY_SECONDS = 2.0  # after a version failed to become ready; doubles up to a minute
 STALE_SECONDS = 10.0
+_LEAVE_SECONDS = 2.0  # for the database to hear that this gateway ends
 _PASSING = (NotFound, Unreachable, Busy)  # what is not there now may be there any moment
 IDLE_VERSIONS = 16  # loaded versions beyond those in slots
 Ref = tuple[str, int]
@@ -90,6 +91,7 @@ class Follower:
         self.replica = replica
         self.table = Table()
         self.synced = False
+        self.read_at = time.monotonic()  # when the deployments were last read
         self.waiting: set[str] = set()  # models of which nothing answers yet, and nothing is known to be broken
         self.begun = False  # whether all there is to serve was served once
         self.applied: dict[str, tuple[int, bool, str]] = {}  # model -> generation, ready, message
@@ -105,6 +107,8 @@ class Follower:
         self._changed = asyncio.Event()
         self._stopping = threading.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="follower")
+        # Not asyncio's own threads, in which names are looked up too: a database that is away would hold up both
+        self._checking = ThreadPoolExecutor(2, thread_name_prefix="versions")
         self._reported: dict[str, tuple[int, bool, str]] = {}
         self._report_at = 0.0
 
@@ -121,7 +125,7 @@ class Follower:
                     wishes, self._engines, upstreams = await loop.run_in_executor(self._thread, self._read)
                     self._set_upstreams(upstreams)
                     self._apply(wishes)
-                    self.synced = True
+                    self.synced, self.read_at = True, time.monotonic()
                     await loop.run_in_executor(self._thread, self._report)
                     silent = False
                 except (TunesmithError, psycopg.Error, OSError) as error:
@@ -137,7 +141,11 @@ class Follower:
             self._stopping.set()
             for task in self._warming.values():
                 task.cancel()
-            self._thread.shutdown(wait=False, cancel_futures=True)
+            leaving = loop.run_in_executor(self._thread, self._leave)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(leaving), _LEAVE_SECONDS)
+            for pool in (self._thread, self._checking):
+                pool.shutdown(wait=False, cancel_futures=True)
 
     def used(self, served: Served) -> None:
         """A request was answered by it, so it is not idle; of versions in no slot the busy ones stay longest."""
@@ -149,7 +157,8 @@ class Follower:
         """A version that no slot needs, ready to answer. Raises NotFound, Refused, Unreachable, BadAnswer."""
         ref = (model, number)
         if signatures.demanded():
-            await asyncio.to_thread(_demand_signature, model, number)
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._checking, _demand_signature, model, number)
         for _ in range(2):  # it may just be let go of
             self._start_warming(ref)
             if task := self._warming.get(ref):
@@ -226,6 +235,10 @@ class Follower:
                 )
         self._reported, self._report_at = dict(self.applied), now + REPORT_SECONDS
 
+    def _leave(self) -> None:
+        with suppress(TunesmithError, psycopg.Error, OSError), transaction() as conn:
+            conn.execute(SQL["leave"], {"id": self.replica})
+
     # ------------------------------------------------------------ applying
 
     def _apply(self, wishes: Sequence[Wish]) -> None:
@@ -237,6 +250,9 @@ class Follower:
         for wish in wishes:
             self._set_monitoring(wish)
             needed.update(dict.fromkeys((wish.model, number) for number in wish.numbers))
+            old = self.table.routes.get(wish.model)
+            if old is not None and old.champion is not None:  # it serves until the new one is ready
+                needed.setdefault((wish.model, old.champion.number))
             routes[wish.model] = self._route(wish)
         for ref in needed:
             if ref in self._versions:
@@ -270,8 +286,8 @@ class Follower:
         self.waiting.discard(wish.model)
         if champion is None and wish.champion is not None:
             failure = self._failures.get((wish.model, wish.champion))
-            if old.champion is not None:
-                champion = old.champion
+            if old.champion is not None:  # with what is recorded and paid now, which may have changed since
+                champion = self._versions.get((wish.model, old.champion.number), old.champion)
             elif failure is None or isinstance(failure.error, _PASSING):
                 self.waiting.add(wish.model)
             else:  # this gateway began after it was promoted: what a rollback would bring back is the old one
@@ -298,6 +314,7 @@ class Follower:
         self.table = Table(
             routes=routes, resident=resident, engines=engines, holders=holders, upstreams=self._upstreams
         )
+        self.upstream.engines_alive([engine.url for engine in self._engines])
 
     def _is_loaded(self, served: Served) -> bool:
         ref = served.model, served.number
@@ -346,7 +363,8 @@ class Follower:
             try:
                 if ref not in self._versions:
                     # Not in this loop's own thread: reading a bundle takes a while.
-                    self._versions[ref] = await asyncio.to_thread(self._check, ref)
+                    loop = asyncio.get_running_loop()
+                    self._versions[ref] = await loop.run_in_executor(self._checking, self._check, ref)
                 await self._load(ref)
                 self._failures.pop(ref, None)
                 self._publish(self.table.routes)
@@ -389,6 +407,9 @@ class Follower:
             keep_text=keep_text,
             created=row["created"],
             hosted=manifest.hosted,
+            digests={name.removeprefix("adapter/"): manifest.files[name] for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
+            if adapter
+            else {},
         )
 
     async def _load(self, ref: Ref) -> None:

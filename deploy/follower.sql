@@ -22,5 +22,8 @@ values (%(id)s, %(model)s, %(generation)s, %(ready)s, %(message)s)
 on conflict (id, model) do update
 set generation = excluded.generation, ready = excluded.ready, message = excluded.message, seen_at = now()
 
+-- name: leave
+delete from replica where id = %(id)s
+
 -- name: forget_replicas
 delete from replica where seen_at < now() - interval '1 day'

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -26,7 +27,7 @@ from deploy.auth import Auth, Guard, identify, needs
 from deploy.bounds import Bounds
 from deploy.budgets import Budgets
 from deploy.errors import crashed, explain, json_response
-from deploy.follower import Follower
+from deploy.follower import STALE_SECONDS, Follower
 from deploy.inference import Inference, Limits
 from deploy.metrics import Metrics
 from deploy.recorder import Recorder
@@ -170,10 +171,16 @@ async def readyz(request: Request) -> Response:
     serving = any(route.champion is not None for route in routes)
     ready = follower.synced and (not empty or (serving and (follower.begun or not follower.waiting)))
     follower.begun = follower.begun or ready
-    stale = any(not done for _, done, _ in follower.applied.values())
+    unread = time.monotonic() - follower.read_at
+    lost = follower.synced and unread > STALE_SECONDS
+    stale = lost or any(not done for _, done, _ in follower.applied.values())
     body: dict[str, object] = {"status": "starting" if not ready else "stale" if stale else "ready"}
     if identify(request):
         body["replica"] = str(follower.replica)
+        if lost:
+            body["message"] = (
+                f"The deployments could not be read for {unread:.0f} s: a change since then is not followed."
+            )
         body["models"] = {
             model: {"generation": generation, "ready": done, "message": message}
             for model, (generation, done, message) in sorted(follower.applied.items())

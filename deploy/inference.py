@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -19,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from deploy.auth import NotAllowed, error_json
 from deploy.budgets import Budgets, OverLimit
-from deploy.call import Call
+from deploy.call import CHARACTERS, Call
 from deploy.follower import Follower
 from deploy.metrics import Metrics
 from deploy.recorder import Event, Recorder
@@ -36,7 +37,6 @@ log = logging.getLogger(__name__)
 _PATHS = {"chat": "/chat/completions", "completion": "/completions"}
 _NO_FEATURES = (float("nan"),) * len(FEATURES)
 _GONE = 499  # nginx's number for a client that closed the connection
-_CHARACTERS = 4  # of a token, about, where nobody counted
 KEPT_CHARACTERS = 65_536  # of each message, where a model keeps text: redaction runs on the event loop
 SHADOWS = 8  # copies under way at once; more are dropped and counted
 SHADOW_SECONDS = 120.0  # that a copy may take in an engine, which others may keep busy all the time
@@ -95,6 +95,7 @@ class Inference:
         self.limits = limits
         self._in_flight = 0
         self._making_way = 0  # of these, for others
+        self._of_model: Counter[str] = Counter()
         self._shadows: set[asyncio.Task[None]] = set()
 
     def endpoint(self, kind: Kind) -> _Endpoint:
@@ -123,6 +124,11 @@ class Inference:
                 raise Busy("Too many requests are being answered.", hint="Try again in a second.")
             call.asked = parse_request(kind, await self._body(headers, receive))
             call.wanted = parse(call.asked.model)
+            self._of_model[call.wanted.model] += 1
+            if self._of_model[call.wanted.model] > self._places_of_model():
+                raise Busy(
+                    f"Too many requests to {call.wanted.model} are being answered.", hint="Try again in a second."
+                )
             if call.asked.background:
                 self._making_way += 1
                 call.makes_way = True
@@ -131,7 +137,7 @@ class Inference:
             await self.budgets.admit(call.identity.key_id, call.wanted.model, watched=call.identity.watched)
             await self._unless_gone(call, receive, self._answer(call, send))
         except TunesmithError as error:
-            call.status, call.error = error.http_status, f"{error.code}: {error.message}"
+            call.fail(error)
             await self._explain(call, send, error)
         except asyncio.CancelledError:
             call.status, call.error = _GONE, "the client went away, or the gateway was stopped"
@@ -154,7 +160,16 @@ class Inference:
             call.has_place = False
             self._in_flight -= 1
             self._making_way -= call.makes_way
+            if call.wanted is not None:
+                self._of_model[call.wanted.model] -= 1
+                if not self._of_model[call.wanted.model]:
+                    del self._of_model[call.wanted.model]
             self.metrics.in_flight.set(self._in_flight)
+
+    def _places_of_model(self) -> int:
+        """Where there are others a model leaves them a quarter of the places, whatever becomes of its engines."""
+        limit = self.limits.concurrent
+        return limit if len(self.follower.table.routes) < 2 else max(1, limit - limit // 4)
 
     # ------------------------------------------------------------ in
 
@@ -307,12 +322,13 @@ class Inference:
         name = served.name if served else "none"
         self.metrics.requests.labels(name, call.slot, str(call.status)).inc()
         features, cost = _NO_FEATURES, 0.0
-        # Who hangs up before the usage comes has used what was sent all the same, about this much
-        completion = call.completion_tokens or (len(call.text) if asked and asked.stream else 0)
-        prompt, engine_seconds = call.prompt_tokens, call.engine_seconds
-        if call.status == _GONE and served is not None and asked is not None and not prompt:
-            prompt = 1 + len(input_text(asked.messages)) // _CHARACTERS
-            engine_seconds = time.perf_counter() - (call.first_at or call.started)
+        prompt, completion, engine_seconds = call.prompt_tokens, call.completion_tokens, call.engine_seconds
+        if served is not None and asked is not None and not prompt and (call.pieces or call.status == _GONE):
+            # Nobody counted, or the client hung up before that: about as much as was read and said
+            prompt = 1 + len(input_text(asked.messages)) // CHARACTERS
+            completion = completion or call.pieces
+            if call.status == _GONE:
+                engine_seconds = time.perf_counter() - (call.first_at or call.started)
         kept: Any = None
         answer: str | None = None
         if served is not None:
@@ -322,7 +338,9 @@ class Inference:
             if call.first_at is not None:
                 self.metrics.first_token.labels(name).observe(call.first_at - call.started)
             cost = served.price.cost_usd(prompt, completion, engine_seconds)
-            if call.slot != "shadow":  # which nobody asked for
+            if call.slot == "shadow":
+                self.budgets.spend_copy(served.model, cost)
+            else:
                 tokens = prompt + completion
                 who = call.identity
                 self.budgets.spend(who.key_id, served.model, tokens=tokens, usd=cost, watched=who.watched)
@@ -337,7 +355,7 @@ class Inference:
                         finish_reason=call.finish_reason,
                         mean_logprob=call.mean_logprob,
                     ),
-                    call.prompt_tokens,
+                    prompt,
                 )
             )
             if served.keep_text:
@@ -371,7 +389,7 @@ class Inference:
     def _copy(self, call: Call, shadow: Served, places: tuple[Place, ...]) -> None:
         """Ask the shadow version the same, after the client has its answer and while the engine has nobody else's to
         make; only the event tells of it."""
-        if len(self._shadows) >= SHADOWS:
+        if len(self._shadows) >= SHADOWS or not self.budgets.affords_copy(shadow.model):
             self.metrics.shadow_dropped.inc()
             return
         task = asyncio.create_task(self._ask_shadow(call, shadow, places))
@@ -397,7 +415,7 @@ class Inference:
         except TimeoutError:
             call.status, call.error = Busy.http_status, f"{Busy.code}: the engine had no time for it"
         except TunesmithError as error:
-            call.status, call.error = error.http_status, f"{error.code}: {error.message}"
+            call.fail(error)
         except asyncio.CancelledError:
             call.status, call.error = _GONE, "the gateway was stopped"
             raise

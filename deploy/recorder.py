@@ -488,6 +488,7 @@ def ensure_partitions(conn: Connection, *, days_ahead: int = 3) -> list[str]:
             continue
         try:
             with conn.transaction():
+                conn.execute(SQL["soon"])
                 conn.execute(
                     sql.SQL("create table {} partition of request_event for values from ({}) to ({})").format(
                         sql.Identifier(name),
@@ -496,6 +497,9 @@ def ensure_partitions(conn: Connection, *, days_ahead: int = 3) -> list[str]:
                     )
                 )
             made.append(name)
+        except psycopg.errors.LockNotAvailable:  # behind one who waits for a long reader everybody would wait
+            log.info("request_event is being read for long: the partition of %s is made later", day)
+            break
         except psycopg.errors.CheckViolation:
             log.warning("events of %s are in the default partition already and stay there", day)
     return made

@@ -36,5 +36,8 @@ select c.relname as name
 from pg_inherits i join pg_class c on c.oid = i.inhrelid
 where i.inhparent = 'request_event'::regclass
 
+-- name: soon
+set local lock_timeout = '2s'
+
 -- name: today
 select (now() at time zone 'utc')::date as today

@@ -69,6 +69,7 @@ class Served:
     keep_text: bool
     created: int  # seconds since 1970
     hosted: Hosted | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)  # of the adapter's files, by name
 
     @property
     def name(self) -> str:
@@ -150,7 +151,7 @@ def pick(table: Table, wanted: Wanted, sticky: str) -> tuple[Served, Slot] | Non
     if wanted.slot == "challenger":
         if route.challenger is None:
             raise NotFound(f"The model {wanted.model} has no challenger that is ready.", hint="See its deployment.")
-        return route.challenger, "challenger"
+        return route.challenger, "pinned"  # whoever names it is no sample of the traffic, which a canary is judged by
     if (
         wanted.slot is None
         and route.challenger is not None
@@ -161,7 +162,7 @@ def pick(table: Table, wanted: Wanted, sticky: str) -> tuple[Served, Slot] | Non
         raise Unreachable(
             f"The model {wanted.model} has no version that is ready.", hint=route.message or "Promote a version."
         )
-    return route.champion, "champion"
+    return route.champion, "champion" if wanted.slot is None else "pinned"
 
 
 def share_of(sticky: str, salt: str) -> float:

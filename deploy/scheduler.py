@@ -123,18 +123,26 @@ class Scheduler(threading.Thread):
         """
         ticket = Ticket([self._batch.row(request) for request in requests], loop)
         with self._changed:
-            if self._stopping or not self.is_alive():
-                raise Unreachable("The engine is stopping.", hint="Try again in a few seconds.")
-            background = self._waiting_background()
-            waiting, most, kind = len(self._waiting) - background, self.queue, ""
-            if requests[0].background:
-                waiting, most, kind = background, max(1, self.queue // _BACKGROUND_PART), "background "
-            if waiting + len(requests) > most:
-                raise Full(f"{waiting} {kind}requests are waiting; {most} may.", hint="Try again soon.")
+            self._check_room(len(requests), background=requests[0].background)
             for index in range(len(requests)):
                 insort(self._waiting, (ticket, index), key=lambda item: _request(item).priority)
             self._changed.notify()
         return ticket
+
+    def check_room(self, count: int, *, background: bool) -> None:
+        """Raises Full, or Unreachable, where so many requests would not be taken now."""
+        with self._changed:
+            self._check_room(count, background=background)
+
+    def _check_room(self, count: int, *, background: bool) -> None:
+        if self._stopping or not self.is_alive():
+            raise Unreachable("The engine is stopping.", hint="Try again in a few seconds.")
+        behind = self._waiting_background()
+        waiting, most, kind = len(self._waiting) - behind, self.queue, ""
+        if background:
+            waiting, most, kind = behind, max(1, self.queue // _BACKGROUND_PART), "background "
+        if waiting + count > most:
+            raise Full(f"{waiting} {kind}requests are waiting; {most} may.", hint="Try again soon.")
 
     def cancel(self, ticket: Ticket) -> None:
         """Nobody wants this any more: its rows leave, and their places are free. No more pieces come."""

@@ -20,6 +20,13 @@ MAX_N = 8
 MAX_TOKENS = 131_072
 MAX_MESSAGES = 2048
 BACKGROUND = 1  # priority of what nobody waits for, as copies: engines serve 0, all else, before it
+# To hosted models: what says what to answer, and not who answers, from what, and at which price
+_PASSED_ON = frozenset({
+    "messages", "prompt", "suffix", "max_tokens", "stop", "n", "stream", "seed", "temperature", "top_p", "top_k",
+    "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs", "top_logprobs",
+    "tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "response_format",
+    "reasoning_effort", "verbosity", "priority",
+})  # fmt: skip
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 
 
@@ -97,7 +104,13 @@ def parse_request(kind: Kind, raw: bytes) -> Asked:
 
 
 def for_engine(asked: Asked, served: Served) -> dict[str, Any]:
-    """The engine's body: the version's prompt and generation defaults where the request says nothing."""
+    """The engine's body: the version's prompt and generation defaults where the request says nothing. Raises BadRequest
+    for a field that is not passed on to a hosted model, whose key and bill are not the client's."""
+    if served.hosted:
+        own = {name for each in served.hosted.models for name in each.options}
+        for name in asked.body:
+            if name not in _PASSED_ON and name not in own:
+                raise BadRequest(f"`{name}` is not passed on to the hosted models of {served.model}.", name)
     body = {**served.generation, **asked.body}
     if (
         asked.kind == "chat"

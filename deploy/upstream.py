@@ -2,9 +2,10 @@
 
 A request that has not answered anything yet is tried again, at the next place where there is one, at most `ATTEMPTS`
 times, or once at each place where there are more; after its first token it is not, since the client has that token.
-Engines of one base take turns; hosted models are asked in the version's order. A place that keeps failing is left alone
-for a while (deploy/breaker.py). `priority` in a body, by which background requests make way for others, is vLLM's and
-our engine's, and told to engines only.
+The same happens to those that wait for an engine which is known to be gone. Engines of one base take turns; hosted
+models are asked in the version's order. A place that keeps failing is left alone for a while (deploy/breaker.py).
+`priority` in a body, by which background requests make way for others, is vLLM's and our engine's, and told to engines
+only.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class BadAnswer(TunesmithError):
 
     http_status: ClassVar[int] = 502
     code: ClassVar[str] = "upstream"
+    unquoted: str | None = None
 
 
 class Busy(TunesmithError):
@@ -57,6 +59,7 @@ class Busy(TunesmithError):
     http_status: ClassVar[int] = 429
     code: ClassVar[str] = "busy"
     retry_after: int = 1
+    unquoted: str | None = None
 
 
 class LeftAlone(Unreachable):
@@ -65,8 +68,19 @@ class LeftAlone(Unreachable):
     retry_after: int = 1
 
 
+class Declined(UsageError):
+    """Who was asked does not take the request, and says why in its own words."""
+
+    unquoted: str | None = None
+
+
 class NotTaken(BadAnswer):
     """An engine does not take an adapter."""
+
+
+def own_words(error: TunesmithError) -> str:
+    """An error's message, without what somebody else says in it: that may repeat what was asked."""
+    return getattr(error, "unquoted", None) or error.message
 
 
 class _TryAgain(Exception):
@@ -86,6 +100,8 @@ class Upstream:
         self._hosted: aiohttp.ClientSession | None = None
         self.retries = 0
         self.breakers: dict[str, Breaker] = {}  # by a place's name
+        self._alive: frozenset[str] | None = None  # addresses of engines, once they are known
+        self._unanswered: dict[asyncio.Timeout, str] = {}  # attempts without a token, and the address that is asked
 
     async def open(self) -> None:
         # Engines are private: requests to them never go through a proxy, and their secret goes nowhere else
@@ -101,6 +117,17 @@ class Upstream:
         for name in list(self.breakers):
             if name.split("/")[0] in upstreams:
                 del self.breakers[name]
+
+    def engines_alive(self, addresses: Collection[str]) -> None:
+        """Only these engines are there: who waits for another one's first token is asked elsewhere at once, instead of
+        for as long as a connection to nobody may be silent."""
+        self._alive = frozenset(addresses)
+        for limit, address in list(self._unanswered.items()):
+            if address not in self._alive:
+                limit.reschedule(asyncio.get_running_loop().time())
+
+    def _may_live(self, place: Place) -> bool:
+        return place.hosted or self._alive is None or place.url in self._alive
 
     # ------------------------------------------------------------ answers
 
@@ -137,7 +164,8 @@ class Upstream:
                 break
             # The next one in order, of those least often asked, that takes requests; where none does, waiting is no use
             turns = sorted(asked, key=asked.__getitem__)
-            turn = next((n for n in turns if self._breaker(order[n]).admit()), None)
+            able = (n for n in turns if self._may_live(order[n]) and self._breaker(order[n]).admit())
+            turn = next(able, None)
             if turn is None:
                 break
             asked[turn] += 1
@@ -145,19 +173,36 @@ class Upstream:
             if attempt:
                 self.retries += 1
                 await asyncio.sleep(random.uniform(0.02, 0.1) * attempt)
-            begun = False
+            begun, held = False, list[Any]()
+            limit = asyncio.timeout(None)
+            if not place.hosted:
+                self._unanswered[limit] = place.url
             try:
-                async with aclosing(self._attempt(place, served, path, body, stream=stream)) as pieces:
+                async with limit, aclosing(self._attempt(place, served, path, body, stream=stream)) as pieces:
                     async for piece in pieces:
-                        begun = True
+                        if not begun and stream and not _says_something(piece):
+                            held.append(piece)  # the client has nothing yet that another could not say as well
+                            continue
+                        if not begun:
+                            begun = True
+                            self._unanswered.pop(limit, None)
+                            limit.reschedule(None)
+                            for early in held:
+                                yield early
                         yield piece
+                    if not begun:
+                        for early in held:
+                            yield early
                 self._well(place)
                 return
             except (UsageError, NotTaken):  # the place is well, the request or the version is not
                 self._well(place)
                 raise
             except (_TryAgain, BadAnswer, aiohttp.ClientError, OSError, TimeoutError) as error:
-                if background and isinstance(error, TimeoutError):  # others may have kept a place busy that is well
+                gone = limit.expired() and not begun
+                if (
+                    background and isinstance(error, TimeoutError) and not gone
+                ):  # others may have kept a place busy that is well
                     raise Busy(f"{place.who} had no time for a background request.", hint="Try again later.") from error
                 failure = error.__cause__ if isinstance(error, _TryAgain) and error.__cause__ else error
                 failed = place
@@ -169,6 +214,8 @@ class Upstream:
                     if isinstance(failure, BadAnswer):
                         raise failure from None
                     raise BadAnswer(f"{place.who} broke off in the middle of an answer.") from failure
+            finally:
+                self._unanswered.pop(limit, None)
         if isinstance(failure, TunesmithError):
             raise failure
         if failure is None:
@@ -195,9 +242,8 @@ class Upstream:
         before = breaker.state
         breaker.failed()
         if before == "closed" and breaker.state == "open":
-            log.warning(
-                "%s keeps failing and is left alone for a while: %s", place.name, failure or type(failure).__name__
-            )
+            said = own_words(failure) if isinstance(failure, TunesmithError) else failure or type(failure).__name__
+            log.warning("%s keeps failing and is left alone for a while: %s", place.name, said)
 
     def _resting(self, places: Sequence[Place], served: Served) -> TunesmithError:
         """Nobody may be asked just now: all failed again and again, or asked for a pause."""
@@ -263,23 +309,24 @@ class Upstream:
         if response.status in (429, 503):
             raise _TryAgain(sick=False) from Busy(f"The engine is full: {said}", hint="Try again in a second.")
         if response.status in (400, 413, 422):
-            raise UsageError(said)
+            raise _declined(place, response.status, said)
         # It answers, so it lives; this request or this adapter is what it cannot do
-        raise _TryAgain(sick=False) from BadAnswer(f"The engine failed: {said}")
+        raise _TryAgain(sick=False) from _failed(place, response.status, said)
 
     def _explain_hosted(self, place: Place, response: aiohttp.ClientResponse, said: str) -> None:
         if response.status == 429:
             busy = Busy(f"{place.who} takes no more requests now: {said}", hint="Try again later.")
+            busy.unquoted = f"{place.who} takes no more requests now"
             seconds = retry_after(response.headers.get("retry-after", ""), 1.0)
             self._breaker(place).pause(seconds)
             busy.retry_after = max(1, math.ceil(min(seconds, LONGEST)))
             raise _TryAgain(sick=False) from busy
         if response.status in (400, 413, 422):
-            raise UsageError(said)
+            raise _declined(place, response.status, said)
         if response.status in (401, 403):  # such messages tend to repeat the key
             said = "it refuses the key"
-        failed = BadAnswer(f"{place.who} failed with status {response.status}: {said}")
-        raise _TryAgain(sick=response.status not in (404, 405)) from failed  # a path or model it has not
+        # 404 and 405: a path or model it has not
+        raise _TryAgain(sick=response.status not in (404, 405)) from _failed(place, response.status, said)
 
     # ------------------------------------------------------------ adapters
 
@@ -287,7 +334,8 @@ class Upstream:
         """Make an engine hold a version's adapter; one that is there already stays. Raises BadAnswer, Unreachable."""
         if served.adapter_path is None:
             return
-        data = orjson.dumps({"lora_name": served.adapter, "lora_path": served.adapter_path})
+        asked = {"lora_name": served.adapter, "lora_path": served.adapter_path, "digests": dict(served.digests)}
+        data = orjson.dumps(asked)  # vLLM takes no notice of the digests
         status, said = await self._tell(engine, "/v1/load_lora_adapter", data)
         if status in (429, 503):
             raise Unreachable(f"The engine takes nothing now: {said}")
@@ -355,6 +403,28 @@ class Upstream:
         return session
 
 
+def _says_something(chunk: Mapping[str, Any]) -> bool:
+    """Whether a chunk holds anything of an answer: many begin with one that but names who speaks."""
+    return bool(chunk.get("usage")) or any(
+        choice.get("finish_reason")
+        or choice.get("text")
+        or any(value for name, value in (choice.get("delta") or {}).items() if name != "role")
+        for choice in chunk["choices"]
+    )
+
+
+def _declined(place: Place, status: int, said: str) -> Declined:
+    error = Declined(said)
+    error.unquoted = f"{place.who} declined the request with status {status}"
+    return error
+
+
+def _failed(place: Place, status: int, said: str) -> BadAnswer:
+    error = BadAnswer(f"{place.who} failed with status {status}: {said}")
+    error.unquoted = f"{place.who} failed with status {status}"
+    return error
+
+
 def _nowhere(served: Served) -> Unreachable:
     if served.hosted:
         names = " or ".join(sorted({each.upstream for each in served.hosted.models}))
@@ -416,7 +486,9 @@ def _answer(data: bytes, place: Place, key: str | None) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadAnswer(f"{place.who} did not answer with an object.")
     if value.get("error") is not None:
-        raise BadAnswer(f"{place.who} failed: {_said(value, key)}")
+        failed = BadAnswer(f"{place.who} failed: {_said(value, key)}")
+        failed.unquoted = f"{place.who} failed"
+        raise failed
     choices = value.get("choices")
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
         raise BadAnswer(f"{place.who}'s answer has no choices.")

@@ -31,6 +31,12 @@ Connection = psycopg.Connection[DictRow]
 # Where a process logs nothing, as most commands, the pool's lines would go to the terminal, beside the error
 logging.getLogger("psycopg").addHandler(logging.NullHandler())
 set_json_loads(orjson.loads)  # lists of thousands of rows are mostly JSON
+# A server that is gone without a word, as a machine that lost its power, is noticed in seconds, and not when the kernel
+# gives up after a quarter of an hour
+_PATIENCE: Mapping[str, Any] = {
+    "connect_timeout": 5, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
+    "tcp_user_timeout": 15_000,
+}  # fmt: skip
 _checked: set[str] = set()  # databases whose schema this process found to be its own
 
 
@@ -48,7 +54,7 @@ def pool() -> ConnectionPool[Connection]:
         reconnect_timeout=30,
         check=ConnectionPool.check_connection,
         connection_class=psycopg.Connection[DictRow],
-        kwargs={"row_factory": dict_row, "application_name": "tunesmith", "connect_timeout": 5},
+        kwargs={"row_factory": dict_row, "application_name": "tunesmith", **_PATIENCE},
     )
     return made
 
@@ -80,8 +86,8 @@ def connect(*, autocommit: bool = False) -> Connection:
             get_settings().database(),
             row_factory=dict_row,
             autocommit=autocommit,
-            connect_timeout=5,
             application_name="tunesmith",
+            **_PATIENCE,
         )
         try:
             _check_schema(conn)

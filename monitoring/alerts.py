@@ -166,7 +166,7 @@ def look(
             severity=rule.severity,
             message=f"{model}:{version}: {_SEEN[rule.metric].format(in_words(rule.metric, value))}, {side} the limit "
             f"of {in_words(rule.metric, limit)} ({window.requests} requests of the last {_minutes(over)}).",
-            details={"value": value, "limit": limit, "requests": window.requests},
+            details={"value": value, "limit": limit, "requests": window.requests, "seconds": over.total_seconds()},
         )
         findings[finding.rule] = min(findings.get(finding.rule, finding), finding, key=_order)
     return list(findings.values())
@@ -267,6 +267,8 @@ def apply(
             if row["opened"]:
                 log.warning("alert: %s", finding.message)
             _tell_open(conn, key | row | {"message": finding.message})
+        elif finding.state == "between":  # there is traffic, and it does not say that it is over
+            conn.execute(SQL["seen"], key)
         elif finding.state == "calm" and (over := conn.execute(SQL["close"], key).fetchone()):
             log.info("alert over: %s of %s:%d", finding.rule, model, version)
             _tell_over(conn, key | over)
@@ -319,9 +321,9 @@ def silence(conn: Connection, model: str, rule: str | None, span: timedelta, *, 
     return until
 
 
-def unsilence(conn: Connection, model: str) -> int:
-    """Tell of them again; how many silences that ended."""
-    return conn.execute(SQL["unsilence"], {"model": model}).rowcount
+def unsilence(conn: Connection, model: str, rule: str | None = None) -> int:
+    """Tell of them again, or of one rule's; how many silences that ended."""
+    return conn.execute(SQL["unsilence"], {"model": model, "rule": rule}).rowcount
 
 
 def silenced(conn: Connection, model: str, rule: str) -> bool:
@@ -334,11 +336,20 @@ def silences(conn: Connection) -> list[Mapping[str, Any]]:
     return list(conn.execute(SQL["silences"]))
 
 
+def rule_names(settings: Mapping[str, Any]) -> list[str]:
+    """The rules that a model has, as its alerts name them."""
+    own = [f"{r.metric} {'above' if r.above is not None else 'below'}" for r in rules_of(settings)]
+    return ["drift", NOT_SERVING, GOLDEN, *own]
+
+
+def rules_known(conn: Connection, model: str) -> list[str]:
+    """The same of a model by its name."""
+    return rule_names(one(conn, SQL["settings"], {"model": model})["settings"] or {})
+
+
 def close_retired(conn: Connection, model: str, versions: Sequence[int], settings: Mapping[str, Any]) -> None:
     """Close the alerts of versions that serve no more, and of rules that are gone from the settings."""
-    rules = ["drift", NOT_SERVING, GOLDEN] + [
-        f"{r.metric} {'above' if r.above is not None else 'below'}" for r in rules_of(settings)
-    ]
+    rules = rule_names(settings)
     for row in conn.execute(SQL["close_retired"], {"model": model, "versions": list(versions), "rules": rules}):
         log.info("alert over: %s of %s:%d, which serves no more", row["rule"], model, row["version"])
         _tell_over(conn, {"model": model, **row})

@@ -26,15 +26,28 @@ where id = %(id)s
 returning cause, began_at
 
 -- name: gateways
--- Of each model: how many gateways follow it, and how many of them do not serve all that it says
+-- Of each model: how many gateways follow it, and how many of them do not serve all that it says. One that has been
+-- silent since before the last change may still answer, by what it knew; one that ended well has taken its rows away.
 select d.model, d.champion as version, d.generation, count(r.id) as gateways,
-       count(r.id) filter (where not r.ready) as behind, min(r.message) filter (where not r.ready) as why
-from deployment d left join replica r on r.model = d.model and r.seen_at > now() - interval '15 seconds'
+       count(r.id) filter (where not r.ready or r.silent) as behind,
+       min(case when r.silent then 'nothing is heard of it' else r.message end)
+           filter (where not r.ready or r.silent) as why
+from deployment d
+left join (select *, seen_at < now() - interval '15 seconds' as silent from replica) r
+    on r.model = d.model and (not r.silent
+        or (r.generation < d.generation and r.seen_at > now() - interval '1 hour'))
 where d.champion is not null
 group by d.model
 
 -- name: told
 update alert set told_at = now() where id = %(id)s
+
+-- name: settings
+select settings from model where name = %(model)s
+
+-- name: seen
+update alert set seen_at = now()
+where model = %(model)s and version = %(version)s and rule = %(rule)s and closed_at is null
 
 -- name: close
 update alert set closed_at = now()
@@ -61,7 +74,8 @@ values (%(model)s, %(rule)s, now() + make_interval(secs => %(seconds)s), %(actor
 returning until
 
 -- name: unsilence
-update silence set until = now() where model = %(model)s and until > now()
+update silence set until = now()
+where model = %(model)s and until > now() and (%(rule)s::text is null or rule = %(rule)s)
 
 -- name: silenced
 select exists (

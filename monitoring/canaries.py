@@ -88,8 +88,8 @@ def _act(conn: Connection, rollout: Rollout, decision: Decision) -> None:
 
 
 def look(conn: Connection, rollout: Rollout, now: datetime) -> Decision:
-    """What a canary should do at a time, by the two versions' traffic since it began: all of it, also what named a
-    version. Changes nothing."""
+    """What a canary should do at a time, by the two versions' traffic since it began: of that what was drawn, since the
+    test is of two samples of one traffic. Changes nothing."""
     begun, until = windows.ceil(rollout.begun_at, "minute"), windows.floor(now - _LATE, "minute")
     both = (rollout.version, rollout.champion)
     points = windows.series(conn, rollout.model, both, rollout.begun_at, now, "minute")
@@ -97,7 +97,7 @@ def look(conn: Connection, rollout: Rollout, now: datetime) -> Decision:
         windows.read(conn, rollout.model, rollout.champion, rollout.begun_at - _BEFORE, rollout.begun_at)
     )
     found: dict[str, Minutes] = {
-        name: {(p.version, p.start): count(p.window) for p in points if begun <= p.start < until}
+        name: {(p.version, p.start): _drawn(count, p.window) for p in points if begun <= p.start < until}
         for name, (count, _) in watched.items()
     }
     before = {name: seen for name, (_, seen) in watched.items()}
@@ -147,7 +147,14 @@ def _counted(before: Window) -> dict[str, tuple[Count, tuple[int, int]]]:
         ):  # fmt: skip
             if (usual := windows.quantile_bucket(histogram(before), quantile)) is not None:
                 counts[name] = _from(histogram, usual + 1)
-    return {name: (count, count(before)) for name, count in counts.items()}
+    return {name: (count, _drawn(count, before)) for name, count in counts.items()}
+
+
+def _drawn(count: Count, window: Window) -> tuple[int, int]:
+    """The count without what nobody drew."""
+    bad, of = count(window)
+    others_bad, others = count(window.chosen) if window.chosen is not None else (0, 0)
+    return bad - others_bad, of - others
 
 
 def _from(histogram: Callable[[Window], Counts], least: int) -> Count:

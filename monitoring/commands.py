@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -288,11 +288,21 @@ def alerts(model: str | None, closed: bool, as_json: bool) -> None:
         out.print(f"{opened}  {alert['severity']:8}  {state}  {cause}{escape(safe(said))}")
 
 
+def _rule(name: str, known: Sequence[str]) -> str:
+    """A rule by its name, or by its metric alone. Raises UsageError."""
+    from infra.errors import UsageError
+
+    found = [rule for rule in known if name in (rule, rule.removesuffix(" above").removesuffix(" below"))]
+    if len(found) != 1:
+        raise UsageError(f"There is no rule {name[:80]!a}.", hint=f"The model has {', '.join(known)}.")
+    return found[0]
+
+
 @click.command()
 @click.argument("model")
 @click.option("--rule", help="One rule, as `alerts` names it, such as drift; else all of the model's.")
 @click.option("--for", "span", help="How long, such as 2h.")
-@click.option("--off", is_flag=True, help="Tell of the model's alerts again.")
+@click.option("--off", is_flag=True, help="Tell of the model's alerts again, or of the rule's.")
 @click.option("--reason", default="", help="Why; others see it.")
 @json_option
 def silence(model: str, rule: str | None, span: str | None, off: bool, reason: str, as_json: bool) -> None:
@@ -307,8 +317,10 @@ def silence(model: str, rule: str | None, span: str | None, off: bool, reason: s
         raise UsageError("Say for how long, or --off.", hint="Such as --for 2h.")
     with transaction() as conn:
         deployments.read(conn, model)
+        if rule is not None:
+            rule = _rule(rule, kept.rules_known(conn, model))
         if span is None:
-            ended = kept.unsilence(conn, model)
+            ended = kept.unsilence(conn, model, rule)
             told = {"model": model, "ended": ended}
             said = f"{ended} silences ended." if ended != 1 else "1 silence ended."
         else:
@@ -319,7 +331,8 @@ def silence(model: str, rule: str | None, span: str | None, off: bool, reason: s
                 raise UsageError(f"--for: {error}.") from error
             until = kept.silence(conn, model, rule, length, actor=deployments.actor_here(), reason=text)
             told = {"model": model, "rule": rule, "until": until}
-            said = f"Nobody is told of {model}'s alerts until {until.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}."
+            what = f"alerts on {rule}" if rule else "alerts"
+            said = f"Nobody is told of {model}'s {what} until {until.astimezone(UTC):%Y-%m-%d %H:%M:%SZ}."
     if as_json:
         print_json(told)
     else:

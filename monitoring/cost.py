@@ -24,7 +24,6 @@ SQL = load_queries(Path(__file__).with_suffix(".sql"))
 
 _WEEKS = timedelta(days=28)  # that a forecast is made from
 _FEWEST_DAYS = 3
-_Z = 1.96
 
 
 def report(conn: Connection, model: str, versions: Sequence[int], since: datetime, until: datetime) -> dict[str, Any]:
@@ -144,14 +143,25 @@ def forecast(conn: Connection, model: str, now: datetime) -> dict[str, Any]:
     gone = (now - windows.floor(now, "day")) / timedelta(days=1)
     rest_of_today = means[today.weekday() if weekly else 0] * (1 - gone)
     expected = spent + rest_of_today + sum(means[day.weekday() if weekly else 0] for day in left)
-    # The days to come vary, and so do the means that they are taken to have
-    reach = _Z * math.sqrt(variance * (len(left) + len(left) ** 2 / len(full)))
+    # The days to come vary, and so do the means that they are taken to have: Student's prediction interval
+    to_come: dict[int, float] = {today.weekday() if weekly else 0: 1 - gone}
+    for day in left:
+        to_come[day.weekday() if weekly else 0] = to_come.get(day.weekday() if weekly else 0, 0.0) + 1
+    of_means = sum(n**2 / len(groups[key]) for key, n in to_come.items())
+    reach = _student(len(full) - len(groups)) * math.sqrt(variance * (sum(to_come.values()) + of_means))
     return body | {
         "expected": expected,
         "low": max(spent, expected - reach),
         "high": expected + reach,
         "by": f"the last {len(full)} full days" + (", by weekday" if weekly else ""),
     }
+
+
+def _student(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t."""
+    from scipy import special
+
+    return float(special.stdtrit(max(1, freedom), 0.975))
 
 
 def _day(at: datetime) -> date:

@@ -24,5 +24,6 @@ from theirs t
 where f.request_at = t.at and f.request_id = t.id and (f.correction is not null or f.label is not null)
 
 -- name: strip_events
-update request_event e set messages = null, answer = null, client_request_id = null, subject = 'erased'
+update request_event e set messages = null, answer = null, error = null, client_request_id = null,
+    subject = 'erased'
 from theirs t where e.at = t.at and e.id = t.id

@@ -38,6 +38,11 @@ class Message(BaseModel):
     role: str = Field(max_length=40)
     content: str = Field(max_length=1_000_000)
 
+    @field_validator("role", "content")
+    @classmethod
+    def _storable(cls, value: str) -> str:
+        return value.replace("\0", "\ufffd")
+
 
 class Foreign(BaseModel):
     """One event, as sent. `id` is a UUIDv7 that the sender keeps through repeats; its time is the event's, not older

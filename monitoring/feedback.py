@@ -93,14 +93,16 @@ def record(
     key_id: str | None = None,
     own_only: bool = False,
     model: str = "",
+    reviewing: bool = False,
 ) -> list[uuid.UUID]:
     """Keep feedback, the last of a request winning field by field; returns our ids of the requests.
 
     With `own_only`, ids that a client gave are looked for among `key_id`'s requests. With `model`, requests that
-    went to another model are refused. Corrections are redacted before they are written. The ids are sorted.
+    went to another model are refused. Corrections are redacted before they are written. The ids are sorted. A score of
+    who is `reviewing` stands apart from what users say: it is of answers that were chosen for being doubtful.
     Raises NotFound for a request that is not known, UsageError for an id that cannot be ours; nothing is kept then.
     """
-    found = [(_resolve(conn, item.request, key_id if own_only else None), item) for item in items]
+    found = [(_resolve(conn, item.request, key_id if own_only else None, model), item) for item in items]
     found.sort(key=lambda pair: pair[0])  # stable, so the last wins; one order for all writers, so none deadlocks
     if model:
         _check_model(conn, [identifier for identifier, _ in found], model)
@@ -113,10 +115,12 @@ def record(
                     "request_at": event_time(identifier),
                     "model": "",
                     "key_id": key_id,
-                    "score": item.score,
+                    "score": None if reviewing else item.score,
+                    "review": item.score if reviewing else None,
                     "label": item.label,
                     "correction": None if item.correction is None else redact(item.correction),
-                    **{f"has_{name}": name in item.model_fields_set for name in ("score", "label", "correction")},
+                    **{f"has_{name}": name in item.model_fields_set for name in ("label", "correction")},
+                    "has_score": "score" in item.model_fields_set and not reviewing,
                 }
                 for identifier, item in found
             ],
@@ -179,8 +183,7 @@ def usable_corrections(conn: Connection, model: str, after: datetime | None) -> 
 
 
 def drop_old(conn: Connection, days: int) -> None:
-    """Forget feedback older than `days`, and after two days that of requests nobody has seen."""
-    conn.execute(SQL["drop_unsettled"])
+    """Forget feedback older than `days`, also that of requests nobody has seen: events may wait long in a spool."""
     conn.execute(SQL["drop_old"], {"days": days})
 
 
@@ -212,10 +215,20 @@ def _parse_line(number: int, raw: bytes) -> Item | Rejected:
         return Rejected(line=number, reason=error.message)
 
 
-def _resolve(conn: Connection, request: str, key_id: str | None) -> uuid.UUID:
+def _resolve(conn: Connection, request: str, key_id: str | None, model: str) -> uuid.UUID:
     """Our id of a request. An id of ours is taken as it is, since its event may be on its way."""
+    asked = {
+        "client_request_id": request,
+        "key_id": key_id,
+        "days": get_settings().event_retention_days,
+        "model": model,
+    }
     if (match := _OURS.fullmatch(request)) and (identifier := uuid.UUID(match[1])).version == 7:
         now = datetime.now(UTC)
+        # Clients make such ids too: one that is known as a client's, and not as ours, is a client's
+        ours = conn.execute(SQL["is_ours"], {"id": identifier, "at": event_time(identifier)}).fetchone()
+        if ours is None and (row := conn.execute(SQL["by_client_id"], asked).fetchone()) is not None:
+            return uuid.UUID(str(row["id"]))
         days = timedelta(days=get_settings().event_retention_days)
         if not now - days <= event_time(identifier) <= now + timedelta(hours=1):
             raise UsageError(
@@ -223,10 +236,7 @@ def _resolve(conn: Connection, request: str, key_id: str | None) -> uuid.UUID:
                 hint="Give the id of an answer of this gateway.",
             )
         return identifier
-    row = conn.execute(
-        SQL["by_client_id"],
-        {"client_request_id": request, "key_id": key_id, "days": get_settings().event_retention_days},
-    ).fetchone()
+    row = conn.execute(SQL["by_client_id"], asked).fetchone()
     if row is None:
         raise NotFound(
             f"No request {request[:80]!a} is known.",

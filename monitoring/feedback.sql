@@ -1,17 +1,22 @@
+-- name: is_ours
+select 1 as yes from request_event where at = %(at)s and id = %(id)s
+
 -- name: by_client_id
+-- Copies name the request that they are of
 select id from request_event
-where client_request_id = %(client_request_id)s and at > now() - make_interval(days => %(days)s)
-    and (%(key_id)s::text is null or key_id = %(key_id)s)
+where client_request_id = %(client_request_id)s and slot <> 'shadow' and at > now() - make_interval(days => %(days)s)
+    and (%(key_id)s::text is null or key_id = %(key_id)s) and (%(model)s = '' or model = %(model)s)
 order by at desc limit 1
 
 -- name: put
 -- The last write wins, field by field: a correction that follows a score does not erase it.
-insert into feedback (request_id, request_at, model, key_id, score, label, correction)
-values (%(request_id)s, %(request_at)s, %(model)s, %(key_id)s, %(score)s, %(label)s, %(correction)s)
+insert into feedback (request_id, request_at, model, key_id, score, review, label, correction)
+values (%(request_id)s, %(request_at)s, %(model)s, %(key_id)s, %(score)s, %(review)s, %(label)s, %(correction)s)
 on conflict (request_id) do update set
     at = now(),
     key_id = excluded.key_id,
     score = case when %(has_score)s then excluded.score else feedback.score end,
+    review = coalesce(excluded.review, feedback.review),
     label = case when %(has_label)s then excluded.label else feedback.label end,
     correction = case when %(has_correction)s then excluded.correction else feedback.correction end
 
@@ -39,9 +44,6 @@ where f.request_id = any(%(ids)s) and e.at = f.request_at and e.id = f.request_i
 select f.request_id
 from feedback f join request_event e on e.at = f.request_at and e.id = f.request_id
 where f.model = '' and (%(late)s or f.at > now() - interval '10 minutes') limit %(limit)s
-
--- name: drop_unsettled
-delete from feedback where model = '' and at < now() - interval '2 days'
 
 -- name: drop_old
 delete from feedback where at < now() - make_interval(days => %(days)s)

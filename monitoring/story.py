@@ -2,7 +2,9 @@
 and what to do.
 
 Counted from windows: the version's, from shortly before the alert opened until it was over, beside those of all that
-the model answered in the hours before. A part has grown when it is a quarter larger, and what grew most is the cause:
+the model answered in the hours before; of an alert on cost, over the time that its limit is of, beside as long a time
+before. How many requests come is counted of all versions, without copies. A part has grown when it is a quarter larger,
+and what grew most is the cause:
 more or longer requests (input), longer answers (model), else what requests go through (system). Errors are the
 system's, unless the version that fails had just begun to serve.
 """
@@ -82,18 +84,23 @@ def of(conn: Connection, alert: Mapping[str, Any], now: datetime) -> Story:
     elif opened < now - timedelta(days=windows.MINUTE_DAYS) + BEFORE:
         sentences.append("What came by the minute is not kept from that long ago.")
     else:
-        until = alert["closed_at"] or now
-        series = partial(windows.series, conn, model, grain="minute", features=False)
-        around = series(versions=[version], since=opened - _SHORTLY, until=min(until, opened + _SHORTLY))
-        began = _began(around, alert["rule"])
-        since = began or opened - RECENT
-        others = drift.versions_with_traffic(conn, model, since - BEFORE, since)
-        earlier = series(versions=others, since=since - BEFORE, until=windows.floor(since, "minute"))
+        until, before = alert["closed_at"] or now, BEFORE
+        grain: windows.Grain = "minute"
+        if alert["rule"].startswith("cost"):  # which is the sum of a long time
+            grain, before = "hour", timedelta(seconds=alert["details"].get("seconds", 86_400))
+            since = opened - before
+        else:
+            series = partial(windows.series, conn, model, grain="minute", features=False)
+            around = series(versions=[version], since=opened - _SHORTLY, until=min(until, opened + _SHORTLY))
+            began = _began(around, alert["rule"])
+            since = began or opened - RECENT
+        series = partial(_asked, conn, model, grain)
+        earlier, during = series(since - before, windows.floor(since, grain)), series(since, min(until, since + before))
         cause, told, todo = _of_traffic(
             model,
             alert["rule"],
-            _of_points(series(versions=[version], since=since, until=min(until, since + BEFORE))),
-            _of_points(earlier),
+            _of_points([point for point in during if point.version == version], during, grain),
+            _of_points(earlier, earlier, grain),
             new=any(e.to_version == version and e.action != "rollback" for e in changes)
             and not any(point.version == version for point in earlier),
         )
@@ -126,8 +133,6 @@ def _began(points: Sequence[windows.Point], rule: str) -> datetime | None:
         place = statistics.change_point(
             statistics.array(columns), partial(statistics.mean_difference, centres=(0.0, 1.0), worse="up")
         )
-    elif rule.startswith("cost"):
-        return None
     else:
         times = [_coarse(p.window.ttft_ms if "ttft" in rule else p.window.latency_ms) for p in points]
         buckets = sorted({bucket for counts in times for bucket in counts})
@@ -146,14 +151,10 @@ def _coarse(counts: windows.Counts) -> Counter[int]:
 
 @dataclass(frozen=True)
 class _Traffic:
-    """What came in `minutes`, those in which anything did."""
+    """What came, and how many requests a minute of all versions, of the minutes in which any did."""
 
     window: Window
-    minutes: int
-
-    @property
-    def rate(self) -> float:
-        return self.window.requests / self.minutes
+    rate: float
 
     @property
     def asked(self) -> float:
@@ -168,8 +169,17 @@ class _Traffic:
         return 1000 * self.window.engine_seconds / max(1, self.window.completion_tokens)
 
 
-def _of_points(points: Sequence[windows.Point]) -> _Traffic:
-    return _Traffic(windows.total(p.window for p in points), len({p.start for p in points}))
+def _asked(conn: Connection, model: str, grain: windows.Grain, since: datetime, until: datetime) -> list[windows.Point]:
+    """Of all versions that answered anybody."""
+    versions = drift.versions_with_traffic(conn, model, since, until)
+    points = windows.series(conn, model, versions, since, until, grain, features=False)
+    return [point for point in points if point.window.requests > point.window.slots.get("shadow", 0)]
+
+
+def _of_points(points: Sequence[windows.Point], of_all: Sequence[windows.Point], grain: windows.Grain) -> _Traffic:
+    minutes = len({p.start for p in of_all}) * (windows.GRAINS[grain] / timedelta(minutes=1))
+    came = sum(p.window.requests - p.window.slots.get("shadow", 0) for p in of_all)
+    return _Traffic(windows.total(p.window for p in points), came / max(1.0, minutes))
 
 
 def _of_traffic(

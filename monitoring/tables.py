@@ -37,13 +37,15 @@ TABLES: Mapping[str, tuple[str, str]] = {
 }
 Format = Literal["csv", "parquet"]
 _ROWS = 10_000  # in memory at once
+_TEXTS = (25, 1043)  # PostgreSQL's numbers of text and varchar
 
 
 def write(
     conn: Connection, name: str, target: Path, *, since: datetime | None = None, until: datetime | None = None
 ) -> int:
     """Write a table, or its rows of a time, to a new file, whose ending says the format; how many rows. The file
-    appears whole or not at all. Raises UsageError for another table or ending, or a file that is there."""
+    appears whole or not at all. In a CSV, texts that a spreadsheet would take for a formula begin with an apostrophe.
+    Raises UsageError for another table or ending, or a file that is there."""
     if name not in TABLES:
         raise UsageError(f"There is no table {name[:80]!a}.", hint=f"There are {', '.join(TABLES)}.")
     endings: dict[str, Format] = {".csv": "csv", ".parquet": "parquet"}
@@ -55,7 +57,9 @@ def write(
     ends: list[date | None] = [None if end is None else end.astimezone(UTC) for end in (since, until)]
     if at == "day":
         ends = [end.date() if isinstance(end, datetime) else None for end in ends]
-    query = sql.SQL("select * from {table} where {at} >= {since} and {at} <= {until} order by {at}").format(
+    columns = sql.SQL("*") if form == "parquet" else _harmless(conn, table)
+    query = sql.SQL("select {columns} from {table} where {at} >= {since} and {at} <= {until} order by {at}").format(
+        columns=columns,
         table=sql.Identifier(table),
         at=sql.Identifier(at),
         since=sql.Literal(ends[0] or "-infinity"),
@@ -70,6 +74,16 @@ def write(
     except OSError as error:
         raise TunesmithError(f"Writing {target} failed: {error.strerror or error}.", hint="Make room there.") from error
     return count
+
+
+def _harmless(conn: Connection, table: str) -> sql.Composable:
+    """The columns of a table; what clients wrote must not run in who opens it (OWASP, "CSV Injection")."""
+    with conn.cursor() as cursor:
+        cursor.execute(sql.SQL("select * from {} limit 0").format(sql.Identifier(table)))
+        columns = [(column.name, column.type_code in _TEXTS) for column in cursor.description or ()]
+    guarded = sql.SQL("case when {0} ~ '^[=+@\t\r-]' then chr(39) || {0} else {0} end as {0}")
+    names = [guarded.format(sql.Identifier(name)) if text else sql.Identifier(name) for name, text in columns]
+    return sql.SQL(", ").join(names)
 
 
 def _csv(conn: Connection, query: sql.Composed, file: Path) -> int:

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psycopg
 from psycopg import sql
 
 from deploy import budgets
@@ -235,12 +236,9 @@ class Watcher:
         in MLflow's page set right; on this machine, no half-made artifacts of processes that died."""
         storage.sweep()
         days = get_settings().event_retention_days
+        self._partitions(days)
         with transaction() as conn:
             self._check(conn)
-            ensure_partitions(conn)
-            for row in conn.execute(SQL["old_partitions"], {"days": days}).fetchall():
-                conn.execute(sql.SQL("drop table {}").format(sql.Identifier(row["name"])))
-                log.info("dropped %s, older than %d days", row["name"], days)
             conn.execute(SQL["drop_default_events"], {"days": days})
             windows.drop_old(conn)
             feedback.settle(conn, late=True, limit=10_000)
@@ -252,6 +250,23 @@ class Watcher:
             notifications.drop_old(conn, days)
             budgets.drop_old(conn)
             aliases.reconcile(conn)
+
+    def _partitions(self, days: int) -> None:
+        """Days made and dropped, each in a transaction of its own. Dropping wants the table for itself, and behind one
+        who waits for a long reader everybody waits: it gives up soon, to try again the next time."""
+        with transaction() as conn:
+            self._check(conn)
+            ensure_partitions(conn)
+            old = [row["name"] for row in conn.execute(SQL["old_partitions"], {"days": days})]
+        for name in old:
+            try:
+                with transaction() as conn:
+                    conn.execute(SQL["soon"])
+                    conn.execute(sql.SQL("drop table {}").format(sql.Identifier(name)))
+            except psycopg.errors.LockNotAvailable:
+                log.info("%s is still being read, and is dropped later", name)
+                return
+            log.info("dropped %s, older than %d days", name, days)
 
 
 def _judge(conn: Connection, row: Mapping[str, Any], now: datetime) -> None:

@@ -12,6 +12,9 @@ order by d.model, slots.slot
 -- name: now
 select now() as now
 
+-- name: soon
+set local lock_timeout = '2s'
+
 -- name: old_partitions
 -- Day partitions whose last event is older than what is kept.
 select c.relname as name

@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +44,8 @@ _MICRO = 1_000_000
 MINUTE_DAYS, _HOUR_DAYS = 8, 400  # how long minutes and hours are kept; days stay
 
 FEEDBACK: Mapping[str, int] = {"rated": 1, "disliked": 2, "corrected": 4}  # bits of feedback.counts
+
+_CHOSEN = ("pinned", "shadow")  # slots that nobody draws
 
 LANGUAGES = ("requests", "prompt_tokens", "characters", "tokens", "cost_nano_usd")
 _LANGUAGE, _CHARACTERS = (list(FEATURE).index(name) for name in ("language", "characters"))
@@ -80,7 +82,8 @@ class Window:
     by bin.
     `feedback` are the requests that people rated, disliked and corrected (`FEEDBACK`), by the requests' time.
     `languages` maps "place:what" to a sum over answered requests in a language (its place in registry.languages), for
-    each what of `LANGUAGES`.
+    each what of `LANGUAGES`. `chosen` is the part of all this that nobody drew: copies, and requests that named a
+    version or a slot; the rest is a sample of the traffic.
     """
 
     requests: int = 0
@@ -98,6 +101,7 @@ class Window:
     languages: Mapping[str, int] = field(default_factory=dict)
     features: Mapping[str, Counts] = field(default_factory=dict)
     new_words: Words = Words()
+    chosen: Window | None = None
 
     @property
     def answered(self) -> int:
@@ -175,6 +179,7 @@ class _Sum:
         self.maps: tuple[Counter[Any], ...] = tuple(Counter() for _ in _maps(Window()))
         self.features: dict[str, Counter[int]] = {}
         self.words = Words()
+        self.chosen: _Sum | None = None
 
     def add(self, window: Window) -> None:
         for i, number in enumerate(_numbers(window)):
@@ -184,6 +189,9 @@ class _Sum:
         for name, histogram in window.features.items():
             self.features.setdefault(name, Counter()).update(histogram)
         self.words += window.new_words
+        if window.chosen is not None:
+            self.chosen = self.chosen or _Sum()
+            self.chosen.add(window.chosen)
 
     def window(self) -> Window:
         requests, errors, prompt, completion, engine, cost = self.numbers
@@ -204,6 +212,7 @@ class _Sum:
             languages=languages,
             features={name: dict(counts) for name, counts in self.features.items()},
             new_words=self.words,
+            chosen=self.chosen.window() if self.chosen is not None else None,
         )
 
 
@@ -225,6 +234,11 @@ def total(windows: Iterable[Window]) -> Window:
 
 def of_event(event: Mapping[str, Any], extractor: Extractor | None = None) -> Window:
     """The window of one row of ``request_event``. New words are counted where the row has its text."""
+    made = _of_event(event, extractor)
+    return replace(made, chosen=replace(made, new_words=Words())) if event["slot"] in _CHOSEN else made
+
+
+def _of_event(event: Mapping[str, Any], extractor: Extractor | None) -> Window:
     status, answered = int(event["status"]), event["status"] == 200
     features: dict[str, Counts] = {}
     if answered:
@@ -271,7 +285,10 @@ def _scaled(value: float, unit: int) -> int:
 
 def to_json(window: Window) -> dict[str, Any]:
     """What ``traffic_window.sketches`` holds; requests and errors have columns of their own."""
+    chosen = window.chosen
+    more = {} if chosen is None else {"chosen": {**to_json(chosen), "of": [chosen.requests, chosen.errors]}}
     return {
+        **more,
         "format": 1,
         "numbers": list(_numbers(window)[2:]),
         "status": dict(window.status),
@@ -289,6 +306,7 @@ def to_json(window: Window) -> dict[str, Any]:
 def from_row(row: Mapping[str, Any]) -> Window:
     """The inverse of `to_json`, from a row of ``traffic_window``."""
     sketches = row["sketches"]
+    chosen = sketches.get("chosen")  # which windows of earlier releases lack
     prompt, completion, engine, cost = sketches["numbers"]
     return Window(
         requests=row["requests"],
@@ -306,6 +324,7 @@ def from_row(row: Mapping[str, Any]) -> Window:
         languages=sketches.get("languages", {}),
         features={name: _by_int(counts) for name, counts in sketches["features"].items() if name in FEATURE},
         new_words=Words(**sketches["new_words"]),
+        chosen=chosen and from_row({"requests": chosen["of"][0], "errors": chosen["of"][1], "sketches": chosen}),
     )
 
 

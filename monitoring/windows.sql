@@ -82,7 +82,7 @@ order by start, version
 
 -- name: series_of_figures
 select version, start, requests, errors,
-       sketches || '{"features": {}, "new_words": {"counts": {}, "error": 0}}' as sketches
+       (sketches - 'chosen') || '{"features": {}, "new_words": {"counts": {}, "error": 0}}' as sketches
 from traffic_window
 where model = %(model)s and version = any(%(versions)s) and grain = %(grain)s
     and start >= %(since)s and start < %(until)s

@@ -2,8 +2,9 @@
 
 It answers every request with words that begin with the adapter's name. The last message may ask for more:
 ``slow`` (50 words, 0.05 s each), ``flood`` (20 MB), ``garbage`` (not JSON), ``break`` (the connection ends in the
-middle), ``full`` (429), ``fail`` (500), ``queued`` (it says that the request waited for an hour). ``GET /stats`` tells
-what it saw. Run as a process: ``python engine_peer.py PORT``.
+middle), ``early`` (it ends before the first word, every other time), ``full`` (429), ``fail`` (500), ``queued`` (it
+says that the request waited for an hour). ``GET /stats`` tells what it saw. Run as a process:
+``python engine_peer.py PORT``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ SECRET = "peer-secret"
 class Peer:
     def __init__(self) -> None:
         self.loaded: dict[str, str] = {}
-        self.stats: dict[str, Any] = {"answered": 0, "cancelled": 0, "active": 0, "loads": 0, "bodies": []}
+        self.stats: dict[str, Any] = {"answered": 0, "cancelled": 0, "active": 0, "loads": 0, "early": 0, "bodies": []}
 
     @web.middleware
     async def guard(self, request: web.Request, handler: Any) -> web.StreamResponse:
@@ -84,13 +85,21 @@ class Peer:
             async def send(value: dict[str, Any]) -> None:
                 await response.write(b"data: " + json.dumps(value).encode() + b"\n\n")
 
+            if chat:  # as vLLM and ours begin, before there is a token
+                opening = {"index": 0, "finish_reason": None, "delta": {"role": "assistant", "content": ""}}
+                await send(head | {"choices": [opening]})
+            if asked == "early":
+                self.stats["early"] += 1
+                if self.stats["early"] % 2:
+                    assert request.transport is not None
+                    request.transport.close()
+                    return response
             for i, word in enumerate(words):
                 if asked == "break" and i == 1:
                     assert request.transport is not None
                     request.transport.close()
                     return response
-                said = {"content": word} | ({"role": "assistant"} if i == 0 else {})
-                piece = {"delta": said} if chat else {"text": word}
+                piece = {"delta": {"content": word}} if chat else {"text": word}
                 finish = "stop" if i == len(words) - 1 else None
                 await send(head | {"choices": [{"index": 0, "finish_reason": finish, **piece}]})
                 await asyncio.sleep(pause)

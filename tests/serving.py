@@ -92,7 +92,7 @@ def add_version(
             model=model,
             method="lora",
             base=BaseIdentity(
-                id="test", revision="main", digest=base, tokenizer_digest="t", template_digest="c", dtype="float32"
+                id="test", revision="main", digest=base, tokenizer_digest=BASE, template_digest=BASE, dtype="float32"
             ),
             prompt=Prompt(system=system),
             generation=Generation(max_tokens=17, temperature=0.25),

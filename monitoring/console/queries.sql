@@ -152,7 +152,7 @@ order by q.at desc limit 20
 -- name: windows
 -- Features and words are left behind: charts of traffic do not need them, and they are most of a sketch.
 select version, start, requests, errors,
-       sketches || '{"features": {}, "new_words": {"counts": {}, "error": 0}}' as sketches
+       (sketches - 'chosen') || '{"features": {}, "new_words": {"counts": {}, "error": 0}}' as sketches
 from traffic_window
 where model = %(model)s and grain = %(grain)s and start >= %(since)s and start < %(until)s
 order by start, version
@@ -202,7 +202,7 @@ limit %(limit)s
 
 -- name: request
 select r.*, b.created_at as recorded_at, b.windowed_at, k.name as key_name,
-       f.at as feedback_at, f.score, f.label, f.correction, f.similarity, fk.name as feedback_by
+       f.at as feedback_at, f.score, f.review, f.label, f.correction, f.similarity, fk.name as feedback_by
 from request_event r
 left join event_batch b on b.id = r.batch
 left join api_key k on k.id = r.key_id
@@ -213,7 +213,8 @@ where r.id = %(id)s and r.at between %(since)s and %(until)s
 -- name: disliked
 select e.id, e.at, e.version, e.messages, e.answer, f.score, f.label
 from feedback f join request_event e on e.at = f.request_at and e.id = f.request_id
-where f.model = %(model)s and f.at > %(since)s and f.score < 0 and f.correction is null and e.answer is not null
+where f.model = %(model)s and f.at > %(since)s and f.score < 0 and f.review is null and f.correction is null
+    and e.answer is not null
 order by f.at desc limit %(limit)s
 
 -- name: unsure

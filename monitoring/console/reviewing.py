@@ -58,6 +58,6 @@ def give(visit: Visit) -> Response:
         raise UsageError("Nothing was changed in the answer.", hint="Correct it, or say that it is right, or wrong.")
     with transaction() as conn:
         key = visit.identity.key_id if visit.identity else None
-        feedback.record(conn, [feedback.parse(item)], key_id=key)
+        feedback.record(conn, [feedback.parse(item)], key_id=key, reviewing=True)
     there = visit.form.get("next", "")
     return RedirectResponse(there if there.startswith("/review?") else f"/requests/{visit.path('id')}", 303)

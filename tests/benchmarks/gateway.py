@@ -195,7 +195,7 @@ def ours(home: Home, model_url: str) -> Iterator[Side]:
         model="demo",
         method="hosted",
         base=BaseIdentity(
-            id="none", revision="main", digest=DIGEST, tokenizer_digest="t", template_digest="c", dtype="float32"
+            id="none", revision="main", digest=DIGEST, tokenizer_digest=DIGEST, template_digest=DIGEST, dtype="float32"
         ),
         generation=Generation(max_tokens=16),
         hosted=Hosted(models=(HostedModel(upstream="model", model="demo"),)),

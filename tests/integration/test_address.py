@@ -47,7 +47,8 @@ def test_a_full_address_is_waited_for_as_long_as_it_asks() -> None:
         return (429, {"retry-after": "0.4"}, {"error": {"message": "slow down"}}) if next(full) else "yes"
 
     with serving(answer) as peer, client(peer.url, parallel=1) as c:
-        assert [a.text for a in c.ask_all(turns("a", "b"), max_tokens=4) if a] == ["yes", "yes"]
+        said = [a for a in c.ask_all(turns("a", "b"), max_tokens=4) if a]
+        assert [(a.text, a.seconds >= 0.4) for a in said] == [("yes", True)] * 2, "who asked has waited too"
         assert all(later - earlier >= 0.4 for earlier, later in zip(peer.times[::2], peer.times[1::2], strict=True))
         assert dict(c.counts) == {"tried_again": 2, "answered": 2}
         assert c.in_words("it") == ["Requests to it were tried again 2 times."]

@@ -196,8 +196,10 @@ def test_pinned_requests_and_copies_pass_no_step(begun: Rollout) -> None:
     serve(1, 6)
     serve(2, 9, slot="pinned")
     serve(2, 9, slot="shadow")
+    serve(2, 9, slot="pinned", status=500)  # nor do they take it back: nobody drew them
     turn()
     assert now()[0].said == "0 of 50 requests, 20 of 10 minutes"
+    assert all(finding["requests"] == 0 for finding in now()[0].findings)
 
 
 def test_a_stopped_canary_can_be_begun_again_at_once(begun: Rollout) -> None:

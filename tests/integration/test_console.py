@@ -338,15 +338,15 @@ def test_answers_are_reviewed_and_corrected(app: TestClient) -> None:
     assert say(first, correction="  Return the sum, mail ada@example.org. ", answer="old", next=here) == here
     row = given(first)
     assert row is not None
-    assert (row["score"], row["correction"]) == (-1, "Return the sum, mail [EMAIL].")
+    assert (row["score"], row["review"], row["correction"]) == (None, -1, "Return the sum, mail [EMAIL].")
     assert say(second, correction="as it was", answer="as it was", verdict="right") == f"/requests/{second}"
-    assert (given(second) or {})["score"] == 1
+    assert (given(second) or {})["review"] == 1
     assert say(third, correction="", answer="x", verdict="wrong", next="//evil.example") == f"/requests/{third}"
-    assert (given(third) or {})["score"] == -1
+    assert (given(third) or {})["review"] == -1
     left = waiting()
-    assert first not in left
-    assert second not in left
-    assert left[0] == third, "disliked, and not corrected yet"
+    assert not {first, second, third} & set(left), "each is judged once"
+    page, _ = check(app, f"/requests/{third}")
+    assert "reviewed: wrong" in page
     unchanged = app.post(f"/requests/{third}/feedback", data={"correction": "x", "answer": "x"})
     assert (unchanged.status_code, "Nothing was changed" in unchanged.text) == (400, True)
     log_in(app, "viewer")

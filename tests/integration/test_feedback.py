@@ -148,6 +148,20 @@ def test_client_ids_are_looked_for_among_the_key_s_own_requests(model: str) -> N
         give({"request_id": "job-8", "score": 0}, key_id="mine", own_only=True)
 
 
+def test_ids_that_clients_made_as_ours_are_made_are_theirs(model: str) -> None:
+    made, copied = (str(traffic.uuid7(traffic.minutes_ago(1))) for _ in range(2))
+    theirs, copy = event(client_request_id=made), event(client_request_id=copied, slot="shadow")
+    send(theirs, copy)
+    assert str(give({"request_id": made, "score": 0})["request_id"]) == theirs["id"]
+    assert str(give({"request_id": copied, "score": 0})["request_id"]) == copied, "whose event is on its way"
+    with transaction() as conn:
+        traffic.register(conn, "router", 1, PROFILE, settings={})
+    first, later = (event(client_request_id="both") | {"model": name} for name in ("m", "router"))
+    send(first, later)
+    for name, sent in (("m", first), ("router", later)):  # which went through both
+        assert str(give({"request_id": "both", "score": 1}, model=name)["request_id"]) == sent["id"]
+
+
 @pytest.mark.parametrize(
     "value",
     [

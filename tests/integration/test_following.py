@@ -8,17 +8,19 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import engine_peer
 import httpx
 import pytest
-from serving import Stand, add_base, add_engine, add_version, make_stand, promote, three_versions, wait_for
+from serving import Stand, add_base, add_engine, add_version, child, make_stand, promote, three_versions, wait_for
 
 from deploy.follower import IDLE_VERSIONS
 from infra import ports, storage
-from infra.db import transaction
+from infra.db import one, transaction
 from infra.settings import Settings
 from monitoring import alerts
 from registry import deployments
@@ -147,6 +149,58 @@ def test_a_sick_engine_holds_up_no_promotion(database: Settings) -> None:
             assert all(stand.ask().status_code == 200 for _ in range(4)), "only who has it loaded is asked"
             promote("demo", 2)
             wait_for(lambda: stand.ask().headers["x-tunesmith-version"] == "demo:2", 10)
+
+
+def test_who_waits_for_an_engine_that_is_gone_is_asked_elsewhere(database: Settings) -> None:
+    add_version("demo", 1)
+    promote("demo", 1)
+    port = ports.free()
+    mute = f"http://127.0.0.1:{port}"
+    with (
+        make_stand(database.home) as stand,
+        child(engine_peer.__file__, str(port), log=stand.home / "mute.log") as process,
+        stand.running_engine(),
+        stand.running_gateway(),
+    ):
+        add_engine(mute)
+        stand.wait_ready()
+        secret = {"authorization": f"Bearer {engine_peer.SECRET}"}
+        wait_for(lambda: httpx.get(f"{mute}/stats", headers=secret, trust_env=False).json()["answered"])
+        process.send_signal(signal.SIGSTOP)  # it takes connections, and never says anything again
+        with ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(stand.ask, text="hello", stream=bool(n % 2)) for n in range(8)]
+            wait_for(lambda: sum(each.done() for each in asked) >= 4, what="for those that the other one answers")
+            assert not all(each.done() for each in asked)
+            with transaction() as conn:
+                conn.execute("update engine set seen_at = now() - interval '1 minute' where url = %s", (mute,))
+            answers = [each.result(timeout=60) for each in asked]
+        assert [answer.status_code for answer in answers] == [200] * 8
+        assert all("word1" in answer.text for answer in answers)
+        assert {event["status"] for event in stand.wait_events(8)} == {200}
+
+
+def test_a_gateway_that_the_database_is_away_for_says_so(database: Settings) -> None:
+    add_version("demo", 1)
+    promote("demo", 1)
+    with make_stand(database.home) as stand, stand.running_engine(), stand.running_gateway():
+        stand.wait_ready()
+
+        def ready() -> dict[str, Any]:
+            found: dict[str, Any] = stand.http.get(f"{stand.url}/readyz", headers=stand.header("viewer")).json()
+            return found
+
+        with transaction() as conn:
+            conn.execute("lock table deployment in access exclusive mode")  # whoever reads it waits
+            told = wait_for(lambda: (body := ready())["status"] == "stale" and body)
+            assert "a change since then is not followed" in told["message"]
+            assert stand.ask().status_code == 200
+        assert wait_for(lambda: ready()["status"] == "ready")
+        process = stand.gateway
+        assert process is not None
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+        with transaction() as conn:
+            assert one(conn, "select count(*) as n from replica")["n"] == 0, "who ends well is no gateway any more"
 
 
 def test_two_gateways_follow_and_each_says_what_it_cannot_serve(database: Settings, tmp_path: Path) -> None:

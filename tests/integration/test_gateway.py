@@ -436,6 +436,26 @@ def test_an_engine_that_fails(stand: Stand) -> None:
     assert {e["version"] for e in events} == {1}
 
 
+def test_a_stream_that_ends_before_its_first_token_is_asked_again(stand: Stand) -> None:
+    """Engines name who speaks before they have a token: of that alone a client has nothing."""
+    for asked in (1, 3):
+        answer = stand.ask(text="early", stream=True)
+        chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+        assert [chunk["choices"][0]["delta"].get("role") for chunk in chunks] == ["assistant", None, None, None]
+        assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == "demo-v1 word0 word1"
+        assert "data: [DONE]" in answer.text
+        assert stand.stats()["early"] == asked + 1
+    assert {e["status"] for e in stand.wait_events(2)} == {200}
+
+
+def test_what_who_answers_says_is_kept_only_where_text_is(stand: Stand) -> None:
+    assert stand.ask(text="fail").status_code == 502
+    with transaction() as conn:
+        conn.execute("""update model set settings = '{"monitoring": {"keep_text": true}}' where name = 'demo'""")
+    wait_for(lambda: stand.ask(text="fail").status_code == 502 and stand.events()[-1]["error"].endswith(": fail"))
+    assert stand.events()[0]["error"] == "upstream: The engine failed with status 500"
+
+
 def replicas() -> list[Any]:
     with transaction() as conn:
         return [row["id"] for row in conn.execute("select id from replica")]

@@ -118,8 +118,9 @@ def test_its_numbers_stand_beside_its_agreement_with_people(
 
 def manifest(base: Base) -> Manifest:
     named = BaseIdentity(
-        id=base.id, revision="main", digest="d", tokenizer_digest="t", template_digest="c", dtype="float32"
-    )
+        id=base.id, revision="main", digest=base.digest, tokenizer_digest=base.tokenizer_digest,
+        template_digest=base.template_digest, dtype="float32",
+    )  # fmt: skip
     return Manifest(model="m", method="prompt", base=named, code_version="test")
 
 

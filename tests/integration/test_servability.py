@@ -72,6 +72,15 @@ def check(base: Base, folder: Path, given: dict[str, Any]) -> dict[str, Any]:
     return servability.check(base, folder, given, rows(), None)
 
 
+def test_long_rows_are_looked_at_where_their_answers_begin(
+    tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(tiny_base, tmp_path / "adapter", params())
+    monkeypatch.setattr(servability, "_LONGEST", 7)  # no row is as short
+    found = check(tiny_base, tmp_path / "adapter", params())
+    assert (found["rows"], found["differences"]["float32"] < 1e-4) == (6, True)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_is_served_as_it_was_trained(tiny_base: Base, tmp_path: Path, method: str) -> None:
     given = params(**METHODS[method])

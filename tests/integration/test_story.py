@@ -92,6 +92,24 @@ def test_more_requests_and_errors_by_status(model: str) -> None:
     assert any("--requests-per-minute" in line for line in found.advice)
 
 
+def test_copies_are_no_requests_that_came_before(model: str) -> None:
+    came(1, 120, 20)
+    came(2, 120, 20, slot="shadow", engine_seconds=0.9)
+    came(1, 14, 1, every=3, latency_ms=900.0)
+    found = told("p95_latency_ms above", 1)
+    assert any(line.startswith("1.5 times as many requests come: 3.0 a minute, 2.0 before") for line in found.sentences)
+    assert (found.cause, len(found.sentences)) == ("input", 1)
+
+
+def test_what_costs_more_is_told_over_the_time_that_its_limit_is_of(model: str) -> None:
+    """Three times the traffic since ten hours: the last quarter of an hour is as the hours before it."""
+    came(1, 48 * 60, 10 * 60, every=1)
+    came(1, 10 * 60 - 1, 1, every=3)
+    found = told("cost_usd above", 1)
+    assert any("times as many requests come" in line for line in found.sentences)
+    assert found.cause == "input"
+
+
 def test_where_nothing_grew_that_is_said(model: str) -> None:
     came(1, 120, 20)
     came(1, 14, 1, latency_ms=900.0)

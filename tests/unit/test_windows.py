@@ -15,10 +15,10 @@ from monitoring.windows import RELATIVE_ERROR, Window, Words, bucket, percentile
 from registry.profile import FEATURES
 
 
-def event(status: int, latency: float, tokens: int, cost: float, values: list[float]) -> dict[str, Any]:
+def event(slot: str, status: int, latency: float, tokens: int, cost: float, values: list[float]) -> dict[str, Any]:
     return {
         "status": status,
-        "slot": "champion",
+        "slot": slot,
         "latency_ms": latency,
         "ttft_ms": latency / 2,
         "prompt_tokens": tokens,
@@ -32,6 +32,7 @@ def event(status: int, latency: float, tokens: int, cost: float, values: list[fl
 
 EVENTS = st.builds(
     event,
+    st.sampled_from(["champion", "challenger", "pinned", "shadow"]),
     st.sampled_from([200, 200, 400, 429, 500, 503]),
     st.floats(0, 1e9) | st.just(float("nan")),
     st.integers(0, 10_000),
@@ -52,6 +53,8 @@ def test_merging_is_associative_and_commutative_and_loses_nothing(a: Window, b: 
     assert a + b == b + a
     assert a + Window() == a
     assert (a + b).requests == a.requests + b.requests == sum((a + b).status.values())
+    chosen = (a + b + c).chosen
+    assert (chosen.requests if chosen else 0) == sum((a + b + c).slots.get(slot, 0) for slot in ("pinned", "shadow"))
 
 
 @given(WINDOWS)
