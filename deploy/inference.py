@@ -242,7 +242,7 @@ class Inference:
             waited = ((b"x-tunesmith-queue-ms", b"%d" % round(call.queue_ms)),)
             await self._send_whole(call, send, orjson.dumps(answer), waited)
         route = table.routes.get(wanted.model)
-        if route is not None and route.shadow is not None and call.slot in ("champion", "challenger"):
+        if route is not None and route.shadow is not None and wanted.number is None:
             self._copy(call, route.shadow, table.places(route.shadow))
 
     async def _stream(self, call: Call, places: tuple[Place, ...], body: dict[str, Any], send: Send) -> None:

@@ -32,6 +32,7 @@ import orjson
 import psycopg
 from psycopg import sql
 from psycopg.types.json import Jsonb
+from uuid_utils.compat import uuid7
 
 from infra.db import Connection, connect, load_queries, one
 from infra.errors import TunesmithError
@@ -431,7 +432,7 @@ def store(conn: Connection, replica: uuid.UUID, events: Sequence[Mapping[str, An
     An event that is there already is left alone, so replays are harmless. Raises psycopg.DataError, ValueError,
     LookupError or TypeError when one of the events does not fit the table.
     """
-    batch = uuid.uuid4()
+    batch = uuid7()
     conn.execute(SQL["wait_for_erasures"])
     conn.execute(SQL["make_stage"])
     with conn.cursor() as cursor:
@@ -441,7 +442,9 @@ def store(conn: Connection, replica: uuid.UUID, events: Sequence[Mapping[str, An
                 copy.write_row(_row(event, batch))
         new = cursor.execute(SQL["insert_events"]).rowcount
     if new:
-        conn.execute(SQL["insert_batch"], {"id": batch, "replica": replica, "rows": new})
+        times = [event_time(uuid.UUID(event["id"])) for event in events]
+        told = {"id": batch, "replica": replica, "rows": new, "first_at": min(times), "last_at": max(times)}
+        conn.execute(SQL["insert_batch"], told)
     return new
 
 

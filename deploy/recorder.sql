@@ -26,7 +26,8 @@ cross join lateral (select exists (select from erasure e where e.subject = s.sub
 on conflict do nothing
 
 -- name: insert_batch
-insert into event_batch (id, replica, rows) values (%(id)s, %(replica)s, %(rows)s)
+insert into event_batch (id, replica, rows, first_at, last_at)
+values (%(id)s, %(replica)s, %(rows)s, %(first_at)s, %(last_at)s)
 
 -- name: lock_partitions
 select pg_advisory_xact_lock(hashtext('tunesmith request_event partitions'))

@@ -1,7 +1,7 @@
 -- name: waiting
-select id, rows, created_at
+select id, first_at, last_at
 from (
-    select id, rows, created_at, sum(rows) over (order by created_at, id) - rows as before
+    select id, first_at, last_at, sum(rows) over (order by created_at, id) - rows as before
     from (select * from event_batch where to_export order by created_at limit 500) oldest
 ) waiting
 where before < %(rows)s

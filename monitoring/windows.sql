@@ -2,9 +2,9 @@
 select pg_advisory_xact_lock(hashtext('tunesmith windows'))
 
 -- name: open_batches
-select id, rows, created_at
+select id, first_at, last_at
 from (
-    select id, rows, created_at, sum(rows) over (order by created_at, id) - rows as before
+    select id, first_at, last_at, sum(rows) over (order by created_at, id) - rows as before
     from (select * from event_batch where windowed_at is null order by created_at limit 500) oldest
 ) waiting
 where before < %(rows)s

@@ -26,6 +26,7 @@ from registry.statistics import in_words
 _COLUMNS = 24  # of the heat map
 _BINS = 24  # of a drawn distribution, at most
 _RESCORINGS = 10
+_MOMENT = timedelta(minutes=15)
 
 
 def show(visit: Visit) -> Response:
@@ -40,8 +41,11 @@ def show(visit: Visit) -> Response:
             return draw(visit, "drift.html", model=name, number=None, since=since, versions=[], now=now)
         if number not in numbers:
             raise NotFound(f"There is no version {name}:{number}.", hint=f"See `tunesmith versions {name}`.")
-        report = drift.judge(conn, name, number, begin, until)
-        verdicts = conn.execute(SQL["verdicts"], {"model": name, "version": number, "since": begin}).fetchall()
+        asked = {"model": name, "version": number, "since": begin, "until": until, "columns": _COLUMNS}
+        last = conn.execute(SQL["last_compared"], asked).fetchone()
+        report = drift.judge(conn, name, number, begin, until, before=_of_now(last, begin, until))
+        heat = {(row["name"], row["place"]): row["ratio"] for row in conn.execute(SQL["heat"], asked)}
+        judged = one(conn, SQL["judged"], asked)["n"]
         latest = {row["version"]: row for row in conn.execute(SQL["last_verdicts"], {"model": name})}
         window = windows.read(conn, name, number, begin, until)
         profile = conn.execute(SQL["profile"], {"model": name, "number": number}).fetchone()
@@ -55,9 +59,8 @@ def show(visit: Visit) -> Response:
     moved = [f["name"] for f in report["features"] if f["drifted"]]
     todo = explain.advice(name, found["cause"], moved) if found else ""
     features, features_at = report["features"], None
-    for verdict in reversed(verdicts):  # too few requests to compare now: what they last showed
-        if not features and (features := verdict["body"].get("features", [])):
-            features_at = verdict["at"]
+    if not features and last is not None:  # too few requests to compare now: what they last showed
+        features, features_at = last["body"]["features"], last["at"]
     features = sorted(features, key=lambda f: -_ratio(f))
     wanted = visit.query("feature") or (features[0]["name"] if features else "")
     return draw(
@@ -72,11 +75,11 @@ def show(visit: Visit) -> Response:
         said=report["explanation"].removesuffix(todo),
         todo=todo,
         requests=window.requests,
-        features=[_row(f, verdicts, begin, until) for f in features],
+        features=[_row(f, heat, begin, until) for f in features],
         features_at=features_at,
         begin=begin,
         until=until,
-        judged=len(verdicts),
+        judged=judged,
         wanted=wanted,
         distribution=_distribution(wanted, reference, live, number),
         measures=next((f["also"] for f in features if f["name"] == wanted and "also" in f), {}),
@@ -113,18 +116,19 @@ def _ratio(f: Mapping[str, Any]) -> float:
     return float(value / threshold) if threshold else math.inf if value else 0.0
 
 
+def _of_now(last: Mapping[str, Any] | None, begin: datetime, until: datetime) -> Mapping[str, Any] | None:
+    """A verdict on the very span that is looked at, of a moment ago: what it comes of need not be found again."""
+    if last is None or until - last["at"] > _MOMENT:
+        return None
+    return last["body"] if abs((last["until"] - last["since"]) - (until - begin)) < _MOMENT else None
+
+
 def _row(
-    f: Mapping[str, Any], verdicts: Iterable[Mapping[str, Any]], begin: datetime, until: datetime
+    f: Mapping[str, Any], heat: Mapping[tuple[str, int], float], begin: datetime, until: datetime
 ) -> dict[str, Any]:
     """A feature with its heat: the worst verdict within each of the range's columns."""
     length = (until - begin) / _COLUMNS
-    worst: list[float | None] = [None] * _COLUMNS
-    for verdict in verdicts:
-        index = min(_COLUMNS - 1, max(0, int((verdict["at"] - begin) / length)))
-        for other in verdict["body"].get("features", []):
-            ratio = _ratio(other)
-            if other["name"] == f["name"] and ratio >= 0:
-                worst[index] = max(ratio, worst[index] or 0.0)
+    worst = [heat.get((f["name"], column)) for column in range(_COLUMNS)]
     name = label(f["name"])
     cells = [(ratio, f"{name}\n{_times(begin + i * length, length)}\n{_says(ratio)}") for i, ratio in enumerate(worst)]
     return {**f, "label": name, "ratio": _ratio(f), "heat": strips.heat(cells, title=f"{name} over time")}

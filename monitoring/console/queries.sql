@@ -168,11 +168,26 @@ select case when min(h.start) > now() - interval '8 hours'
             else min(h.start) end as start
 from traffic_window h where h.model = %(model)s and h.grain = 'hour'
 
--- name: verdicts
-select id, at, since, until, verdict, body
-from verdict
-where model = %(model)s and version = %(version)s and at >= %(since)s
-order by at
+-- name: heat
+-- Of each feature how far beyond its threshold it was, at most, in each of the columns between two times
+select f ->> 'name' as name,
+       least(%(columns)s, width_bucket(extract(epoch from v.at), extract(epoch from %(since)s::timestamptz),
+             extract(epoch from %(until)s::timestamptz), %(columns)s)) - 1 as place,
+       max(case when (f ->> 'threshold')::float8 > 0 then (f ->> 'value')::float8 / (f ->> 'threshold')::float8
+                when (f ->> 'value')::float8 > 0 then 'infinity' else 0 end) as ratio
+from verdict v cross join lateral jsonb_array_elements(v.body -> 'features') f
+where v.model = %(model)s and v.version = %(version)s and v.at >= %(since)s
+    and f ->> 'value' is not null and f ->> 'threshold' is not null
+group by 1, 2
+
+-- name: judged
+-- How often, and the last time that features were compared
+select count(*) as n from verdict where model = %(model)s and version = %(version)s and at >= %(since)s
+
+-- name: last_compared
+select at, since, until, body from verdict
+where model = %(model)s and version = %(version)s and at >= %(since)s and jsonb_array_length(body -> 'features') > 0
+order by at desc limit 1
 
 -- name: last_verdicts
 select v.number as version, t.verdict, t.at

@@ -114,7 +114,8 @@ def visit(times: int) -> dict[str, list[float]]:
     model = f"/models/{MODEL}"
     pages = [
         "/", "/alerts", f"/alerts/{alert['id']}", *(f"{model}?since={since}" for since in ("1h", "24h", "7d", "30d")),
-        f"{model}/drift", f"{model}/cost", f"{model}/versions/2", "/requests", "/requests?since=30d",
+        f"{model}/drift", f"{model}/drift?since=30d", f"{model}/cost", f"{model}/versions/2", "/requests",
+        "/requests?since=30d",
         f"/requests?model={MODEL}&version=1&status=error&since=30d",
         f"/requests?model={MODEL}&feedback=negative&since=30d", "/requests?model=empty-model&since=30d",
         f"/requests?since=30d&before={request['at'].isoformat()}/{request['id']}".replace("+", "%2B"),

@@ -3,12 +3,12 @@
     .venv/bin/python tests/benchmarks/drift.py [--short] [--days N] [--intents FOLDER] [--part a|b|c]
         [--evidently PYTHON]
 
-(a) Quiet days: held-out real requests, in blocks of a few of one kind, in a rhythm of the day, are judged each hour as
-the watcher does, over the last day. At most 67 of 1,000 days (binomial, 99 %, of the promised 5 %) may see an alarm.
-(b) Detection: requests from another world are mixed in, and the table says after how many requests of all kinds that
-was found; 10 % must be found within REQUESTS, a number fixed before the run. (c) What a comparison of a million rows
-with a million costs from raw rows and from stored windows, beside scipy's KS and, if there is a PYTHON that has it,
-Evidently with its fastest tests.
+(a) Quiet days: held-out real requests, in blocks of a few of one kind, in a rhythm of the day, are judged each hour, as
+the watcher judges (though it looks more often), over the last day. At most 67 of 1,000 days (binomial, 99 %, of the
+promised 5 %) may see an alarm. (b) Detection: requests from another world are mixed in, and the table says after how
+many requests of all kinds that was found; 10 % must be found within REQUESTS, a number fixed before the run. (c) What a
+comparison of a million rows with a million costs from raw rows and from stored windows, beside scipy's KS and, if there
+is a PYTHON that has it, Evidently with its fastest tests.
 
 FOLDER has files as those of CLINC150: in scope `*_train.jsonl` and `*_test.jsonl`, out of scope `*_oos_test.jsonl`, in
 chat form. Without one the worlds are those of the demo: the standard library's docstrings, and those of numpy and

@@ -58,8 +58,8 @@ def test_slots() -> None:
     one, two, three = served(1), served(2), served(3)
     route = Route(model="m", generation=1, champion=one, challenger=two, share=0.25)
     table = Table(routes={"m": route}, resident={("m", n): s for n, s in ((1, one), (2, two), (3, three))})
-    assert pick(table, parse("m@champion"), "x") == (one, "champion")
-    assert pick(table, parse("m@challenger"), "x") == (two, "challenger")
+    assert pick(table, parse("m@champion"), "x") == (one, "pinned"), "named, and not drawn"
+    assert pick(table, parse("m@challenger"), "x") == (two, "pinned")
     assert pick(table, parse("m:3"), "x") == (three, "pinned")
     assert pick(table, parse("m:4"), "x") is None
     share = sum(pick(table, parse("m"), f"user{i}") == (two, "challenger") for i in range(4000)) / 4000
