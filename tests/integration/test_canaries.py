@@ -244,7 +244,7 @@ def test_an_alert_of_its_own_takes_it_back(begun: Rollout) -> None:
         for version in (1, 2):
             conn.execute(
                 "insert into alert (id, model, version, rule, severity, message)"
-                " values (%s, 'm', %s, 'p95_ttft_ms above', 'warning', 'it is slow')",
+                " values (%s, 'm', %s, 'cost_usd above', 'warning', 'it is dear')",
                 (uuid.uuid4(), version),
             )
         canaries.step(conn, "m", traffic.minutes_ago(0))
@@ -254,7 +254,7 @@ def test_an_alert_of_its_own_takes_it_back(begun: Rollout) -> None:
         canaries.step(conn, "m", traffic.minutes_ago(0))
         assert [a["version"] for a in alerts.listing(conn)] == [2]
     assert now()[0].state == "taken_back"
-    assert "p95_ttft_ms above: it is slow" in now()[2][-1].reason
+    assert "cost_usd above: it is dear" in now()[2][-1].reason
 
 
 @pytest.mark.parametrize(

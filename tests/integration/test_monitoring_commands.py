@@ -92,14 +92,15 @@ def test_languages_share_the_cost_and_a_version_pays_off(database: Settings) -> 
         cheaper, dearer = (
             keep_evidence(conn, "evaluation", {"metrics": {"cost_per_1000_usd": cost}}) for cost in costs
         )
-        run_id = uuid.uuid4()
-        conn.execute(
-            "insert into run (id, model, kind, state, fingerprint, config, config_path, token)"
-            " values (%s, 'm', 'train', 'completed', '', '{}', '', 1)",
-            (run_id,),
-        )
-        conn.execute("insert into stage (run_id, name, output, seconds) values (%s, 'search', '{}', 3600)", (run_id,))
         for number, kept in ((1, cheaper), (2, dearer)):
+            run_id = uuid.uuid4()
+            conn.execute(
+                "insert into run (id, model, kind, state, fingerprint, config, config_path, token)"
+                " values (%s, 'm', 'train', 'completed', '', '{}', '', 1)",
+                (run_id,),
+            )
+            took = "insert into stage (run_id, name, output, seconds) values (%s, 'search', '{}', 3600)"
+            conn.execute(took, (run_id,))
             conn.execute(
                 "insert into version (model, number, bundle_digest, base_digest, method, manifest, profile, run_id,"
                 " evaluation) values ('m', %s, 'sha256:v', 'sha256:b', 'lora', '{}', %s, %s, %s)",
