@@ -4,11 +4,11 @@
 
 Two versions of builtin:tiny, each trained to answer one word, behind `tunesmith engine` and `tunesmith serve`, and
 clients that ask without a pause. (a) From the ledger's entry, in the database's time, to the first byte of an answer by
-the new version, which is resident (of a stream, which begins with its first token): promotions and rollbacks by turns. (b) The same from the start of the shell command
-`tunesmith promote`. (c) 10,000 requests while versions are promoted and rolled back 50 times: none may fail, and text
-and version header must agree in every answer; every one must be recorded. (d) Four times as many requests a second as
-are answered at the most: what is served then, and that the rest is refused and recorded. No time is asserted: figures
-are printed, with the targets they have. Run it alone.
+the new version, which is resident (of a stream, which begins with its first token): promotions and rollbacks by turns.
+(b) The same from the start of the shell command `tunesmith promote`. (c) 10,000 requests while versions are promoted
+and rolled back 50 times: none may fail, and text and version header must agree in every answer; every one must be
+recorded. (d) Four times as many requests a second as are answered at the most: what is served then, and that the rest
+is refused and recorded. No time is asserted: figures are printed, with the targets they have. Run it alone.
 """
 
 from __future__ import annotations
