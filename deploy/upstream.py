@@ -218,7 +218,7 @@ class Upstream:
                 self._unanswered.pop(limit, None)
         if isinstance(failure, TunesmithError):
             raise failure
-        if failure is None:
+        if failure is None and any(map(self._may_live, order)):
             raise self._resting(order, served)
         raise _silent(failed, served) from failure
 
