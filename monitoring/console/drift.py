@@ -202,4 +202,4 @@ def _bin_label(feature: Feature, first: int, last: int) -> str:
         return f"< {write(high)}"
     if high is None:
         return f"≥ {write(low)}"
-    return f"{write(low).removesuffix(' %')}–{write(high)}"
+    return f"{write(low).removesuffix(' %')}{' to ' if low < 0 else '–'}{write(high)}"
