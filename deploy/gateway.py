@@ -163,8 +163,9 @@ async def healthz(request: Request) -> Response:
 
 async def readyz(request: Request) -> Response:
     """503 until the deployments were read and each model has a version that answers, or one that is broken. Later it is
-    503 only when no model answers: one that does not is no reason to take the others away. Whoever has a key also sees
-    which generation of each model is applied, and why a newer one is not."""
+    503 only when no model answers: one that does not is no reason to take the others away. It is stale where a change
+    is not followed, or could not be read. Whoever has a key also sees which generation of each model is applied, and
+    why a newer one is not."""
     follower: Follower = request.app.state.follower
     routes = follower.table.routes.values()
     empty = [route.model for route in routes if route.champion is None and route.message]

@@ -15,7 +15,8 @@ where model = %(model)s and version = %(version)s and score is not null and at >
 
 -- name: alerts
 -- Opened for the one since it began, and not open for the other. What the test looks at itself (errors, latency) is left
--- to it, time to the first token too; drift counts where it is the version that moved, since a share of the users is no sample of all
+-- to it, time to the first token too; drift counts where it is the version that moved, since a share of the users is no
+-- sample of all
 select a.rule, a.message from alert a
 where a.model = %(model)s and a.version = %(version)s and a.closed_at is null and a.severity in ('warning', 'critical')
     and a.opened_at >= %(since)s and (a.rule <> 'drift' or a.cause = 'model') and a.rule not like 'error_rate%%'

@@ -259,13 +259,16 @@ class Watcher:
             ensure_partitions(conn)
             old = [row["name"] for row in conn.execute(SQL["old_partitions"], {"days": days})]
         for name in old:
-            try:
-                with transaction() as conn:
-                    conn.execute(SQL["soon"])
-                    conn.execute(sql.SQL("drop table {}").format(sql.Identifier(name)))
-            except psycopg.errors.LockNotAvailable:
-                log.info("%s is still being read, and is dropped later", name)
-                return
+            with transaction() as conn:
+                try:
+                    with conn.transaction():
+                        conn.execute(SQL["soon"])
+                        conn.execute(sql.SQL("drop table {}").format(sql.Identifier(name)))
+                except (
+                    psycopg.errors.LockNotAvailable
+                ):  # caught here: `transaction` takes it for a database that is away
+                    log.info("%s is still being read, and is dropped later", name)
+                    return
             log.info("dropped %s, older than %d days", name, days)
 
 

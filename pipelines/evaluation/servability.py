@@ -49,6 +49,8 @@ def check(
             raise Refused(f"The row {row.id} has another prompt in training than in serving.", hint=_HINT)
         start = max(0, min(length - 1, len(ids) - _LONGEST))  # of a long row so much as has answer tokens in it
         chosen.append((ids[start : start + _LONGEST], length - start))
+    if not chosen:
+        raise Refused("There is no validation row to compare the two forms on.", hint=f"Add some. {_HINT}")
     dtypes = [base.dtype] if base.dtype == "float32" or base.parameters > _EXACTLY else ["float32", base.dtype]
     differences = {dtype: _difference(base, adapter, params, chosen, dtype) for dtype in dtypes}
     for dtype, found in differences.items():

@@ -115,6 +115,35 @@ def test_tokens_and_money_hold_over_two_gateways(stand: Stand) -> None:
                 budgets.unlimit(conn, "key", key_id(stand))
 
 
+def test_what_little_is_left_is_taken_in_small_parts_and_looked_for_again(
+    database: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budgets, "_LOOK_AGAIN_SECONDS", 0.2)
+    amount = budgets.Limit(scope="model", name="m", kind="usd", amount=100.0)
+    assert [budgets._grant(amount, 0.0, 5.0)[0] for _ in range(16)] == [5.0] * 16
+    granted = [budgets._grant(amount, 0.0, 5.0)[0] for _ in range(3)]
+    assert granted == pytest.approx([5.0, 3.75, 2.8125]), "a quarter of what is left, at most"
+    budgets._grant(amount, 100.0 - 80.0 - sum(granted), 0.0)  # and now all is taken
+
+    async def ask() -> None:
+        own = budgets.Budgets()
+        own._set([amount])
+        assert own.affords_copy("m")
+        with pytest.raises(budgets.OverLimit):
+            await own.admit("k", "m")
+        assert not own.affords_copy("m"), "nor is a copy paid for"
+        budgets._grant(amount, -2.0, 0.0)  # another gateway ends, and gives back
+        with pytest.raises(budgets.OverLimit):
+            await own.admit("k", "m")
+        await asyncio.sleep(0.25)
+        await own.admit("k", "m")
+        own.spend_copy("m", 5.0)
+        with pytest.raises(budgets.OverLimit):
+            await own.admit("k", "m")
+
+    asyncio.run(ask())
+
+
 def test_a_month_ends_with_the_calendar_and_what_it_used_is_kept(database: Settings) -> None:
     for day, left in (("2026-02-28", 1), ("2026-12-01", 31), ("2028-02-01", 29)):
         assert budgets._rest("month", datetime.fromisoformat(f"{day}T00:00:00Z")) == left * 86_400

@@ -19,6 +19,8 @@ import httpx
 import pytest
 from lora import save_adapter, save_base
 
+from infra.storage import file_digest
+
 SECRET = "of the tests"
 ROWS = 4
 
@@ -332,11 +334,23 @@ class TestOurEngine(EngineContract):
                 {"lora_name": "../cats", "lora_path": str(engine.adapters["cats-v1"])},
                 {"lora_name": "base", "lora_path": str(engine.adapters["cats-v1"])},
                 {"lora_name": "cats-v9"},
-            ):
+                {
+                    "lora_name": "cats-v9", "lora_path": str(engine.adapters["cats-v1"]),
+                    "digests": {"adapter_model.safetensors": file_digest(engine.adapters["cats-v2"] / weights.name)},
+                },
+            ):  # fmt: skip
                 response = client.post("/v1/load_lora_adapter", json=body)
                 assert response.status_code == 400, response.text
                 assert response.json()["error"]["type"] == "invalid_request_error"
             client.post("/v1/chat/completions", json=CHAT | {"model": "cats-v2"}).raise_for_status()
+
+    def test_an_adapter_is_loaded_as_it_was_sealed(self, engine: Running) -> None:
+        folder = engine.adapters["cats-v1"]
+        digests = {name: file_digest(folder / name) for name in ("adapter_model.safetensors", "adapter_config.json")}
+        with engine.client() as client:
+            body = {"lora_name": "sealed-v1", "lora_path": str(folder), "digests": digests}
+            client.post("/v1/load_lora_adapter", json=body).raise_for_status()
+            client.post("/v1/unload_lora_adapter", json={"lora_name": "sealed-v1"}).raise_for_status()
 
     def test_a_client_that_leaves_frees_its_place(self, engine: Running) -> None:
         long = CHAT | {"model": "base", "max_tokens": 400, "ignore_eos": True}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from datetime import UTC, datetime, timedelta
 
@@ -64,6 +65,18 @@ def test_few_days_are_said_and_days_without_traffic_count() -> None:
     assert (few["expected"], few["by"]) == (None, "2 full days so far, too few to say")
     assert four["expected"] == pytest.approx(3 + 0.75 / 2 + 10 * 0.75)
     assert four["low"] < four["expected"] < four["high"]
+
+
+@pytest.mark.usefixtures("model")
+def test_the_months_last_day_is_as_unsure_as_a_day() -> None:
+    last = datetime(2026, 9, 30, 0, 10, tzinfo=UTC)
+    with transaction() as conn:
+        for ago, usd in enumerate((1.0, 3.0, 2.0), start=1):
+            spent(conn, windows.floor(last, "day") - timedelta(days=ago), usd)
+        found = cost.forecast(conn, "m", last)
+    # Student's 97.5 % quantile with two degrees of freedom is 4.303; of a day, and of the mean of three
+    rest = 1 - 10 / 1440
+    assert found["high"] - found["expected"] == pytest.approx(4.303 * math.sqrt(rest + rest**2 / 3), rel=1e-3)
 
 
 @pytest.mark.usefixtures("model")

