@@ -15,6 +15,7 @@ import logging
 import math
 import random
 import time
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,12 +204,10 @@ class Trainer:
         wide = dict(params) | {"r": 8, "target_modules": "all-linear", "layers_to_transform": "all"}
         adapters = self._adapters([wide], [0])
         own = {part.untyped_storage().data_ptr() for part in self.model.parameters()}
-        kept: dict[int, int] = {}
+        seen: list[weakref.ref[torch.Tensor]] = []
 
         def note(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
+            seen.append(weakref.ref(tensor))
             return tensor
 
         longest = max(range(len(self.train)), key=self.lengths.__getitem__)
@@ -216,7 +215,10 @@ class Trainer:
             self.model.train()
             adapters.begin_step(0, mix=_mix)
             loss = self.forward.loss(*self.forward.batch(self.train, [longest] * 2, 1), 1)
-            total = sum(kept.values())
+            # PEFT throws parts of a DoRA layer's graph away at once: what those kept is free again
+            alive = [tensor.untyped_storage() for ref in seen if (tensor := ref()) is not None]
+            kept = {storage.data_ptr(): storage.nbytes() for storage in alive}
+            total = sum(size for place, size in kept.items() if place not in own)
             del loss
         return total // self.forward.cells(2, self.lengths[longest])
 
