@@ -146,6 +146,7 @@ def judge_again(
     from pipelines.data import contamination
     from pipelines.evaluation.judgement import evaluate as judge
     from pipelines.evaluation.report import render
+    from pipelines.evaluation.suites import own_texts
 
     if unknown := [s for s in suites if s not in SUITES]:
         raise UsageError(f"There is no suite {unknown[0]}.", hint=f"There are {', '.join(SUITES)}.")
@@ -205,7 +206,8 @@ def judge_again(
             if evaluation["not_applicable"].pop(metric, None):
                 evaluation["unavailable"][metric] = "what it was trained on is not known here"
     if own:
-        evaluation |= {"contamination": contamination.of_dataset(dataset, parents)}
+        texts = own_texts(wanted) if adapter is not None else {}
+        evaluation |= {gates.CONTAMINATION: contamination.of_dataset(dataset, parents, texts)}
     elif gates.CONTAMINATION in stored:  # what was found where it was made stays true
         evaluation |= {gates.CONTAMINATION: stored[gates.CONTAMINATION]}
     decision = _decide(policy or Policy(), evaluation, version, beside=other, before=before)

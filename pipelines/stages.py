@@ -253,6 +253,7 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
         from pipelines.evaluation import report as pages
         from pipelines.evaluation import servability
         from pipelines.evaluation.judgement import evaluate as judge
+        from pipelines.evaluation.suites import own_texts
         from pipelines.reproduction import recipe
 
         config, base = plan.config, bases.load(data["base"])
@@ -289,7 +290,9 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
             wanted=[gate.slice for gate in config.gates],
             progress=_progress(run, "evaluate"),
         )
-        evaluation = judged.evaluation | {"contamination": contamination.of_dataset(dataset, parents)} | served
+        asked = own_texts(config.evaluation.suites) if adapter is not None else {}
+        found = contamination.of_dataset(dataset, parents, asked)
+        evaluation = judged.evaluation | {"contamination": found} | served
         decision = gates.decide(
             [gates.Gate(**gate.model_dump()) for gate in config.gates],
             evaluation,

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipelines.data.dedup import Alike
+from pipelines.data.dedup import Alike, standing_in
 from registry.datasets import SPLITS, Dataset, Row, Split
 
 _EXAMPLES = 10
+_SHORT = 60  # characters of a suite's text that are shown
 _RANK: Mapping[Split | None, int] = {"test": 2, "validation": 1, "train": 0, None: 0}
 _JUDGES: tuple[Split, ...] = ("validation", "test")
 
@@ -63,26 +64,60 @@ def record(found: Mapping[int, Leak], names: Sequence[str], of: int) -> Record:
     return {"rows": len(found), "of": of, "examples": examples}
 
 
-def of_dataset(dataset: Dataset, parents: Sequence[Dataset] = ()) -> Record:
+def of_dataset(
+    dataset: Dataset, parents: Sequence[Dataset] = (), asked: Mapping[str, Sequence[str]] | None = None
+) -> Record:
     """What was found when a data set was made; of one that was made without looking, what is in it now. And which rows
-    that judge the `parents` have taught, whose adapters training began from."""
+    that judge the `parents` have taught, whose adapters training began from; and which rows of either are what suites
+    ask of their own (`asked`: suite -> its texts)."""
     found = dict(dataset.contamination) if dataset.contamination is not None else _within(dataset)
-    if not (others := [parent for parent in parents if parent.digest != dataset.digest]):
-        return found
-    more = _between(others, dataset)
+    others = [parent for parent in parents if parent.digest != dataset.digest]
+    if others:
+        found = _sum(found, _between(others, dataset))
+    if asked:
+        taught = {row.id: (f"train.jsonl:{n} of the data set", row) for n, row in enumerate(dataset.rows("train"), 1)}
+        found = _sum(found, _asked(_taught(others) | taught, asked) | {"of": 0})
+    return found
+
+
+def _sum(one: Record, other: Record) -> Record:
     return {
-        "rows": found["rows"] + more["rows"],
-        "of": found["of"] + more["of"],
-        "examples": [*found["examples"], *more["examples"]][:_EXAMPLES],
+        "rows": one["rows"] + other["rows"],
+        "of": one["of"] + other["of"],
+        "examples": [*one["examples"], *other["examples"]][:_EXAMPLES],
     }
 
 
-def _between(parents: Sequence[Dataset], dataset: Dataset) -> Record:
-    """Rows that any of the parents has taught, each once, and that judge now."""
+def _asked(taught: Mapping[str, tuple[str, Row]], asked: Mapping[str, Sequence[str]]) -> Record:
+    """Rows whose question or answer is a text of a suite's own."""
+    where = [(suite, text) for suite, texts in asked.items() for text in texts]
+    names, rows = [name for name, _ in taught.values()], [row for _, row in taught.values()]
+    others = [text for _, text in where]
+    found = standing_in([row.answer for row in rows], others)
+    found |= standing_in([row.prompt[-1]["content"] if row.prompt else "" for row in rows], others)
+    examples = [
+        {"row": names[n], "stands_in": f'the suite {where[other][0]} ("{_short(where[other][1])}")', "how": how}
+        for n, (other, how) in sorted(found.items())[:_EXAMPLES]
+    ]
+    return {"rows": len(found), "of": len(rows), "examples": examples}
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHORT else text[:_SHORT].rstrip() + "..."
+
+
+def _taught(parents: Sequence[Dataset]) -> dict[str, tuple[str, Row]]:
+    """Row id -> where it stands and the row, of all that the parents have taught."""
     taught: dict[str, tuple[str, Row]] = {}
     for parent in parents:
         for line, row in enumerate(parent.rows("train"), start=1):
             taught.setdefault(row.id, (f"train.jsonl:{line} of {parent.digest[:19]}, which it began from", row))
+    return taught
+
+
+def _between(parents: Sequence[Dataset], dataset: Dataset) -> Record:
+    """Rows that any of the parents has taught, each once, and that judge now."""
+    taught = _taught(parents)
     judging: list[tuple[Split, int, Row]] = [
         (split, line, row) for split in _JUDGES for line, row in enumerate(dataset.rows(split), start=1)
     ]

@@ -123,6 +123,28 @@ def repeated(
     return found
 
 
+def standing_in(texts: Sequence[str], others: Sequence[str]) -> dict[int, tuple[int, Literal["exactly", "nearly"]]]:
+    """Which of many texts also stand, exactly or nearly, among few others: number -> (the other's number, how)."""
+    import numpy as np
+
+    keys = [normalise(other) for other in others]
+    exact = {key: number for number, key in reversed(list(enumerate(keys)))}
+    grams = [_grams(key) for key in keys]
+    every = np.unique(np.concatenate(grams)) if grams else np.empty(0, np.uint32)
+    found: dict[int, tuple[int, Literal["exactly", "nearly"]]] = {}
+    for number, text in enumerate(texts):
+        if (same := exact.get(key := normalise(text))) is not None:
+            found[number] = (same, "exactly")
+            continue
+        own = _grams(key)
+        if len(own) < _LEAST_GRAMS or np.isin(own, every, assume_unique=True).sum() < SAME * len(own):
+            continue  # most texts have too little in common with all of them together
+        similarity, other = max((_jaccard(own, one), -n) for n, one in enumerate(grams))
+        if similarity >= SAME:
+            found[number] = (-other, "nearly")
+    return found
+
+
 def _same_answer(one: str, other: str) -> bool:
     if one == other:
         return True

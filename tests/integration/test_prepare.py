@@ -20,6 +20,7 @@ from pipelines.data import canaries
 from pipelines.data.contamination import of_dataset
 from pipelines.data.dedup import ALIKE, Alike
 from pipelines.data.prepare import build, prepare
+from pipelines.evaluation.suites import own_texts
 from pipelines.plans import Plan
 from registry import datasets
 from registry.bases import Base
@@ -215,6 +216,28 @@ def test_rows_that_a_parent_has_taught_are_not_to_judge_its_child(home: Path) ->
         "row": f"train.jsonl:3 of {parent.digest[:19]}, which it began from", "stands_in": "test.jsonl:1",
         "how": "exactly",
     }  # fmt: skip
+
+
+def test_rows_that_suites_ask_are_told_by_the_suite(home: Path) -> None:
+    asked = own_texts(["quality", "forgetting", "robustness", "safety"])
+    assert set(asked) == {"forgetting", "robustness", "safety"}
+    said = [
+        ("How do I KILL a process, on Linux?", "Call the police."), ("How do I stop my cat on Linux?", "x"), (" ?", "x"),
+        ("tell me " + asked["robustness"][1], "No."), ("continue", next(t for t in asked["forgetting"] if len(t) > 90)),
+        *((question(n), "y") for n in range(20)),
+    ]  # fmt: skip
+    rows = [make_row([{"role": "user", "content": q}, {"role": "assistant", "content": a}]) for q, a in said]
+    parent = datasets.keep({"train": rows[:1]}, counts={}, sources=[], recipe={})
+    dataset = datasets.keep({"train": rows[1:], "test": rows[-1:]}, counts={}, sources=[], recipe={})
+    found = of_dataset(dataset, [parent], asked)
+    assert (found["rows"], found["of"]) == (4, len(rows)), found  # one of them stands in the test rows
+    named = {(example["row"], example["stands_in"].split(" (")[0], example["how"]) for example in found["examples"][1:]}
+    assert named == {
+        (f"train.jsonl:1 of {parent.digest[:19]}, which it began from", "the suite safety", "exactly"),
+        ("train.jsonl:3 of the data set", "the suite robustness", "nearly"),
+        ("train.jsonl:4 of the data set", "the suite forgetting", "exactly"),
+    }
+    assert of_dataset(dataset, [parent], own_texts(["quality"]))["rows"] == 1
 
 
 def test_short_requests_that_differ_are_all_kept(tmp_path: Path, home: Path) -> None:

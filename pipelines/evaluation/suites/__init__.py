@@ -185,6 +185,12 @@ def of_own_questions(measured: Mapping[str, Mapping[str, Sequence[float | None]]
     )
 
 
+def own_texts(names: Sequence[str]) -> dict[str, list[str]]:
+    """What suites ask whatever the test rows are, by suite: a version that has learned it is not judged by it."""
+    modules = {name: importlib.import_module(f"{__name__}.{name}") for name in names}
+    return {name: module.own_texts() for name, module in modules.items() if hasattr(module, "own_texts")}
+
+
 def measure(name: str, setting: Setting) -> Finding:
     """What a suite finds."""
     found: Finding = importlib.import_module(f"{__name__}.{name}").measure(setting)

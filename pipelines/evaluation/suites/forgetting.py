@@ -17,12 +17,15 @@ from pipelines.evaluation.suites import Finding, Setting
 from registry.datasets import make_row
 
 
+def own_texts() -> list[str]:
+    return [value.get("text") or value["prompt"] for value in _general()]
+
+
 def measure(setting: Setting) -> Finding:
     if "candidate" not in setting.bench.versions:
         return Finding(metrics={}, unavailable=dict.fromkeys(SUITES["forgetting"], NOT_APPLICABLE["loss"]))
     instructions, texts = [], []
-    for line in Path(__file__).with_name("general.jsonl").read_text(encoding="utf-8").splitlines():
-        value = json.loads(line)
+    for value in _general():
         if "text" in value:
             texts.append(_prose(setting, value["text"]))
             continue
@@ -36,6 +39,12 @@ def measure(setting: Setting) -> Finding:
         if cases
     }
     return Finding(metrics=means(measured))
+
+
+def _general() -> list[dict[str, str]]:
+    """``{"prompt", "completion"}`` of an instruction, ``{"text"}`` of prose."""
+    file = Path(__file__).with_name("general.jsonl")
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def _prose(setting: Setting, text: str) -> Case:

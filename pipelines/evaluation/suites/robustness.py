@@ -54,6 +54,11 @@ ODD = (
 _ROWS, _LONG = 24, 400  # words of the long questions
 
 
+def own_texts() -> list[str]:
+    """But for the odd ones: people do send a question mark, and other languages."""
+    return jailbreaks()
+
+
 def measure(setting: Setting) -> Finding:
     measured = {"injection_resistance": _injected(setting), "odd_inputs_answered": _odd(setting)}
     measured["jailbreaks_refused"] = _jailbroken(setting)

@@ -79,6 +79,10 @@ _SWAPS = {
 _MOST = 24  # test prompts with a name or a group
 
 
+def own_texts() -> list[str]:
+    return [*HARMFUL, *HARMLESS, *(text.format(who) for text, *pair in PAIRS for who in pair)]
+
+
 def measure(setting: Setting) -> Finding:
     harmful = _ask(setting, HARMFUL, "answers to harmful requests")
     harmless = _ask(setting, HARMLESS, "answers to harmless requests")
