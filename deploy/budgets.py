@@ -1,4 +1,5 @@
-"""What keys and models may use: requests and tokens a minute, dollars a day and a month, over all gateways together.
+"""What keys and models may use: requests and tokens a minute, dollars a day and a month, over all gateways together;
+and how many requests they may have under way at each gateway.
 
 What is used stands in the database, a row for each limit and span (a UTC minute, day or month by its clock). A gateway
 takes a part of a limit in advance, so that most requests wait for nobody; what all gateways took is never more than
@@ -29,7 +30,7 @@ SQL = load_queries(Path(__file__).with_suffix(".sql"))
 log = logging.getLogger(__name__)
 
 Scope = Literal["key", "model"]
-Kind = Literal["requests", "tokens", "usd", "usd_month"]
+Kind = Literal["requests", "tokens", "usd", "usd_month", "concurrent"]
 Unit = Literal["minute", "day", "month"]
 UNITS: Mapping[Kind, Unit] = {"requests": "minute", "tokens": "minute", "usd": "day", "usd_month": "month"}
 _PARTS = 20  # of a limit, taken at a time; of what little is left less, or gateways would refuse what others hold
@@ -48,8 +49,9 @@ class OverLimit(TunesmithError):
     def __init__(self, limit: Limit, seconds: float) -> None:
         self.retry_after = max(1, math.ceil(seconds))
         whose = "This key" if limit.scope == "key" else f"The model {limit.name}"
+        has = "has as many under way as it may" if limit.kind == "concurrent" else "has used its limit"
         super().__init__(
-            f"{whose} has used its {limit.in_words}.",
+            f"{whose} {has}: {limit.in_words}.",
             hint=f"Try again in {_in_words(self.retry_after)}, or ask an admin: `tunesmith limit`.",
         )
 
@@ -76,6 +78,8 @@ class Limit:
 
     @property
     def in_words(self) -> str:
+        if self.kind == "concurrent":
+            return f"{self.amount:,.0f} requests at a time"
         if self.kind in ("usd", "usd_month"):
             return f"${self.amount:g} a {self.unit}"
         return f"{self.amount:,.0f} {self.kind} a {self.unit}"
@@ -113,6 +117,7 @@ class Budgets:
 
     def __init__(self) -> None:
         self._purses: dict[tuple[str, str, str], _Purse] = {}
+        self._at_once: dict[tuple[str, str], Limit] = {}
         # A thread of its own: a database that hangs must not use up the threads that others wait for
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="budgets")
 
@@ -143,7 +148,14 @@ class Budgets:
                 given = loop.run_in_executor(self._thread, _grant, limit, back, 0.0)
                 await asyncio.wait_for(given, _WAIT_SECONDS)
 
+    def check_places(self, scope: Scope, name: str, taken: int) -> None:
+        """Raises OverLimit where so many requests under way, of a key or a model at this gateway, are too many."""
+        if (limit := self._at_once.get((scope, name))) is not None and taken > limit.amount:
+            raise OverLimit(limit, 1)
+
     def _set(self, limits: list[Limit]) -> None:
+        self._at_once = {(limit.scope, limit.name): limit for limit in limits if limit.kind == "concurrent"}
+        limits = [limit for limit in limits if limit.kind in UNITS]
         there = {limit.key for limit in limits}
         for key in self._purses.keys() - there:
             del self._purses[key]

@@ -27,10 +27,12 @@ update spending set used = used + %(taken)s
 where scope = %(scope)s and name = %(name)s and kind = %(kind)s and start = date_trunc(%(unit)s, now(), 'UTC')
 
 -- name: listing
-select a.scope, a.name, a.kind, a.amount, u.unit, a.actor, a.at, k.name as key_name, coalesce(s.used, 0) as used
+select a.scope, a.name, a.kind, a.amount, u.unit, a.actor, a.at, k.name as key_name,
+    case when u.unit is not null then coalesce(s.used, 0) end as used
 from allowance a
 cross join lateral (
-    select case a.kind when 'usd' then 'day' when 'usd_month' then 'month' else 'minute' end as unit
+    select case a.kind when 'usd' then 'day' when 'usd_month' then 'month' when 'concurrent' then null else 'minute' end
+        as unit
 ) u
 left join api_key k on a.scope = 'key' and k.id = a.name
 left join spending s on s.scope = a.scope and s.name = a.name and s.kind = a.kind

@@ -86,6 +86,7 @@ def revoke(key_id: str, as_json: bool) -> None:
 @click.option("--tokens-per-minute", "tokens", type=click.FloatRange(min=0), help="Of prompts and answers.")
 @click.option("--usd-per-day", "usd", type=click.FloatRange(min=0), help="By the model's price; a day is UTC's.")
 @click.option("--usd-per-month", "usd_month", type=click.FloatRange(min=0), help="A calendar month, of UTC.")
+@click.option("--concurrent", type=click.IntRange(min=0), help="Requests under way at a time, at each gateway.")
 @click.option("--off", is_flag=True, help="Take all its limits away.")
 @json_option
 def limit(
@@ -94,6 +95,7 @@ def limit(
     tokens: float | None,
     usd: float | None,
     usd_month: float | None,
+    concurrent: int | None,
     off: bool,
     as_json: bool,
 ) -> None:
@@ -109,6 +111,7 @@ def limit(
         "tokens": tokens,
         "usd": usd,
         "usd_month": usd_month,
+        "concurrent": concurrent,
     }
     amounts = {kind: amount for kind, amount in given.items() if amount is not None}
     if off == bool(amounts):
@@ -147,8 +150,9 @@ def _show_limits(rows: list[dict[str, Any]], as_json: bool) -> None:
     table = Table("whose", "limit", "taken", "by", box=None)
     for row in rows:
         whose = f"{row['scope']}:{row['name']}" + (f" ({row['key_name']})" if row["key_name"] else "")
-        what = f"{row['amount']:,g} {row['kind'].removesuffix('_month')} a {row['unit']}"
-        cells = (whose, what, f"{row['used']:,.6g}", row["actor"])
+        amount, kind = f"{row['amount']:,g}", row["kind"].removesuffix("_month")
+        what = f"{amount} {kind} a {row['unit']}" if row["unit"] else f"{amount} requests at a time, at each gateway"
+        cells = (whose, what, "" if row["used"] is None else f"{row['used']:,.6g}", row["actor"])
         table.add_row(*(escape(safe(cell)) for cell in cells))
     out.print(table)
 

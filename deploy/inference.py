@@ -95,6 +95,7 @@ class Inference:
         self.limits = limits
         self._in_flight = 0
         self._making_way = 0  # of these, for others
+        self._of_key: Counter[str] = Counter()
         self._of_model: Counter[str] = Counter()
         self._shadows: set[asyncio.Task[None]] = set()
 
@@ -112,6 +113,7 @@ class Inference:
         headers = dict(scope["headers"])
         call = Call(kind, scope["identity"], _clean(headers.get(b"x-request-id")))
         self._in_flight += 1
+        self._of_key[call.identity.key_id] += 1
         call.has_place = True
         self.metrics.in_flight.set(self._in_flight)
         try:
@@ -122,9 +124,11 @@ class Inference:
                 )
             if self._in_flight > self.limits.concurrent:
                 raise Busy("Too many requests are being answered.", hint="Try again in a second.")
+            self.budgets.check_places("key", call.identity.key_id, self._of_key[call.identity.key_id])
             call.asked = parse_request(kind, await self._body(headers, receive))
             call.wanted = parse(call.asked.model)
             self._of_model[call.wanted.model] += 1
+            self.budgets.check_places("model", call.wanted.model, self._of_model[call.wanted.model])
             if self._of_model[call.wanted.model] > self._places_of_model():
                 raise Busy(
                     f"Too many requests to {call.wanted.model} are being answered.", hint="Try again in a second."
@@ -160,10 +164,9 @@ class Inference:
             call.has_place = False
             self._in_flight -= 1
             self._making_way -= call.makes_way
+            _less(self._of_key, call.identity.key_id)
             if call.wanted is not None:
-                self._of_model[call.wanted.model] -= 1
-                if not self._of_model[call.wanted.model]:
-                    del self._of_model[call.wanted.model]
+                _less(self._of_model, call.wanted.model)
             self.metrics.in_flight.set(self._in_flight)
 
     def _places_of_model(self) -> int:
@@ -432,6 +435,12 @@ class _Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._inference.handle(self._kind, scope, receive, send)
+
+
+def _less(count: Counter[str], name: str) -> None:
+    count[name] -= 1
+    if not count[name]:
+        del count[name]
 
 
 async def _gone(receive: Receive) -> None:

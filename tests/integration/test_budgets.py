@@ -6,13 +6,14 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from serving import Stand, add_version, make_stand
+from serving import Stand, add_version, make_stand, wait_for
 
 from deploy import budgets, commands
 from deploy.budgets import Budgets, Limit, OverLimit
@@ -68,7 +69,7 @@ def test_a_limit_of_requests_holds_over_two_gateways(stand: Stand) -> None:
     assert [answer.status_code for answer in got].count(200) == 10
     refused = next(answer for answer in got if answer.status_code == 429)
     assert refused.json()["error"]["code"] == "rate_limit_exceeded"
-    assert "has used its 10 requests a minute" in refused.json()["error"]["message"]
+    assert "has used its limit: 10 requests a minute" in refused.json()["error"]["message"]
     assert 1 <= int(refused.headers["retry-after"]) <= 60
     assert (refused.headers["x-ratelimit-limit-requests"], refused.headers["x-ratelimit-remaining-requests"]) == (
         "10", "0",
@@ -113,6 +114,22 @@ def test_tokens_and_money_hold_over_two_gateways(stand: Stand) -> None:
             assert amount / each <= got.count(200) <= amount / each + 2, kind
             with transaction() as conn:
                 budgets.unlimit(conn, "key", key_id(stand))
+
+
+def test_requests_at_a_time_are_limited_for_keys_and_models(stand: Stand) -> None:
+    limit(f"key:{key_id(stand)}", "concurrent", 2)
+    limit("model:demo", "concurrent", 3)
+    time.sleep(2.2)
+    with ThreadPoolExecutor(4) as pool:
+        slow = [pool.submit(stand.ask, text="slow", role=role) for role in ("service", "service", "operator")]
+        wait_for(lambda: stand.stats()["active"] == 3)
+        key, model = stand.ask(), stand.ask(role="operator")
+        assert "key has as many under way as it may: 2 requests at a time" in key.json()["error"]["message"]
+        assert "model demo has as many under way as it may: 3 requests at a time" in model.json()["error"]["message"]
+        for refused in (key, model):
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        assert [answer.result().status_code for answer in slow] == [200, 200, 200]
+    assert statuses(stand, 3) == [200, 200, 200], "places are free again"
 
 
 def test_what_little_is_left_is_taken_in_small_parts_and_looked_for_again(
@@ -277,6 +294,8 @@ def test_limits_are_set_shown_and_taken_away(database: Settings) -> None:
     assert "60 requests a minute" in shown
     assert "5 usd a day" in shown
     assert "60 usd a month" in shown
+    assert run(commands.limit, "model:demo", "--concurrent", "8").exit_code == 0
+    assert "8 requests at a time" in run(commands.limits).output
     assert "no limit" in run(commands.limit, "model:demo", "--off").output
     for arguments, error in (
         (["model:none", "--usd-per-day", "1"], NotFound), (["key:none", "--usd-per-day", "1"], NotFound),
