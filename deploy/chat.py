@@ -30,6 +30,12 @@ class BadRequest(UsageError):
     code = "invalid_request"
 
 
+class TooLong(BadRequest):
+    """A prompt that leaves no room for an answer."""
+
+    code = "context_length_exceeded"
+
+
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Token = Annotated[int, Field(ge=0)]
 

@@ -26,7 +26,7 @@ from deploy.adapters import Adapters
 from deploy.sampling import Sampling
 from deploy.scheduler import Scheduler, Ticket
 from infra.db import load_queries, transaction
-from infra.errors import NotFound, TunesmithError, UsageError
+from infra.errors import NoModel, TunesmithError, UsageError
 from infra.settings import get_settings
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
@@ -94,9 +94,9 @@ class Engine:
         return [BASE_NAME, *self.adapters.names()]
 
     async def submit(self, ask: chat.ChatAsk | chat.CompletionAsk) -> Ticket:
-        """Encode and queue. Raises NotFound for an unknown model, BadRequest, Full."""
+        """Encode and queue. Raises NoModel, BadRequest, Full."""
         if ask.model not in self.names():
-            raise NotFound(f"The model {ask.model[:100]!r} does not exist.", hint="Load it, or see /v1/models.")
+            raise NoModel(f"The model {ask.model[:100]!r} does not exist.", hint="Load it, or see /v1/models.")
         # A refusal must not cost an encoding
         self.scheduler.check_room(ask.n, background=ask.priority > 0)
         loop = asyncio.get_running_loop()
@@ -139,9 +139,10 @@ class Engine:
             if not prompt:
                 raise chat.BadRequest("The prompt is empty.", details={"param": "prompt"})
             if len(prompt) >= self.context:
-                raise chat.BadRequest(
+                raise chat.TooLong(
                     f"The prompt is {len(prompt)} tokens; this engine's context is {self.context}, answer included.",
                     hint="Shorten the prompt.",
+                    details={"param": "messages" if isinstance(ask, chat.ChatAsk) else "prompt"},
                 )
             if max(prompt) >= vocabulary:
                 raise chat.BadRequest(f"The prompt holds token {max(prompt)}, beyond the base's {vocabulary}.")

@@ -25,7 +25,7 @@ import psycopg
 from deploy.routing import Place, Route, Served, Table
 from deploy.upstream import Busy, Upstream
 from infra.db import connect, load_queries, transaction
-from infra.errors import NotFound, TunesmithError, Unreachable
+from infra.errors import NoModel, NotFound, TunesmithError, Unreachable
 from infra.settings import Settings
 from infra.storage import get as stored
 from registry import signatures
@@ -389,7 +389,7 @@ class Follower:
             row = conn.execute(SQL["version"], {"model": model, "number": number}).fetchone()
             settings = conn.execute(SQL["monitoring"], {"model": model}).fetchone()
         if row is None:
-            raise NotFound(f"There is no version {model}:{number}.", hint="See GET /api/v1/models.")
+            raise NoModel(f"There is no version {model}:{number}.", hint="See GET /api/v1/models.")
         folder = stored("bundle", row["bundle_digest"])
         manifest = verify(folder, row["bundle_digest"])
         adapter = ADAPTER_WEIGHTS in manifest.files

@@ -32,7 +32,7 @@ from deploy.inference import Inference, Limits
 from deploy.metrics import Metrics
 from deploy.recorder import Recorder
 from deploy.upstream import Upstream
-from infra.errors import NotFound, TunesmithError
+from infra.errors import NoModel, TunesmithError
 from infra.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ async def one_model(request: Request) -> Response:
     for model in _models(request):
         if model["id"] == wanted:
             return json_response(model)
-    raise NotFound("There is no such model, or it does not serve.", hint="See GET /v1/models.")
+    raise NoModel("There is no such model, or it does not serve.", hint="See GET /v1/models.")
 
 
 def _models(request: Request) -> list[dict[str, object]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Literal
 
-from infra.errors import NotFound, Unreachable, UsageError
+from infra.errors import NoModel, Unreachable, UsageError
 
 if TYPE_CHECKING:
     from registry.bundle import Hosted
@@ -126,10 +126,10 @@ class Table:
 def parse(model: object) -> Wanted:
     """The request's ``model``. Raises UsageError with the allowed forms; never repeats hostile text."""
     if not isinstance(model, str):
-        raise UsageError("`model` must be a string.", hint=_PATTERN_HINT)
+        raise UsageError("`model` must be a string.", hint=_PATTERN_HINT, details={"param": "model"})
     found = _MODEL.fullmatch(model)
     if found is None:
-        raise UsageError("`model` is not a valid name.", hint=_PATTERN_HINT)
+        raise UsageError("`model` is not a valid name.", hint=_PATTERN_HINT, details={"param": "model"})
     name, slot, number = found.groups()
     return Wanted(model=name, slot=slot, number=int(number) if number else None)  # type: ignore[arg-type]
 
@@ -140,17 +140,17 @@ def pick(table: Table, wanted: Wanted, sticky: str) -> tuple[Served, Slot] | Non
     `sticky` is the request's user: the same one gets the same version while a challenger stands, and keeps it when the
     share grows. A request without one has its own id: by the key, one application would be all of a share or none.
 
-    Raises NotFound for an unknown model or an empty slot, Unreachable while its champion is not ready.
+    Raises NoModel for an unknown model or an empty slot, Unreachable while its champion is not ready.
     """
     if wanted.number is not None:
         pinned = table.resident.get((wanted.model, wanted.number))
         return (pinned, "pinned") if pinned else None
     route = table.routes.get(wanted.model)
     if route is None:
-        raise NotFound(f"The model {wanted.model} does not exist or serves nothing.", hint="See GET /v1/models.")
+        raise NoModel(f"The model {wanted.model} does not exist or serves nothing.", hint="See GET /v1/models.")
     if wanted.slot == "challenger":
         if route.challenger is None:
-            raise NotFound(f"The model {wanted.model} has no challenger that is ready.", hint="See its deployment.")
+            raise NoModel(f"The model {wanted.model} has no challenger that is ready.", hint="See its deployment.")
         return route.challenger, "pinned"  # whoever names it is no sample of the traffic, which a canary is judged by
     if (
         wanted.slot is None

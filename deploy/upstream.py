@@ -15,6 +15,7 @@ import itertools
 import logging
 import math
 import random
+import re
 import time
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing
@@ -43,6 +44,7 @@ _ENGINE_RESTS = 2.0  # seconds at most that a failing engine is left alone
 _PLACES = 1000  # that anything is remembered of
 _ANSWER_BYTES, _ENGINE_BYTES = 16 * 2**20, 256 * 2**20  # engines tell many log-probabilities, if asked
 _SAID = 500
+_WORD = re.compile(r"[a-z][a-z_]{0,63}")
 
 
 class BadAnswer(TunesmithError):
@@ -294,11 +296,12 @@ class Upstream:
     async def _explain(self, place: Place, served: Served, response: aiohttp.ClientResponse, key: str | None) -> None:
         """Raise what a refusal means here."""
         try:
-            said = _said(orjson.loads(await _whole(response, place)), key)
+            answer = orjson.loads(await _whole(response, place))
+            said, which = _said(answer, key), _which(answer, key)
         except orjson.JSONDecodeError:
-            said = f"status {response.status}"
+            said, which = f"status {response.status}", {}
         if place.hosted:
-            self._explain_hosted(place, response, said)
+            self._explain_hosted(place, response, said, which)
         if response.status == 404 and served.adapter_path is not None:
             # The engine was restarted, or let go of the adapter to make room.
             try:
@@ -309,11 +312,13 @@ class Upstream:
         if response.status in (429, 503):
             raise _TryAgain(sick=False) from Busy(f"The engine is full: {said}", hint="Try again in a second.")
         if response.status in (400, 413, 422):
-            raise _declined(place, response.status, said)
+            raise _declined(place, response.status, said, which)
         # It answers, so it lives; this request or this adapter is what it cannot do
         raise _TryAgain(sick=False) from _failed(place, response.status, said)
 
-    def _explain_hosted(self, place: Place, response: aiohttp.ClientResponse, said: str) -> None:
+    def _explain_hosted(
+        self, place: Place, response: aiohttp.ClientResponse, said: str, which: Mapping[str, str]
+    ) -> None:
         if response.status == 429:
             busy = Busy(f"{place.who} takes no more requests now: {said}", hint="Try again later.")
             busy.unquoted = f"{place.who} takes no more requests now"
@@ -322,7 +327,7 @@ class Upstream:
             busy.retry_after = max(1, math.ceil(min(seconds, LONGEST)))
             raise _TryAgain(sick=False) from busy
         if response.status in (400, 413, 422):
-            raise _declined(place, response.status, said)
+            raise _declined(place, response.status, said, which)
         if response.status in (401, 403):  # such messages tend to repeat the key
             said = "it refuses the key"
         # 404 and 405: a path or model it has not
@@ -413,8 +418,8 @@ def _says_something(chunk: Mapping[str, Any]) -> bool:
     )
 
 
-def _declined(place: Place, status: int, said: str) -> Declined:
-    error = Declined(said)
+def _declined(place: Place, status: int, said: str, which: Mapping[str, str]) -> Declined:
+    error = Declined(said, details=which)
     error.unquoted = f"{place.who} declined the request with status {status}"
     return error
 
@@ -502,6 +507,15 @@ def _answer(data: bytes, place: Place, key: str | None) -> dict[str, Any]:
     if not well:
         raise BadAnswer(f"{place.who}'s answer is not of OpenAI's shape.")
     return value
+
+
+def _which(answer: Any, key: str | None) -> dict[str, str]:
+    """`code` and `param` of an error object of OpenAI's shape, by which programs tell one refusal from another; not
+    what repeats the key."""
+    error = answer.get("error") if isinstance(answer, dict) else None
+    given = {name: error.get(name) for name in ("code", "param")} if isinstance(error, dict) else {}
+    words = {name: value for name, value in given.items() if isinstance(value, str) and _WORD.fullmatch(value)}
+    return {name: value for name, value in words.items() if not key or key not in value}
 
 
 def _said(answer: Any, key: str | None = None) -> str:

@@ -102,6 +102,15 @@ class NotFound(TunesmithError):
     code = "not_found"
 
 
+class NoModel(NotFound):
+    """A request to a model that does not exist, or does not serve; the code is OpenAI's."""
+
+    code = "model_not_found"
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message, hint=hint, details={"param": "model"})
+
+
 class Unreachable(TunesmithError):
     """A service that is needed does not answer."""
 

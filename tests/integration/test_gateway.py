@@ -68,11 +68,12 @@ def test_the_official_client(stand: Stand) -> None:
         assert {m.id for m in client.models.list()} >= {"demo", "demo:1", "demo:2"}
         with pytest.raises(openai.NotFoundError):
             client.chat.completions.create(model="nobody", messages=messages)
-        with pytest.raises(openai.NotFoundError):
+        with pytest.raises(openai.NotFoundError) as unknown:
             client.chat.completions.create(model="demo:99", messages=messages)
         with pytest.raises(openai.BadRequestError) as wrong:
             client.chat.completions.create(model="demo", messages=messages, n=10**6)
         assert wrong.value.param == "n"
+        assert (unknown.value.code, unknown.value.param) == ("model_not_found", "model")
     # The version's own prompt and defaults were applied, and the user's name went no further.
     first = next(b for b in stand.stats()["bodies"] if b["messages"][-1]["content"] == "hello")
     assert first["messages"][0] == {"role": "system", "content": "You are version 1."}
@@ -98,7 +99,7 @@ def test_bad_input_is_refused_in_openais_shape(stand: Stand) -> None:
     good = {"model": "demo", "messages": [{"role": "user", "content": "x"}]}
     names = ["../x", "%2e%2e", "a\x1b[31m", "\u202eevil", "A", "x" * 10_000, "a..b", " demo", "demo:0", 7, ["demo"]]
     wrong: list[tuple[dict[str, Any], str | None]] = [
-        ({"model": name}, None) for name in names
+        ({"model": name}, "model") for name in names
     ] + [
         ({"priority": -1}, "priority"), ({"priority": True}, "priority"),
         ({"n": 10**6}, "n"), ({"n": 0}, "n"), ({"n": True}, "n"), ({"n": "1"}, "n"), ({"max_tokens": -1}, "max_tokens"),

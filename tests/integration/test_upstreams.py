@@ -300,7 +300,8 @@ def test_what_an_upstream_says_is_taken_with_care(
     def answer(body: dict[str, Any]) -> Answer:
         asked = body["messages"][-1]["content"]
         if asked == "quote":
-            return 400, {}, {"error": {"message": f"the key {key} may not ask this"}}
+            words = f"the key {key} may not ask this"
+            return 400, {}, {"error": {"message": words, "code": "context_length_exceeded", "param": f"<{key}>"}}
         said: Any = [{"type": "text", "text": "hello"}] if asked == "list" else "hello"
         counts = {"counts": {"prompt_tokens": -3, "completion_tokens": 10**30}, "usage": {"prompt_tokens": "many"}}
         usage = {"usage": counts[asked]} if asked in counts else {}
@@ -314,6 +315,10 @@ def test_what_an_upstream_says_is_taken_with_care(
         with _serving(database) as stand:
             quoted = stand.ask(text="quote")
             assert (quoted.status_code, quoted.json()["error"]["message"]) == (400, "the key *** may not ask this")
+            assert (quoted.json()["error"]["code"], quoted.json()["error"]["param"]) == (
+                "context_length_exceeded",
+                None,
+            )
             assert peer.keys == {f"Bearer {key}"}
             assert stand.ask(text="plain").json()["choices"][0]["message"]["content"] == "hello"
             counted = stand.ask(text="counts")
