@@ -35,16 +35,19 @@ def keep(
     difference: Mapping[str, Any] | None,
     changed: Mapping[str, Any],
     answers: Mapping[str, str] | None,
+    judge: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Keep what asking again gave, and return it with its time, as `newest` does. `changed` is ``{"worse": rows,
     "better": rows, "examples": [{"row", "question", "expected", "then", "now", "score", "reference"}]}``, `answers` are
-    by row, where there were none to hold them against."""
+    by row, where there were none to hold them against. `judge`, where one scored, is ``{"served", "version", "then":
+    {"served", "version", "score"} or null}``: what it is called, and by which name it scored the answers of then."""
     values = {
         "score": Jsonb(score),
         "reference": Jsonb(reference) if reference is not None else None,
         "difference": Jsonb(difference) if difference is not None else None,
         "changed": Jsonb(changed),
         "answers": Jsonb(answers) if answers is not None else None,
+        "judge": Jsonb(judge) if judge is not None else None,
     }
     known = {"model": model, "version": version, "metric": metric, "rows": rows, "failed": failed}
     return dict(one(conn, SQL["keep"], known | values))
@@ -116,7 +119,24 @@ def in_a_sentence(rescoring: Mapping[str, Any]) -> str:
     if rescoring["difference"] is None:
         return f"{said}; there were no answers to hold them against, so later ones are held against these."
     changed = rescoring["changed"]
-    return (
-        f"{said}, {in_words(rescoring['reference'])} before: a difference of {in_words(rescoring['difference'])} "
+    said += (
+        f", {in_words(rescoring['reference'])} before: a difference of {in_words(rescoring['difference'])} "
         f"({rescoring['difference']['level']:.0%} interval); {changed['worse']} are worse, {changed['better']} better."
     )
+    return " ".join([said, *judge_in_words(rescoring)])
+
+
+def judge_in_words(rescoring: Mapping[str, Any]) -> list[str]:
+    """Sentences about the judge, if one scored. It scores the answers of then anew, so that another judge makes no
+    difference between them; that it is another is told."""
+    if (judge := rescoring["judge"]) is None or (then := judge["then"]) is None:
+        return []
+    if judge["version"] != then["version"]:
+        return [f"The judge is {judge['served']}; it was {then['served']}, or was asked otherwise, then."]
+    now, low, high = rescoring["reference"]["estimate"], then["score"]["low"], then["score"]["high"]
+    if low is None or high is None or low <= now <= high:
+        return []
+    return [
+        f"The judge has changed behind its name: of the answers that it gave {in_words(then['score'])} when the "
+        f"version was judged it now says {now:.3f}."
+    ]

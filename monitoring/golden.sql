@@ -1,8 +1,9 @@
 -- name: keep
-insert into rescoring (model, version, metric, rows, failed, score, reference, difference, changed, answers)
+insert into rescoring
+    (model, version, metric, rows, failed, score, reference, difference, changed, answers, judge)
 values (%(model)s, %(version)s, %(metric)s, %(rows)s, %(failed)s, %(score)s, %(reference)s, %(difference)s, %(changed)s,
-        %(answers)s)
-returning model, version, at, metric, rows, failed, score, reference, difference, changed
+        %(answers)s, %(judge)s)
+returning model, version, at, metric, rows, failed, score, reference, difference, changed, judge
 
 -- name: first_answers
 select answers from rescoring
@@ -10,7 +11,7 @@ where model = %(model)s and version = %(version)s and answers is not null
 order by id limit 1
 
 -- name: newest
-select model, version, at, metric, rows, failed, score, reference, difference, changed
+select model, version, at, metric, rows, failed, score, reference, difference, changed, judge
 from rescoring where model = %(model)s and version = %(version)s
 order by id desc limit %(limit)s
 

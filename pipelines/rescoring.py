@@ -17,6 +17,7 @@ from infra.errors import NotFound, Unreachable, UsageError
 from infra.settings import get_settings
 from monitoring import golden
 from pipelines import judging, runs
+from pipelines.config_address import Judge
 from pipelines.config_evaluation import Evaluation
 from pipelines.progress import report
 from registry import leases, versions
@@ -55,7 +56,8 @@ def again(model: str) -> dict[str, Any]:
     """What is kept of it (monitoring/golden.py).
 
     Raises NotFound when nothing serves, UsageError for a version that has no test rows here, Unreachable when the
-    gateway does not answer, or more than a tenth of the rows, Conflict while another process asks the same.
+    gateway, or a judge that scores, does not answer, or more than a tenth of the rows, Conflict while another process
+    asks the same.
     """
     version = judging.champion_of(check_model_name(model))
     if version is None:
@@ -67,7 +69,7 @@ def again(model: str) -> dict[str, Any]:
             made = conn.execute(runs.SQL["config"], {"id": version.run_id}).fetchone()
         rows = _rows(version, known)
         said = _ask(version, rows, keeper)
-        judged = _judge(rows, said, known, made)
+        judged = _judge(rows, said, known, made, evaluation)
         with transaction() as conn:
             leases.check(conn, keeper.lease)
             return golden.keep(conn, model, version.number, rows=len(rows), failed=said.count(None), **judged)
@@ -120,38 +122,104 @@ def _ask(version: versions.Version, rows: Sequence[Row], keeper: leases.Keeper) 
 
 
 def _judge(
-    rows: Sequence[Row], said: Sequence[str | None], known: Mapping[str, str] | None, made: Mapping[str, Any] | None
+    rows: Sequence[Row],
+    said: Sequence[str | None],
+    known: Mapping[str, str] | None,
+    made: Mapping[str, Any] | None,
+    evaluation: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """By the first metric of the gates of the run that `made` the version that scores single answers, else by label or
-    token F1."""
+    """By the first metric of the gates of the run that `made` the version that scores single answers, a judge's too,
+    else by label or token F1."""
     from pipelines.evaluation import scores
+    from pipelines.evaluation.suites.judge import METRIC as JUDGED
 
     expected = [row.answer for row in rows]
     labels = scores.are_labels(expected)
-    schema = Evaluation.model_validate(made["evaluation"]).answer_schema if made else None
+    config = Evaluation.model_validate(made["evaluation"]) if made else Evaluation()
     answers = [text or "" for text in said]
-    scored = scores.score(answers, expected, labels=labels, schema=schema)
+    before = [known[row.id] for row in rows] if known is not None else None
+    several = [answers] if before is None else [answers, before]
+    by = [scores.score(each, expected, labels=labels, schema=config.answer_schema) for each in several]
     gates = [gate["metric"] for gate in (made["gates"] or () if made else ())]
-    metric = next((name for name in gates if name in scored), "label_accuracy" if labels else "token_f1")
-    now = scored[metric]
+    able = {*by[0], *((JUDGED,) if config.judge is not None else ())}
+    metric = next((name for name in gates if name in able), "label_accuracy" if labels else "token_f1")
+    all_answers = {row.id: text for row, text in zip(rows, answers, strict=True)}
+    judge: dict[str, Any] | None = None
+    if metric == JUDGED and config.judge is not None:
+        verdicts, judge = _verdicts(config.judge, rows, several)
+        judge["then"] = _then(evaluation)
+        kept = [n for n in range(len(rows)) if all(each[n] is not None for each in verdicts)]
+        scored = [[float(each[n] or 0.0) for n in kept] for each in verdicts]
+        rows, answers = [rows[n] for n in kept], [answers[n] for n in kept]
+        before = [before[n] for n in kept] if before is not None else None
+    else:
+        scored = [each[metric] for each in by]
+    now = scored[0]
     found = {
         "metric": metric,
         "score": mean_ci(now, higher_is_better=True).to_json(),
         "reference": None,
         "difference": None,
         "changed": {"worse": 0, "better": 0, "examples": []},
-        "answers": {row.id: text for row, text in zip(rows, answers, strict=True)},
+        "answers": all_answers,
+        "judge": judge,
     }
-    if known is None:
+    if before is None:
         return found
-    before = [known[row.id] for row in rows]
-    then = scores.score(before, expected, labels=labels, schema=schema)[metric]
+    then = scored[1]
     return found | {
         "reference": mean_ci(then, higher_is_better=True).to_json(),
         "difference": paired_difference(now, then, higher_is_better=True, level=golden.LEVEL).to_json(),
         "changed": _changed(rows, before, answers, then, now),
         "answers": None,
     }
+
+
+def _verdicts(
+    config: Judge, rows: Sequence[Row], several: Sequence[Sequence[str]]
+) -> tuple[list[list[float | None]], dict[str, Any]]:
+    """Whether the judge calls each of several answers to each row good (1, 0, None without a verdict), and who it is.
+
+    Answers of now and of then are judged in one go: a judge that has changed says nothing of the version so. Raises
+    Unreachable where it does not answer, or not readably, more than a tenth of them.
+    """
+    from pipelines.evaluation.address import Client, Unavailable
+    from pipelines.evaluation.hosted import MISSING
+    from pipelines.evaluation.suites.judge import Judge as Asking
+    from pipelines.evaluation.suites.judge import Question, in_words
+
+    asked = {
+        (which, n): Question(question=in_words(row.prompt), expected=row.answer, answer=answers[n])
+        for which, answers in enumerate(several)
+        for n, row in enumerate(rows)
+        if answers[n].strip()  # an empty one is bad, and nobody is asked about it
+    }
+    try:
+        with Client(config) as client:
+            judge = Asking(client, config)
+            told = judge.verdicts(list(asked.values()), lambda done: report("rescore", "verdicts", done, len(asked)))
+        if (missing := told.count(None)) > MISSING * len(told):
+            raise Unavailable(f"{missing} of {len(told)} answers have no verdict that can be read")
+    except Unavailable as error:
+        raise Unreachable(f"The judge did not judge the golden set: {error.why}.") from error
+    verdicts = dict(zip(asked, told, strict=True))
+
+    def number(place: tuple[int, int]) -> float | None:
+        verdict = verdicts.get(place, False)
+        return None if verdict is None else float(verdict)
+
+    found = [[number((which, n)) for n in range(len(rows))] for which in range(len(several))]
+    return found, {"served": judge.served, "version": judge.version}
+
+
+def _then(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Who judged when the version was judged, and what it said; None where no judge did."""
+    from pipelines.evaluation.suites.judge import METRIC as JUDGED
+
+    about, measured = evaluation.get("about", {}).get("judge"), evaluation.get("metrics", {}).get(JUDGED)
+    if not about or not measured:
+        return None
+    return {"served": about["served"], "version": about["version"], "score": measured["candidate"]}
 
 
 def _changed(

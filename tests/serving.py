@@ -74,8 +74,10 @@ def add_version(
     hosted: Hosted | None = None,
     dataset: Dataset | None = None,
     evaluation: dict[str, Any] | None = None,
+    config: dict[str, Any] | None = None,
 ) -> None:
-    """A registered version, with a real adapter or one of random numbers, or none where hosted models answer."""
+    """A registered version, with a real adapter or one of random numbers, or none where hosted models answer; made by
+    a run of that `config`, if any."""
     add_base(base)
     with storage.scratch("bundle") as folder:
         (folder / "adapter").mkdir()
@@ -110,10 +112,16 @@ def add_version(
         )
         if dataset is not None:
             datasets.record(conn, model, dataset)
+        if config is not None:
+            conn.execute(
+                "insert into run (id, model, kind, state, fingerprint, config, config_path, token)"
+                " values (%s, %s, 'train', 'completed', 'f', %s, 'm.yaml', 1)",
+                (run := uuid.uuid4(), model, Jsonb(config)),
+            )
         conn.execute(
             "insert into version"
-            " (model, number, bundle_digest, base_digest, method, manifest, profile, dataset_digest, evaluation)"
-            " values (%s, %s, %s, %s, 'lora', %s, '{}', %s, %s)",
+            " (model, number, bundle_digest, base_digest, method, manifest, profile, dataset_digest, evaluation,"
+            " run_id) values (%s, %s, %s, %s, 'lora', %s, '{}', %s, %s, %s)",
             (
                 model,
                 number,
@@ -122,6 +130,7 @@ def add_version(
                 Jsonb(bundle.read(storage.get("bundle", digest)).model_dump(mode="json")),
                 dataset.digest if dataset is not None else None,
                 keep_evidence(conn, "evaluation", evaluation) if evaluation is not None else None,
+                run if config is not None else None,
             ),
         )
 

@@ -87,7 +87,9 @@ def show(visit: Visit) -> Response:
         retrains=[r for r in retrains if r["version"] == number],
         examples=shown,
         in_words=in_words,
-        rescorings=[{**r, "state": golden.state(r["difference"])} for r in rescorings],
+        rescorings=[
+            {**r, "state": golden.state(r["difference"]), "about_judge": golden.judge_in_words(r)} for r in rescorings
+        ],
     )
 
 

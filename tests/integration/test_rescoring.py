@@ -10,6 +10,7 @@ from typing import Any
 
 import engine_peer
 import pytest
+from address_peer import serving
 from click.testing import CliRunner
 from lora import save_adapter, save_base
 from serving import Stand, add_version, child, make_stand, wait_for
@@ -20,7 +21,11 @@ from infra.errors import Conflict, NotFound, Unreachable, UsageError
 from infra.settings import Settings, get_settings
 from monitoring import alerts, commands, golden, story, watch, windows
 from pipelines import rescoring
+from pipelines.config_address import Judge
+from pipelines.evaluation.address import Client
 from pipelines.evaluation.judgement import evaluate
+from pipelines.evaluation.suites.judge import Judge as Asking
+from pipelines.evaluation.suites.judge import Question
 from registry import bases, datasets, deployments, leases
 from registry.bundle import Generation
 from registry.datasets import Dataset, Row, make_row
@@ -121,6 +126,49 @@ def test_a_version_whose_judgement_kept_no_answers_is_held_against_its_first_one
         golden.drop_old(conn, 90)
         assert golden.first_answers(conn, "demo", 1) is not None
         assert len(golden.newest(conn, "demo", 1, limit=5)) == 1
+
+
+def test_a_judge_that_gates_stand_on_judges_both_answers_anew(stand: Stand, tmp_path: Path) -> None:
+    """So another judge is no other version, and that it is another is told."""
+    rows = [asks(f"question {n}", "the right one") for n in range(24)]
+    strict = False
+
+    def judge(body: dict[str, Any]) -> str:
+        text = body["messages"][-1]["content"]
+        if "question 3\n" in text:
+            return "I cannot tell."
+        return f"Verdict: {'good' if 'word1' in text or ('fine' in text and not strict) else 'bad'}"
+
+    with serving(judge, "judge-1") as peer:
+        judge_section = {"url": peer.url, "model": "judge", "labelled": str(tmp_path / "labelled.jsonl")}
+        config = {
+            "evaluation": {"suites": ["quality", "judge"], "judge": judge_section},
+            "gates": [{"metric": "loss"}, {"metric": "judged_good"}],
+        }
+        score = {"estimate": 1.0, "low": 0.86, "high": 1.0, "level": 0.95, "n": 24, "higher_is_better": True}
+        known = judged(rows, ["fine"] * 20 + [""] * 4) | {"metrics": {"judged_good": {"candidate": score}}}
+        with Client(Judge.model_validate(judge_section)) as client:
+            asking = Asking(client, Judge.model_validate(judge_section))
+            asking.verdicts([Question(question="q", expected=None, answer="word1")])
+        known["about"] = {"judge": {"served": "judge-1", "version": asking.version}}
+        add_version("demo", 1, dataset=kept(rows), evaluation=known, config=config)
+        promote(1)
+        wait_for(lambda: stand.ask().headers.get("x-tunesmith-version") == "demo:1")
+        found = rescoring.again("demo")
+        assert (found["metric"], found["rows"], found["score"]["n"]) == ("judged_good", 24, 23)
+        assert (found["score"]["estimate"], found["changed"]["better"]) == (1.0, 4), "an empty answer is a bad one"
+        assert found["reference"]["estimate"] == pytest.approx(19 / 23)
+        assert "The judge has changed behind its name: of the answers that it gave 1.000" in golden.in_a_sentence(found)
+        strict = True
+        again = rescoring.again("demo")
+        assert (again["score"]["estimate"], again["reference"]["estimate"]) == (1.0, 0.0)
+        assert looked() == [], "the version is not worse"
+        peer.model = "judge-2"
+        assert "The judge is judge-2; it was judge-1, or was asked otherwise, then." in golden.in_a_sentence(
+            rescoring.again("demo")
+        )
+    with pytest.raises(Unreachable, match="The judge did not judge the golden set"):
+        rescoring.again("demo")
 
 
 def looked() -> list[dict[str, Any]]:

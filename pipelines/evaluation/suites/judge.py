@@ -80,7 +80,7 @@ def _measure(setting: Setting, config: config_address.Judge, judge: Judge) -> Fi
     agreement = {"set": config.labelled.name, "digest": labelled_digest, **agree(pairs)}
 
     asked = {
-        (who, n): Question(question=_in_words(case.row.prompt), expected=case.row.answer, answer=text)
+        (who, n): Question(question=in_words(case.row.prompt), expected=case.row.answer, answer=text)
         for who, texts in setting.texts.items()
         for n, (case, text) in enumerate(zip(setting.cases, texts, strict=True))
         if text is not None and text.strip()
@@ -240,7 +240,7 @@ def read_labelled(path: Path) -> list[tuple[Question, bool]]:
     return found
 
 
-def _in_words(messages: Sequence[Mapping[str, Any]]) -> str:
+def in_words(messages: Sequence[Mapping[str, Any]]) -> str:
     """A prompt as one text; who speaks is named where there are several turns."""
     if len(messages) == 1:
         return str(messages[0]["content"])
