@@ -200,20 +200,46 @@ where v.model = %(model)s
 select r.id, r.at, r.model, r.version, r.slot, r.status, r.error, r.stream, r.prompt_tokens, r.completion_tokens,
        r.ttft_ms, r.latency_ms, r.cost_usd, r.finish_reason, f.score, f.label, f.correction, f.similarity,
        left(r.messages -> -1 ->> 'content', 300) as asked
-from request_event r left join feedback f on f.request_id = r.id
+
+-- name: of_all
+from request_event r left join feedback f on f.request_id = r.id and f.request_at = r.at
+
+-- name: of_rated
+-- Begins at the feedback, which few requests may have, in its own order
+from (
+    select * from feedback
+    where request_at >= %(since)s
+      and (%(model)s::text is null or model = %(model)s)
+      and (%(before_at)s::timestamptz is null
+           or (request_at, request_id) < (%(before_at)s::timestamptz, %(before_id)s::uuid))
+      and (%(feedback)s = 'any'
+           or (%(feedback)s = 'corrected' and correction is not null)
+           or (%(feedback)s = 'negative' and score < 0))) f
+cross join lateral (
+    select * from request_event e where e.at = f.request_at and e.id = f.request_id offset 0) r
+
+-- name: asked_for
 where r.at >= %(since)s
+  and (%(until)s::timestamptz is null or r.at < %(until)s)
   and (%(before_at)s::timestamptz is null or (r.at, r.id) < (%(before_at)s::timestamptz, %(before_id)s::uuid))
   and (%(model)s::text is null or r.model = %(model)s)
   and (%(version)s::int is null or r.version = %(version)s)
   and (%(slot)s::text is null or r.slot = %(slot)s)
   and (%(status)s::text is null
        or (%(status)s = 'ok' and r.status < 400) or (%(status)s = 'error' and r.status >= 400))
-  and (%(feedback)s::text is null
-       or (%(feedback)s = 'any' and f.request_id is not null)
-       or (%(feedback)s = 'corrected' and f.correction is not null)
-       or (%(feedback)s = 'negative' and f.score < 0))
-order by r.at desc, r.id desc
-limit %(limit)s
+
+-- name: newest_first
+order by r.at desc, r.id desc limit %(limit)s
+
+-- name: newest_rated_first
+order by f.request_at desc, f.request_id desc limit %(limit)s
+
+-- name: last_of_version
+-- Until when a version has requests, but for what is newer than its windows: null where it has some in the last hour
+select case when not exists (
+    select from request_event where model = %(model)s and version = %(version)s and at > now() - interval '1 hour'
+) then (select max(start) + interval '1 day' from traffic_window where model = %(model)s and version = %(version)s)
+end as until
 
 -- name: request
 select r.*, b.created_at as recorded_at, b.windowed_at, k.name as key_name,

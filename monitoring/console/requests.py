@@ -10,7 +10,7 @@ from uuid import UUID
 
 from starlette.responses import Response
 
-from infra.db import transaction
+from infra.db import one, transaction
 from infra.errors import NotFound
 from monitoring import figures
 from monitoring.console.model import look
@@ -37,11 +37,16 @@ def listing(visit: Visit) -> Response:
     }
     with transaction() as conn:
         names = [row["name"] for row in conn.execute(SQL["model_names"])]
+        until = None
+        if asked["model"] and asked["version"]:  # an old one's are not looked for among all that came since
+            until = one(conn, SQL["last_of_version"], asked)["until"]
+        source, order = ("of_rated", "newest_rated_first") if asked["feedback"] else ("of_all", "newest_first")
         rows = conn.execute(
-            SQL["requests"],
+            "\n".join((SQL["requests"], SQL[source], SQL["asked_for"], SQL[order])),
             {
                 **asked,
                 "since": datetime.now(UTC) - RANGES[since],
+                "until": until,
                 "before_at": before[0] if before else None,
                 "before_id": before[1] if before else None,
                 "limit": PAGE + 1,

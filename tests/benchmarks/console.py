@@ -115,7 +115,8 @@ def visit(times: int) -> dict[str, list[float]]:
     pages = [
         "/", "/alerts", f"/alerts/{alert['id']}", *(f"{model}?since={since}" for since in ("1h", "24h", "7d", "30d")),
         f"{model}/drift", f"{model}/drift?since=30d", f"{model}/cost", f"{model}/versions/2", "/requests",
-        "/requests?since=30d",
+        "/requests?since=30d", "/requests?status=error&since=30d", "/requests?slot=shadow&since=30d",
+        f"/requests?model={MODEL}&version=1&since=30d", f"/requests?model={MODEL}&feedback=corrected&since=30d",
         f"/requests?model={MODEL}&version=1&status=error&since=30d",
         f"/requests?model={MODEL}&feedback=negative&since=30d", "/requests?model=empty-model&since=30d",
         f"/requests?since=30d&before={request['at'].isoformat()}/{request['id']}".replace("+", "%2B"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from typing import Any
@@ -465,6 +465,35 @@ def test_the_request_list_filters_and_pages(app: TestClient) -> None:
     assert not ids[0] & ids[1]
     assert "No request matches" in app.get("/requests?version=77").text
     assert app.get("/requests?version=99999999999999999999&before=x&since=y&slot=z").status_code == 200
+
+
+def test_rare_requests_are_found_in_their_order(app: TestClient) -> None:
+    """Which are read from indexes of their own, or from the feedback."""
+    fill()
+    log_in(app, "viewer")
+    with transaction() as conn:
+        rows = conn.execute(
+            "select r.*, f.score, f.correction, f.request_id from request_event r"
+            " left join feedback f on f.request_id = r.id order by r.at desc, r.id desc"
+        ).fetchall()
+    filters: dict[str, Callable[[dict[str, Any]], bool]] = {
+        "feedback=any": lambda r: r["request_id"] is not None,
+        "feedback=negative": lambda r: r["score"] is not None and r["score"] < 0,
+        "feedback=corrected&status=ok": lambda r: r["correction"] is not None and r["status"] < 400,
+        "slot=shadow": lambda r: r["slot"] == "shadow",
+        f"model={MODEL}&version=1": lambda r: r["version"] == 1,
+        f"model={MODEL}&version=1&feedback=any": lambda r: r["version"] == 1 and r["request_id"] is not None,
+    }
+    for query, fits in filters.items():
+        expected, found = [str(row["id"]) for row in rows if fits(row)][:100], list[str]()
+        page = f"/requests?since=30d&{query}"
+        while page and len(found) < 100:
+            text = app.get(page).text
+            found += list(dict.fromkeys(re.findall(r"/requests/(0[0-9a-f-]{35})", text)))
+            older = re.search(r'href="(\?[^"]*before=[^"]*)"', text)
+            page = "/requests" + older[1].replace("&amp;", "&") if older else ""
+        assert found[: len(expected)] == expected, query
+        assert expected or "shadow" in query, query
 
 
 def test_nothing_without_a_session(app: TestClient) -> None:

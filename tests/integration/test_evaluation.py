@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ import numpy as np
 import orjson
 import pytest
 import torch
+from lora import able_to_say_anything
 from psycopg.types.json import Jsonb
 
 from infra import storage
@@ -66,7 +68,7 @@ def train(trainer: Trainer, folder: Path, steps: int) -> Path:
         "r": 16,
         "lora_alpha": 32,
         "lora_dropout": 0.0,
-        "learning_rate": 3e-3,
+        "learning_rate": 1e-3,
         "lr_scheduler_type": "linear",
         "warmup_ratio": 0.05,
         "weight_decay": 0.0,
@@ -84,7 +86,10 @@ def train(trainer: Trainer, folder: Path, steps: int) -> Path:
 def world(tiny_made: Base, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     torch.set_num_threads(1)
     adapters = tmp_path_factory.mktemp("adapters")
-    base = replace(tiny_made, dtype="float32")
+    folder = tmp_path_factory.mktemp("base")
+    shutil.copytree(tiny_made.folder, folder, dirs_exist_ok=True)
+    able_to_say_anything(folder)
+    base = replace(tiny_made, folder=folder, dtype="float32")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TUNESMITH_HOME", str(tmp_path_factory.mktemp("home")))
         get_settings.cache_clear()
