@@ -112,12 +112,14 @@ def serve(app: Starlette, settings: Settings) -> None:
     """Run the application on the settings' host and port until SIGTERM or SIGINT. Blocks."""
     import uvicorn
 
+    from deploy.clients import Impatient
+
     uvicorn.run(
         app,
         host=settings.host,
         port=settings.port,
         loop="uvloop",
-        http="httptools",
+        http=Impatient,
         ws="none",
         lifespan="on",
         access_log=False,

@@ -34,13 +34,16 @@ GATEWAY = """
 import sys
 from infra import log
 from infra.settings import get_settings
+from deploy import clients
 from deploy.gateway import create_app, serve
 from deploy.inference import Limits
 from monitoring.console.app import console_routes
 from monitoring.routes import routes
 log.setup()
 settings = get_settings()
-limits = Limits(**eval(sys.argv[1]))
+given = eval(sys.argv[1])
+clients.HEAD_SECONDS, clients.TAKE_SECONDS = given.pop("client_seconds", (30.0, 60.0))
+limits = Limits(**given)
 serve(create_app(settings, routes=[*routes(), *console_routes()], limits=limits), settings)
 """
 

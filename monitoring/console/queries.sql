@@ -4,7 +4,7 @@ select count(*) as open from alert where closed_at is null
 -- name: models
 select m.name, m.created_at, coalesce(d.generation, 0) as generation, d.champion, d.challenger, d.challenger_share,
        d.shadow, s.serves_since, v.versions, a.alerts, a.urgent, a.worst, b.behind, t.verdict, t.verdict_at,
-       r.run_kind, r.run_state, r.run_started_at
+       r.run_kind, r.run_state, r.run_started_at, c.cost_today
 from model m
 left join deployment d on d.model = m.name
 left join lateral (
@@ -28,6 +28,13 @@ left join lateral (
 left join lateral (
     select kind as run_kind, state as run_state, started_at as run_started_at
     from run where model = m.name order by started_at desc limit 1) r on true
+cross join lateral (
+    -- By version, whose index begins with it
+    select sum((w.sketches -> 'numbers' ->> 3)::float8 / 1e9) as cost_today
+    from version v
+    join traffic_window w on w.model = v.model and w.version = v.number
+        and w.grain = 'day' and w.start = date_trunc('day', now(), 'UTC')
+    where v.model = m.name) c
 where %(model)s::text is null or m.name = %(model)s
 order by m.name
 
