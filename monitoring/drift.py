@@ -206,24 +206,43 @@ def _added(histograms: Sequence[Sequence[float]]) -> list[float]:
     return [sum(column) for column in zip(*histograms, strict=True)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Looked:
+    """What a version served in a time and what people said of it (`quality`, as histograms), what both are compared
+    with, and the model's settings."""
+
+    window: windows.Window
+    quality: Mapping[str, Sequence[int]]
+    reference: Profile
+    settings: Mapping[str, Any]
+
+
+def look(conn: Connection, model: str, version: int, since: datetime, until: datetime) -> Looked:
+    """All that `judge` begins with. Raises NotFound when there is no such version."""
+    row = conn.execute(SQL["version"], {"model": model, "version": version}).fetchone()
+    if row is None:
+        raise NotFound(f"There is no version {model}:{version}.", hint=f"See `tunesmith versions {model}`.")
+    return Looked(
+        window=windows.read(conn, model, version, since, until),
+        quality=quality(conn, model, version, since, until),
+        reference=reference(conn, Profile.from_json(row["profile"]), model, since),
+        settings=row["settings"].get("monitoring", {}),
+    )
+
+
 def judge(
     conn: Connection, model: str, version: int, since: datetime, until: datetime,
-    *, before: Mapping[str, Any] | None = None,
+    *, before: Mapping[str, Any] | None = None, looked: Looked | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The contract's `drift` object for what one version served between two times (to the minute), and to what a drift
     is attributed (`attribution`; null without one). A verdict shortly `before`, by which the same moved, saves finding
-    that out again.
+    that out again, and what was `looked` at, reading it.
 
     `too_few` when it answered fewer requests than the model's ``monitoring.min_requests`` (100 by default).
     Raises NotFound when there is no such version.
     """
-    row = conn.execute(SQL["version"], {"model": model, "version": version}).fetchone()
-    if row is None:
-        raise NotFound(f"There is no version {model}:{version}.", hint=f"See `tunesmith versions {model}`.")
-    least = int(row["settings"].get("monitoring", {}).get("min_requests", MIN_REQUESTS))
-    profile = reference(conn, Profile.from_json(row["profile"]), model, since)
-    window = windows.read(conn, model, version, since, until)
-    given = quality(conn, model, version, since, until)
+    looked = looked or look(conn, model, version, since, until)
+    least, window, given = int(looked.settings.get("min_requests", MIN_REQUESTS)), looked.window, looked.quality
     live = {feature.name: window.histogram(feature.name) for feature in FEATURES} | {"score": given["score"]}
     if sum(given["similarity"]) >= _MIN_FEEDBACK * window.answered:
         live["similarity"] = given["similarity"]
@@ -232,7 +251,7 @@ def judge(
     if window.answered < least:
         verdict: Verdict = "too_few"
         text = explain.too_few(model, version, window.answered, least)
-    elif not (compared := _compared(conn, profile, live, model, version, since, until, least)):
+    elif not (compared := _compared(conn, looked.reference, live, model, version, since, until, least)):
         verdict, text = "too_few", explain.no_profile(model, version)
     else:
         moved, usual = [m for m in compared if m.drifted], [m for m in compared if m.usual]
@@ -241,7 +260,7 @@ def judge(
             found = _known(before, moved) or _attribute(conn, model, version, moved, given["score"], since, until)
         text = explain.verdict(
             model, version, window.answered, len(compared), moved, _new_words(window), usual=usual,
-            keeps_text=bool(row["settings"].get("monitoring", {}).get("keep_text", False)), found=found,
+            keeps_text=bool(looked.settings.get("keep_text", False)), found=found,
         )  # fmt: skip
     return {
         "model": model,

@@ -20,7 +20,7 @@ from monitoring.console.render import RANGES, SQL, Visit, draw, whole
 from monitoring.console.svg import Write
 from registry import deployments
 from registry.names import check_model_name
-from registry.profile import FEATURE, Feature, Profile
+from registry.profile import FEATURE, Feature
 from registry.statistics import in_words
 
 _COLUMNS = 24  # of the heat map
@@ -43,16 +43,12 @@ def show(visit: Visit) -> Response:
             raise NotFound(f"There is no version {name}:{number}.", hint=f"See `tunesmith versions {name}`.")
         asked = {"model": name, "version": number, "since": begin, "until": until, "columns": _COLUMNS}
         last = conn.execute(SQL["last_compared"], asked).fetchone()
-        report = drift.judge(conn, name, number, begin, until, before=_of_now(last, begin, until))
+        looked = drift.look(conn, name, number, begin, until)
+        report = drift.judge(conn, name, number, begin, until, before=_of_now(last, begin, until), looked=looked)
         heat = {(row["name"], row["place"]): row["ratio"] for row in conn.execute(SQL["heat"], asked)}
         judged = one(conn, SQL["judged"], asked)["n"]
         latest = {row["version"]: row for row in conn.execute(SQL["last_verdicts"], {"model": name})}
-        window = windows.read(conn, name, number, begin, until)
-        profile = conn.execute(SQL["profile"], {"model": name, "number": number}).fetchone()
         retrains = conn.execute(SQL["retrains"], {"model": name}).fetchall()
-        live = _live(conn, name, number, window, begin, until)
-        known = Profile.from_json(profile["profile"] if profile else {})
-        reference = drift.reference(conn, known, name, begin)
         found = report["attribution"]
         rescorings = golden.newest(conn, name, number, _RESCORINGS)
         shown = examples.read(conn, visit, name, number, found["requests"]) if found else []
@@ -74,16 +70,16 @@ def show(visit: Visit) -> Response:
         report=report,
         said=report["explanation"].removesuffix(todo),
         todo=todo,
-        requests=window.requests,
+        requests=looked.window.requests,
         features=[_row(f, heat, begin, until) for f in features],
         features_at=features_at,
         begin=begin,
         until=until,
         judged=judged,
         wanted=wanted,
-        distribution=_distribution(wanted, reference, live, number),
+        distribution=_distribution(wanted, looked, number),
         measures=next((f["also"] for f in features if f["name"] == wanted and "also" in f), {}),
-        new_words=_new_words(window),
+        new_words=_new_words(looked.window),
         retrains=[r for r in retrains if r["version"] == number],
         examples=shown,
         in_words=in_words,
@@ -150,19 +146,12 @@ def _says(ratio: float | None) -> str:
     return "not judged" if ratio is None else f"{figures.number(ratio, 2)} × the threshold"
 
 
-def _live(
-    conn: Connection, model: str, number: int, window: windows.Window, begin: datetime, until: datetime
-) -> dict[str, list[int]]:
-    """The live histograms; quality comes from feedback, which arrives later."""
-    return {name: window.histogram(name) for name in FEATURE} | drift.quality(conn, model, number, begin, until)
-
-
-def _distribution(name: str, reference: Profile, live: Mapping[str, Sequence[int]], number: int) -> Markup | None:
+def _distribution(name: str, looked: drift.Looked, number: int) -> Markup | None:
     """The chart of one feature, live against reference, on bins joined until a person can read them."""
     feature = FEATURE.get(name)
-    if feature is None or name not in reference.histograms:
+    if feature is None or name not in looked.reference.histograms:
         return None
-    old, new = reference.histograms[name], live[name]
+    old, new = looked.reference.histograms[name], looked.quality.get(name) or looked.window.histogram(name)
     groups = _groups(feature, [a + b for a, b in zip(old, new, strict=True)])
     return charts.histogram(
         key="distribution",

@@ -136,15 +136,15 @@ def visit(times: int) -> dict[str, list[float]]:
                 if answer.status_code != 200:
                     sys.exit(f"{page} answered {answer.status_code}: {answer.text[:1000]}")
                 if number:  # the first round only warms up
-                    took.setdefault(_name(page, (request["id"], alert["id"], run["id"])), []).append(milliseconds)
+                    ids = (request["id"], request["at"].isoformat().replace("+", "%2B"), alert["id"], run["id"])
+                    took.setdefault(_name(page, ids), []).append(milliseconds)
     return took
 
 
 def _name(page: str, ids: Sequence[object]) -> str:
-    path, _, query = page.partition("?")
     for each in ids:
-        path = path.replace(str(each), "{id}")
-    return path + (f" {query.partition('/')[0][:50]}" if query else "")
+        page = page.replace(str(each), "...")
+    return page.replace("?", " ")[:75]
 
 
 def show(counts: Sequence[int], found: Sequence[Mapping[str, Sequence[float]]]) -> None:
