@@ -32,7 +32,7 @@ class Impatient(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        self._head = _end(self._head)
+        self._head = _ended(self._head)
         super().on_headers_complete()
 
     def pause_writing(self) -> None:
@@ -41,14 +41,15 @@ class Impatient(HttpToolsProtocol):
             self._take = self.loop.call_later(TAKE_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
-        self._take = _end(self._take)
+        self._take = _ended(self._take)
         super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._head, self._take = _end(self._head), _end(self._take)
+        self._head, self._take = _ended(self._head), _ended(self._take)
         super().connection_lost(exc)
 
 
-def _end(timer: asyncio.TimerHandle | None) -> None:
+def _ended(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
     if timer is not None:
         timer.cancel()
+    return None
