@@ -27,7 +27,7 @@ from datetime import UTC, date, datetime, timedelta
 from functools import lru_cache
 from math import nan
 from pathlib import Path
-from typing import Any
+from typing import Any, LiteralString
 
 import orjson
 import psycopg
@@ -435,22 +435,40 @@ def store(conn: Connection, replica: uuid.UUID, events: Sequence[Mapping[str, An
     An event that is there already is left alone, so replays are harmless. Raises psycopg.DataError, ValueError,
     LookupError or TypeError when one of the events does not fit the table.
     """
+    if not events:
+        return 0
     batch = uuid7()
     rows = [_row(event, batch) for event in events]
+    times = [row[1] for row in rows]
+    told = {"id": batch, "replica": replica, "first_at": min(times), "last_at": max(times)}
     conn.execute(SQL["wait_for_erasures"])
-    conn.execute(SQL["make_stage"])
+    new = 0 if one(conn, SQL["may_be_erased"], told)["yes"] else _store_new(conn, rows)
+    if not new:
+        conn.execute(SQL["make_stage"])
+        _copy(conn, SQL["copy_to_stage"], rows)
+        new = conn.execute(SQL["insert_events"]).rowcount
+    if new:
+        conn.execute(SQL["insert_batch"], told | {"rows": new})
+    return new
+
+
+def _store_new(conn: Connection, rows: Sequence[tuple[Any, ...]]) -> int:
+    """Copy rows straight into the table, which takes half the time; none where any of them is there already."""
+    try:
+        with conn.transaction():
+            _copy(conn, SQL["copy"], rows)
+        return len(rows)
+    except psycopg.errors.UniqueViolation:
+        return 0
+
+
+def _copy(conn: Connection, query: LiteralString, rows: Sequence[tuple[Any, ...]]) -> None:
     with conn.cursor() as cursor:
         cursor.adapters.register_dumper(None, _Floats)
-        with cursor.copy(SQL["copy_to_stage"]) as copy:
+        with cursor.copy(query) as copy:
             copy.set_types(_TYPES)
             for row in rows:
                 copy.write_row(row)
-        new = cursor.execute(SQL["insert_events"]).rowcount
-    if new:
-        times = [row[1] for row in rows]
-        told = {"id": batch, "replica": replica, "rows": new, "first_at": min(times), "last_at": max(times)}
-        conn.execute(SQL["insert_batch"], told)
-    return new
 
 
 _FLOAT, _FLOATS = types["float4"].oid, types["float4"].array_oid

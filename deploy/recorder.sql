@@ -2,6 +2,16 @@
 -- Erasures that run end first (monitoring/erasure.sql), so that none of them misses these rows
 lock table erasure in row share mode
 
+-- name: may_be_erased
+-- Whether somebody was erased since, whose these events may be
+select exists (select from erasure where at >= %(first_at)s) as yes
+
+-- name: copy
+copy request_event (
+    id, at, batch, model, version, slot, key_id, client_request_id, status, error, stream, prompt_tokens,
+    completion_tokens, ttft_ms, latency_ms, engine_seconds, cost_usd, finish_reason, features, subject, messages, answer
+) from stdin (format binary)
+
 -- name: make_stage
 create temporary table if not exists stage (like request_event) on commit delete rows
 
