@@ -177,9 +177,10 @@ def summary(conn: Connection, model: str, version: int | None, since: datetime, 
     return one(conn, SQL["summary"], {"model": model, "version": version, "since": since, "until": until})
 
 
-def usable_corrections(conn: Connection, model: str, after: datetime | None) -> int:
-    """Corrections of requests whose text was kept, given after a time: what a retraining would use."""
-    return int(one(conn, SQL["usable_corrections"], {"model": model, "after": after})["n"])
+def usable_corrections(conn: Connection, model: str, after: datetime | None, most: int | None = None) -> int:
+    """Corrections of requests whose text was kept, given after a time: what a retraining would use. No more than `most`
+    are counted."""
+    return int(one(conn, SQL["usable_corrections"], {"model": model, "after": after, "most": most})["n"])
 
 
 def drop_old(conn: Connection, days: int) -> None:

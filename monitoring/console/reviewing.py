@@ -20,6 +20,7 @@ from registry.names import check_model_name
 from registry.profile import FEATURES
 
 _MOST, _NEWEST = 10, 2000  # answers on the page, and those among which the least sure are looked for
+_COUNTED = 1000  # corrections: of more it does not matter how many
 _SURENESS = 1 + [feature.name for feature in FEATURES].index("mean_logprob")  # PostgreSQL counts from 1
 
 
@@ -36,9 +37,11 @@ def queue(visit: Visit) -> Response:
         if len(rows) < _MOST:
             unsure = {"place": _SURENESS, "newest": _NEWEST, "limit": _MOST - len(rows)}
             rows += conn.execute(SQL["unsure"], asked | unsure).fetchall()
-        usable = feedback.usable_corrections(conn, model, None)
+        usable = feedback.usable_corrections(conn, model, None, most=_COUNTED)
     here = "/review?" + urlencode({"model": model, "since": since})
-    return draw(visit, "review.html", model=model, since=since, rows=rows, usable=usable, here=here, look=look)
+    return draw(
+        visit, "review.html", model=model, since=since, rows=rows, usable=usable, counted=_COUNTED, here=here, look=look
+    )
 
 
 def give(visit: Visit) -> Response:
