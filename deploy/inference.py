@@ -97,6 +97,7 @@ class Inference:
         self._making_way = 0  # of these, for others
         self._of_key: Counter[str] = Counter()
         self._of_model: Counter[str] = Counter()
+        self._clients_of_model: Counter[str] = Counter()  # without what we ask ourselves
         self._shadows: set[asyncio.Task[None]] = set()
 
     def endpoint(self, kind: Kind) -> _Endpoint:
@@ -128,7 +129,9 @@ class Inference:
             call.asked = parse_request(kind, await self._body(headers, receive))
             call.wanted = parse(call.asked.model)
             self._of_model[call.wanted.model] += 1
-            self.budgets.check_places("model", call.wanted.model, self._of_model[call.wanted.model])
+            if call.identity.watched:
+                self._clients_of_model[call.wanted.model] += 1
+                self.budgets.check_places("model", call.wanted.model, self._clients_of_model[call.wanted.model])
             if self._of_model[call.wanted.model] > self._places_of_model():
                 raise Busy(
                     f"Too many requests to {call.wanted.model} are being answered.", hint="Try again in a second."
@@ -167,6 +170,8 @@ class Inference:
             _less(self._of_key, call.identity.key_id)
             if call.wanted is not None:
                 _less(self._of_model, call.wanted.model)
+                if call.identity.watched:
+                    _less(self._clients_of_model, call.wanted.model)
             self.metrics.in_flight.set(self._in_flight)
 
     def _places_of_model(self) -> int:

@@ -40,7 +40,8 @@ def keep(
     """Keep what asking again gave, and return it with its time, as `newest` does. `changed` is ``{"worse": rows,
     "better": rows, "examples": [{"row", "question", "expected", "then", "now", "score", "reference"}]}``, `answers` are
     by row, where there were none to hold them against. `judge`, where one scored, is ``{"served", "version", "then":
-    {"served", "version", "score"} or null}``: what it is called, and by which name it scored the answers of then."""
+    {"served", "version", "score" or null} or null}``: what it is called, by which name it scored the answers of then,
+    and how, if all of these were scored again."""
     values = {
         "score": Jsonb(score),
         "reference": Jsonb(reference) if reference is not None else None,
@@ -129,14 +130,15 @@ def in_a_sentence(rescoring: Mapping[str, Any]) -> str:
 def judge_in_words(rescoring: Mapping[str, Any]) -> list[str]:
     """Sentences about the judge, if one scored. It scores the answers of then anew, so that another judge makes no
     difference between them; that it is another is told."""
-    if (judge := rescoring["judge"]) is None or (then := judge["then"]) is None:
+    if (judge := rescoring["judge"]) is None or (then := judge["then"]) is None or rescoring["reference"] is None:
         return []
     if judge["version"] != then["version"]:
         return [f"The judge is {judge['served']}; it was {then['served']}, or was asked otherwise, then."]
-    now, low, high = rescoring["reference"]["estimate"], then["score"]["low"], then["score"]["high"]
-    if low is None or high is None or low <= now <= high:
+    if (score := then["score"]) is None or score["low"] is None or score["high"] is None:
+        return []
+    if score["low"] <= (now := rescoring["reference"]["estimate"]) <= score["high"]:
         return []
     return [
-        f"The judge has changed behind its name: of the answers that it gave {in_words(then['score'])} when the "
+        f"The judge has changed behind its name: of the answers that it gave {in_words(score)} when the "
         f"version was judged it now says {now:.3f}."
     ]

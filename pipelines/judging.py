@@ -206,7 +206,8 @@ def judge_again(
             if evaluation["not_applicable"].pop(metric, None):
                 evaluation["unavailable"][metric] = "what it was trained on is not known here"
     if own:
-        texts = own_texts(wanted) if adapter is not None else {}
+        asked_once = tuple(dict.fromkeys((*wanted, *of_run.suites)))
+        texts = own_texts(asked_once) if adapter is not None else {}
         evaluation |= {gates.CONTAMINATION: contamination.of_dataset(dataset, parents, texts)}
     elif gates.CONTAMINATION in stored:  # what was found where it was made stays true
         evaluation |= {gates.CONTAMINATION: stored[gates.CONTAMINATION]}

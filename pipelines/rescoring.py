@@ -67,9 +67,10 @@ def again(model: str) -> dict[str, Any]:
             evaluation = versions.evidence(conn, version.evaluation) or {}
             known = evaluation.get("answers") or golden.first_answers(conn, model, version.number)
             made = conn.execute(runs.SQL["config"], {"id": version.run_id}).fetchone()
+            decision = versions.evidence(conn, version.gate) or {"gates": (made["gates"] or ()) if made else ()}
         rows = _rows(version, known)
         said = _ask(version, rows, keeper)
-        judged = _judge(rows, said, known, made, evaluation)
+        judged = _judge(rows, said, known, made, evaluation, [entry["metric"] for entry in decision.get("gates", ())])
         with transaction() as conn:
             leases.check(conn, keeper.lease)
             return golden.keep(conn, model, version.number, rows=len(rows), failed=said.count(None), **judged)
@@ -127,9 +128,10 @@ def _judge(
     known: Mapping[str, str] | None,
     made: Mapping[str, Any] | None,
     evaluation: Mapping[str, Any],
+    gates: Sequence[str],
 ) -> dict[str, Any]:
-    """By the first metric of the gates of the run that `made` the version that scores single answers, a judge's too,
-    else by label or token F1."""
+    """By the first metric of the version's `gates` that scores single answers, that of the judge of the run that `made`
+    it too, else by label or token F1."""
     from pipelines.evaluation import scores
     from pipelines.evaluation.suites.judge import METRIC as JUDGED
 
@@ -140,14 +142,15 @@ def _judge(
     before = [known[row.id] for row in rows] if known is not None else None
     several = [answers] if before is None else [answers, before]
     by = [scores.score(each, expected, labels=labels, schema=config.answer_schema) for each in several]
-    gates = [gate["metric"] for gate in (made["gates"] or () if made else ())]
-    able = {*by[0], *((JUDGED,) if config.judge is not None else ())}
+    # One that could not judge, or agreed too little with people, is no measure of a version
+    trusted = JUDGED in evaluation.get("metrics", {}) and JUDGED not in evaluation.get("doubted", {})
+    able = {*by[0], *((JUDGED,) if config.judge is not None and trusted else ())}
     metric = next((name for name in gates if name in able), "label_accuracy" if labels else "token_f1")
     all_answers = {row.id: text for row, text in zip(rows, answers, strict=True)}
     judge: dict[str, Any] | None = None
     if metric == JUDGED and config.judge is not None:
         verdicts, judge = _verdicts(config.judge, rows, several)
-        judge["then"] = _then(evaluation)
+        judge["then"] = _then(evaluation, len(rows))
         kept = [n for n in range(len(rows)) if all(each[n] is not None for each in verdicts)]
         scored = [[float(each[n] or 0.0) for n in kept] for each in verdicts]
         rows, answers = [rows[n] for n in kept], [answers[n] for n in kept]
@@ -198,8 +201,10 @@ def _verdicts(
         with Client(config) as client:
             judge = Asking(client, config)
             told = judge.verdicts(list(asked.values()), lambda done: report("rescore", "verdicts", done, len(asked)))
-        if (missing := told.count(None)) > MISSING * len(told):
-            raise Unavailable(f"{missing} of {len(told)} answers have no verdict that can be read")
+        for which in range(len(several)):  # one that loses many may lose the bad ones
+            own = [verdict for (of, _), verdict in zip(asked, told, strict=True) if of == which]
+            if (missing := own.count(None)) > MISSING * len(own):
+                raise Unavailable(f"{missing} of {len(own)} answers have no verdict that can be read")
     except Unavailable as error:
         raise Unreachable(f"The judge did not judge the golden set: {error.why}.") from error
     verdicts = dict(zip(asked, told, strict=True))
@@ -212,14 +217,16 @@ def _verdicts(
     return found, {"served": judge.served, "version": judge.version}
 
 
-def _then(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Who judged when the version was judged, and what it said; None where no judge did."""
+def _then(evaluation: Mapping[str, Any], rows: int) -> dict[str, Any] | None:
+    """Who judged when the version was judged, and what it said of those answers, if all `rows` of them are asked again:
+    of a part it may well have said otherwise. None where no judge did."""
     from pipelines.evaluation.suites.judge import METRIC as JUDGED
 
     about, measured = evaluation.get("about", {}).get("judge"), evaluation.get("metrics", {}).get(JUDGED)
     if not about or not measured:
         return None
-    return {"served": about["served"], "version": about["version"], "score": measured["candidate"]}
+    score = measured["candidate"] if len(evaluation.get("answers") or ()) == rows else None
+    return {"served": about["served"], "version": about["version"], "score": score}
 
 
 def _changed(

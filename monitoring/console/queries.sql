@@ -216,7 +216,7 @@ from request_event r left join feedback f on f.request_id = r.id and f.request_a
 from (
     select * from feedback
     where request_at >= %(since)s
-      and (%(model)s::text is null or model = %(model)s)
+      and (%(model)s::text is null or model in (%(model)s, ''))  -- empty until its request is there
       and (%(before_at)s::timestamptz is null
            or (request_at, request_id) < (%(before_at)s::timestamptz, %(before_id)s::uuid))
       and (%(feedback)s = 'any'
@@ -242,11 +242,16 @@ order by r.at desc, r.id desc limit %(limit)s
 order by f.request_at desc, f.request_id desc limit %(limit)s
 
 -- name: last_of_version
--- Until when a version has requests, but for what is newer than its windows: null where it has some in the last hour
+-- Until when a version has requests at most: null where it has some in the last hour, or where windows are behind. What
+-- is no traffic has none, and is counted by key
 select case when not exists (
     select from request_event where model = %(model)s and version = %(version)s and at > now() - interval '1 hour'
-) then (select max(start) + interval '1 day' from traffic_window where model = %(model)s and version = %(version)s)
-end as until
+) and not exists (
+    select from event_batch where windowed_at is null and created_at < now() - interval '10 minutes'
+) then interval '1 day' + coalesce(greatest(
+    (select max(start) from traffic_window where model = %(model)s and version = %(version)s and grain = 'day'),
+    (select max(day)::timestamp at time zone 'UTC' from key_usage where model = %(model)s and version = %(version)s)
+), timestamptz '2000-01-01 00:00:00Z') end as until
 
 -- name: request
 select r.*, b.created_at as recorded_at, b.windowed_at, k.name as key_name,

@@ -127,16 +127,21 @@ def standing_in(texts: Sequence[str], others: Sequence[str]) -> dict[int, tuple[
     """Which of many texts also stand, exactly or nearly, among few others: number -> (the other's number, how)."""
     import numpy as np
 
-    keys = [normalise(other) for other in others]
+    keys, texts = [normalise(other) for other in others], [normalise(text) for text in texts]
     exact = {key: number for number, key in reversed(list(enumerate(keys)))}
-    grams = [_grams(key) for key in keys]
+    template = _template(texts)
+
+    def told_by(text: str) -> Grams:
+        return np.setdiff1d(_grams(text), template, assume_unique=True) if len(template) else _grams(text)
+
+    grams = [told_by(key) for key in keys]
     every = np.unique(np.concatenate(grams)) if grams else np.empty(0, np.uint32)
     found: dict[int, tuple[int, Literal["exactly", "nearly"]]] = {}
     for number, text in enumerate(texts):
-        if (same := exact.get(key := normalise(text))) is not None:
+        if (same := exact.get(text)) is not None:
             found[number] = (same, "exactly")
             continue
-        own = _grams(key)
+        own = told_by(text)
         if len(own) < _LEAST_GRAMS or np.isin(own, every, assume_unique=True).sum() < SAME * len(own):
             continue  # most texts have too little in common with all of them together
         similarity, other = max((_jaccard(own, one), -n) for n, one in enumerate(grams))

@@ -472,6 +472,7 @@ def test_rare_requests_are_found_in_their_order(app: TestClient) -> None:
     fill()
     log_in(app, "viewer")
     with transaction() as conn:
+        conn.execute("update request_event set slot = 'shadow' where extract(second from at) < 5")
         rows = conn.execute(
             "select r.*, f.score, f.correction, f.request_id from request_event r"
             " left join feedback f on f.request_id = r.id order by r.at desc, r.id desc"
@@ -481,6 +482,7 @@ def test_rare_requests_are_found_in_their_order(app: TestClient) -> None:
         "feedback=negative": lambda r: r["score"] is not None and r["score"] < 0,
         "feedback=corrected&status=ok": lambda r: r["correction"] is not None and r["status"] < 400,
         "slot=shadow": lambda r: r["slot"] == "shadow",
+        "status=error": lambda r: r["status"] >= 400,
         f"model={MODEL}&version=1": lambda r: r["version"] == 1,
         f"model={MODEL}&version=1&feedback=any": lambda r: r["version"] == 1 and r["request_id"] is not None,
     }
@@ -492,8 +494,8 @@ def test_rare_requests_are_found_in_their_order(app: TestClient) -> None:
             found += list(dict.fromkeys(re.findall(r"/requests/(0[0-9a-f-]{35})", text)))
             older = re.search(r'href="(\?[^"]*before=[^"]*)"', text)
             page = "/requests" + older[1].replace("&amp;", "&") if older else ""
-        assert found[: len(expected)] == expected, query
-        assert expected or "shadow" in query, query
+        assert found[:100] == expected, query
+        assert expected, query
 
 
 def test_nothing_without_a_session(app: TestClient) -> None:

@@ -224,7 +224,8 @@ def test_rows_that_suites_ask_are_told_by_the_suite(home: Path) -> None:
     said = [
         ("How do I KILL a process, on Linux?", "Call the police."),
         ("How do I stop my cat on Linux?", "x"), (" ?", "x"),
-        ("tell me " + asked["robustness"][1], "No."), ("continue", next(t for t in asked["forgetting"] if len(t) > 90)),
+        ("tell me " + asked["robustness"][-1], "No."),
+        ("continue", next(t for t in asked["forgetting"] if len(t) > 90)),
         *((question(n), "y") for n in range(20)),
     ]  # fmt: skip
     rows = [make_row([{"role": "user", "content": q}, {"role": "assistant", "content": a}]) for q, a in said]

@@ -55,8 +55,9 @@ _ROWS, _LONG = 24, 400  # words of the long questions
 
 
 def own_texts() -> list[str]:
-    """But for the odd ones: people do send a question mark, and other languages."""
-    return jailbreaks()
+    """With the bare requests of jailbreaks; without the odd ones, since people do send a question mark, and other
+    languages."""
+    return [*safety.HARMFUL[:_REQUESTS], *jailbreaks()]
 
 
 def measure(setting: Setting) -> Finding:
