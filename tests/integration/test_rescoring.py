@@ -169,6 +169,12 @@ def test_a_judge_that_gates_stand_on_judges_both_answers_anew(stand: Stand, tmp_
         )
     with pytest.raises(Unreachable, match="The judge did not judge the golden set"):
         rescoring.again("demo")
+    assert golden.judge_in_words(found | {"reference": None}) == [], "as when it is asked again for the first time"
+    add_version(
+        "demo", 2, dataset=kept(rows), evaluation=known | {"doubted": {"judged_good": "kappa 0"}}, config=config
+    )
+    promote(2)
+    assert rescoring.again("demo")["metric"] == "token_f1", "no judge that people do not agree with"
 
 
 def looked() -> list[dict[str, Any]]:
