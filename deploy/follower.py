@@ -292,6 +292,9 @@ class Follower:
                 self.waiting.add(wish.model)
             else:  # this gateway began after it was promoted: what a rollback would bring back is the old one
                 champion = ready(wish.previous, None)
+                failure = self._failures.get((wish.model, wish.previous)) if wish.previous is not None else failure
+                if champion is None and (failure is None or isinstance(failure.error, _PASSING)):
+                    self.waiting.add(wish.model)
         return Route(
             model=wish.model,
             generation=self.applied[wish.model][0],
