@@ -453,7 +453,7 @@ def store(conn: Connection, replica: uuid.UUID, events: Sequence[Mapping[str, An
 
 
 def _store_new(conn: Connection, rows: Sequence[tuple[Any, ...]]) -> int:
-    """Copy rows straight into the table, which is quicker than by way of another one; none where any is there already."""
+    """Copy rows straight into the table, which is quicker than over another one; none where any is there already."""
     try:
         with conn.transaction():
             _copy(conn, SQL["copy"], rows)
