@@ -16,6 +16,7 @@ import psutil
 
 from infra import ports, postgres, state
 from infra.errors import TunesmithError
+from infra.processes import cores
 from infra.settings import Settings
 
 GB = 1_000_000_000
@@ -78,13 +79,13 @@ def _packages(own: Settings) -> Iterator[Finding]:
 
 
 def _processor(own: Settings) -> Iterator[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    level: Literal["ok", "warn"] = "ok" if cores > 1 else "warn"
+    count = cores()
+    level: Literal["ok", "warn"] = "ok" if count > 1 else "warn"
     yield Finding(
         name="processor",
         level=level,
-        text=f"{cores} core(s), bases run in {'bfloat16' if multiplies_bf16() else 'float32'}",
-        hint="" if cores > 1 else "Training and serving share one core.",
+        text=f"{count} core(s), bases run in {'bfloat16' if multiplies_bf16() else 'float32'}",
+        hint="" if count > 1 else "Training and serving share one core.",
     )
 
 

@@ -1,7 +1,7 @@
 """Every error a person can cause, with its exit code and HTTP status.
 
 TunesmithError (1, 500)      failed
-├── StoreFull (1, 500)       the artifacts' disk takes no more
+├── StoreError (1, 500)      the artifacts cannot be written; StoreFull: their disk takes no more
 ├── UsageError (2, 400)      wrong arguments, names or values
 ├── ConfigError (2, 400)     a file with problems, all reported at once
 ├── Refused (3, 409)         a gate or a guard said no
@@ -46,8 +46,12 @@ class TunesmithError(Exception):
         return {"error": {"code": self.code, "message": self.message, "hint": self.hint, **self.details}}
 
 
-class StoreFull(TunesmithError):
-    """The artifacts' disk takes no more; nothing half-written is left."""
+class StoreError(TunesmithError):
+    """The artifacts cannot be written, whatever is to be; nothing half-written is left."""
+
+
+class StoreFull(StoreError):
+    """Their disk takes no more."""
 
 
 class UsageError(TunesmithError):

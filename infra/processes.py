@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import signal
 import socket
@@ -19,6 +20,14 @@ import psutil
 
 MARK = "TUNESMITH_STACK"  # in the environment of every process of a stack, handed on to all it starts
 _PR_SET_PDEATHSIG = 1
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds in a period, or max
+
+
+def cores() -> int:
+    """Processors that this process may use, as many of them as its container's quota keeps busy."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, _, period = (_QUOTA.read_text() if _QUOTA.is_file() else "max").strip().partition(" ")
+    return min(count, math.ceil(int(quota) / int(period))) if quota.isdigit() and period.isdigit() else count
 
 
 def spawn(

@@ -12,17 +12,23 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, get_args
 
-from infra.errors import NotFound, StoreFull, TunesmithError
+from infra.errors import NotFound, StoreError, StoreFull
 from infra.settings import get_settings
 
 Kind = Literal["bundle", "base", "dataset", "checkpoint", "tokens"]
+_NEW, _OLD = ".new-", ".old-"  # what scratch folders' names begin with, and those of what is being removed
+_LONGEST = 7 * 86_400.0  # seconds that another machine may be at work on a scratch folder
+# safetensors writes in Rust, and raises an error of its own with the number in its words
+_NUMBER = re.compile(r"\(os error (\d+)\)")
 
 
 def file_digest(path: Path) -> str:
@@ -92,35 +98,41 @@ def scratch(kind: Kind) -> Iterator[Path]:
     parent = root() / kind
     parent.mkdir(parents=True, exist_ok=True)
     sweep()
-    folder = Path(tempfile.mkdtemp(prefix=".new-", dir=parent))
+    folder = Path(tempfile.mkdtemp(prefix=_mine(), dir=parent))
     folder.chmod(0o755)
     in_use = os.open(folder, os.O_RDONLY)
     fcntl.flock(in_use, fcntl.LOCK_EX)
     try:
         yield folder
     except Exception as error:
-        full, hint = _full(error), "Free some disk and try again."
-        if not full and not isinstance(error, OSError):
+        if (code := _number(error)) is None:
             raise
         words = f"Writing a {kind} to {parent} failed: {getattr(error, 'strerror', None) or error}."
-        raise (StoreFull if full else TunesmithError)(words, hint=hint) from error
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise StoreFull(words, hint="Free some disk and try again.") from error
+        raise StoreError(words, hint="See whether the artifacts' disk is there and can be written.") from error
     finally:
         os.close(in_use)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _full(error: Exception) -> bool:
-    """Whether the disk, a quota or a limit of the process takes no more. safetensors writes in Rust, and raises an
-    error of its own with the number in its words."""
-    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+def _mine() -> str:
+    """What the names of this machine's scratch folders begin with."""
+    return f"{_NEW}{socket.gethostname()}-"
+
+
+def _number(error: Exception) -> int | None:
+    """The system's number of an error of input and output, 0 where it has none; None of other errors."""
     if isinstance(error, OSError):
-        return error.errno in codes
-    return any(f"(os error {code})" in str(error) for code in codes)
+        return error.errno or 0
+    found = _NUMBER.search(str(error))
+    return int(found[1]) if found else None
 
 
 def sweep() -> None:
-    """Remove the scratch folders, of all kinds, of processes that died: a living one holds a lock on its own."""
-    found = list(root().glob("*/.new-*"))
+    """Remove the scratch folders, of all kinds, of processes that died: a living one holds a lock on its own. Other
+    machines cannot see that lock on every kind of shared disk, so theirs are removed when they are very old."""
+    found = [*root().glob(f"*/{_NEW}*"), *root().glob(f"*/{_OLD}*")]
     if not found:
         return
     # By the clock of the store, which other machines may share and this one's may differ from
@@ -128,7 +140,8 @@ def sweep() -> None:
         now = Path(clock.name).stat().st_mtime
     for folder in found:
         try:
-            if now - folder.stat().st_mtime < 60:  # perhaps made, but not locked yet
+            ours = folder.name.startswith((_mine(), _OLD))
+            if now - folder.stat().st_mtime < (60 if ours else _LONGEST):  # perhaps made, but not locked yet
                 continue
             held = os.open(folder, os.O_RDONLY)
         except OSError:  # gone meanwhile, or another user's
@@ -160,7 +173,7 @@ def keep(kind: Kind, digest: str, folder: Path) -> Path:
 def remove(kind: Kind, digest: str) -> None:
     """Give up a folder that nobody needs any more; no-op when it is not there."""
     folder = where(kind, digest)
-    going = folder.with_name(f".new-{folder.name}")  # what a crash leaves of it is swept as a scratch folder is
+    going = folder.with_name(f"{_OLD}{folder.name}")  # what a crash leaves of it is swept as a scratch folder is
     with contextlib.suppress(FileNotFoundError):
         folder.rename(going)
     shutil.rmtree(going, ignore_errors=True)

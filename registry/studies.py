@@ -116,10 +116,16 @@ def resume(conn: Connection, name: str) -> None:
     """Let a stopped or failed study go on, and forget how it ended, and what its run made of it; the run that owns it
     does the rest. Trials of a failed one, in which none succeeded, are tried anew.
 
-    Raises NotFound, Conflict when it is neither, when its run is at work on what was found, or has registered it.
+    Raises NotFound, Conflict when it is neither, when its run is at work on what was found, or has registered it, and
+    when it used up a budget, which is its own for good.
     """
     conn.execute(SQL["hold_lease"], {"name": name})
     row = lock(conn, name)
+    if row["state"] == "stopped" and str(row["stopped_by"]).startswith("max_"):
+        raise Conflict(
+            f"The study {name} used up its {row['stopped_by']}, and would stop again at once.",
+            hint="Raise tuning.budget in the file and run it again: that search begins with what this one found best.",
+        )
     run = conn.execute(SQL["its_run"], {"name": name}).fetchone()
     # Between the search's result and the run's own note of it there are some seconds
     found = row["best"] is not None or (run is not None and run["searched"])

@@ -143,8 +143,13 @@ select %(study)s, coalesce(max(number), 0) + 1, %(clone_of)s, %(params)s from va
 update variant set trial = %(trial)s where study = %(study)s and number = %(number)s
 
 -- name: bury
--- Whoever kills workers shows when the members of a pack are tried alone, which they are after the second time.
-update rung_job set lease_until = null, updated_at = now(), deaths = deaths + 1,
+-- Whoever kills workers shows when the members of a pack are tried alone, which they are after the second time; what
+-- they died of in company counts once then.
+update rung_job j set lease_until = null, updated_at = now(),
+    deaths = case when deaths + 1 = 2 and exists (
+                      select from rung_job o
+                      where o.study = j.study and o.rung = j.rung and o.pack = j.pack and o.trial <> j.trial)
+                  then 1 else deaths + 1 end,
     pack = case when deaths + 1 < 2 then pack else trial end,
     state = case when deaths + 1 < %(deaths)s then 'waiting' else 'failed' end,
     error = case when deaths + 1 < %(deaths)s then error

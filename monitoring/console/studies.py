@@ -83,7 +83,7 @@ def table(study: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], begun: Se
     values = [value for row in rows for value in row["course"] or []]
     longest = max((len(row["course"] or []) for row in rows), default=0)
     domain = (min(values), max(values)) if values else None
-    states = halving.states(halving.Plan.of(study["spec"]), begun, running=study["state"] == "running")
+    states = halving.states(halving.Plan.of(study["spec"]), begun, running=study["state"] in ("running", "interrupted"))
     best, shown = best_of(study, rows), []
     for row in rows:
         course = row["course"] or []

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from infra.settings import get_settings
 from pipelines.tuning.spec import StudySpec, alone, reaching
+from registry.halving import brackets
 from registry.studies import Job
 
 
@@ -20,10 +21,12 @@ def used_up(spec: StudySpec, jobs: Sequence[Job], *, seconds: float, workers: in
 
 
 def seconds_left(
-    spec: StudySpec, jobs: Sequence[Job], *, seconds: float, workers: int, begins_more: bool = True
+    spec: StudySpec, jobs: Sequence[Job], *, seconds: float, workers: int, begins_more: bool = True, since: float = 0.0
 ) -> float | None:
     """How long the search takes yet, until it is through or a budget is used up, by what a step and a token took in
-    rungs that were done; None before there is one. Unless it `begins_more`, no further trials are drawn."""
+    rungs that were done, `since` seconds ago; None before there is one. It takes at least as long as one trial takes to
+    go from where the last group is to the last rung, however many workers there are. Unless it `begins_more`, no
+    further trials are drawn."""
     done = [job for job in jobs if job.state == "done"]
     spent, worked = sum(job.seconds or 0.0 for job in done), sum(alone(spec, job.rung) for job in done)
     if not worked:
@@ -34,8 +37,15 @@ def seconds_left(
     variants = sum(alone(spec, job.rung) for job in jobs if job.clone_of is not None and _is_open(job))
     over = sum(alone(spec, job.rung) for job in jobs if job.clone_of is None and not _is_open(job))
     steps = max(0, planned - over) + variants
+    drawn = {job.trial for job in jobs if job.clone_of is None}
+    alone_yet = spec.rungs[-1] if steps else 0
+    if len(drawn) >= spec.trials:
+        last = sorted(drawn)[brackets(spec)[-1].start :]
+        reached = [spec.rungs[job.rung] for job in jobs if job.trial in last and not _is_open(job)]
+        alone_yet -= min(alone_yet, max(reached, default=0))
     budgets = [left for _, left in _left(spec, jobs, seconds, workers)]
-    return max(0.0, min([spent / worked * steps / workers, *budgets]))
+    pace = spent / worked
+    return max(0.0, min([pace * max(steps / workers, alone_yet) - since, *budgets]))
 
 
 def _is_open(job: Job) -> bool:

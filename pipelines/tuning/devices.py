@@ -6,6 +6,8 @@ import importlib.util
 import os
 from pathlib import Path
 
+from infra.processes import cores
+
 _DRIVER = Path("/proc/driver/nvidia/gpus")  # a folder for each, where NVIDIA's driver is loaded
 
 
@@ -22,7 +24,7 @@ def gpus() -> list[str]:
 
 def workers() -> int:
     """How many workers keep this machine busy."""
-    return len(gpus()) or os.cpu_count() or 1
+    return len(gpus()) or cores()
 
 
 def mine() -> str:

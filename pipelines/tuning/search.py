@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 _POLL = 0.4
 _PATIENCE = 300.0  # seconds without the database or MLflow, until the search gives up; its state stays
 _COUNT = 2.0  # seconds of a search, that are added to its time at once
+_TELL = 30.0  # seconds between reports while nothing changes
 _THROUGH = ("trials", "space")  # how a search ends that was not cut short
 
 Progress = Callable[[str, float | None, float | None], None]
@@ -158,6 +159,7 @@ class _Coordinator:
         self.per_pass: int | None = spec.adapters_per_pass or None  # None until a worker measured it
         self.seen: Any = None  # what the last turn acted on
         self.over = 0
+        self.over_at = self.told_at = time.monotonic()  # when a job was last over, and the last report
         self.away_since: float | None = None
         self.counted = time.monotonic()
         # Those of an earlier coordinator's workers that live renew meanwhile, also after an outage
@@ -201,7 +203,7 @@ class _Coordinator:
         state, left, self.per_pass = row["state"], None, self.per_pass or row["adapters_per_pass"]
         over = sum(j.state in ("done", "failed") for j in jobs)
         if over > self.over:
-            self.over = over
+            self.over, self.over_at = over, time.monotonic()
             self.crew.progressed()
         if state == "running":
             left = self._seconds_left(row, jobs)
@@ -214,6 +216,8 @@ class _Coordinator:
             self.crew.muster()
         seen = (state, self.per_pass, len(asked), [(j.trial, j.rung, j.state, j.token) for j in jobs])
         if seen == self.seen:
+            if time.monotonic() - self.told_at > _TELL:
+                self._report(jobs, left)
             return None
         if state == "running":
             if self._plan(jobs, asked):
@@ -235,8 +239,9 @@ class _Coordinator:
 
     def _seconds_left(self, row: Mapping[str, Any], jobs: Sequence[studies.Job]) -> float | None:
         return budgets.seconds_left(
-            self.spec, jobs, seconds=row["seconds"], workers=self.workers, begins_more=not self._exhausted(jobs)
-        )
+            self.spec, jobs, seconds=row["seconds"], workers=self.workers, begins_more=not self._exhausted(jobs),
+            since=time.monotonic() - self.over_at,
+        )  # fmt: skip
 
     def _count(self, left: float | None) -> None:
         """Add the time since the last turn to the study's, once in some seconds; none while nobody coordinates it, or
@@ -372,6 +377,7 @@ class _Coordinator:
         return len(drawn)
 
     def _report(self, jobs: Sequence[studies.Job], left: float | None) -> None:
+        self.told_at = time.monotonic()
         spec = self.spec
         done = [j for j in jobs if j.state in ("done", "failed")]
         total = reaching(spec)
@@ -395,8 +401,14 @@ class _Coordinator:
         done = [j for j in jobs if j.value is not None]  # also of what was pruned by hand after it was measured
         failed = [j for j in jobs if j.state == "failed"]
         if not done:
-            if not self._close_study(jobs, "failed", stopped_by, None):
+            # What a person stopped stays so until a person has it go on
+            if not self._close_study(jobs, "stopped" if stopped_by == "user" else "failed", stopped_by, None):
                 return None
+            if stopped_by == "user" and not failed:
+                raise TunesmithError(
+                    f"{self.spec.study} was stopped before any trial was measured.",
+                    hint="`tunesmith study resume` and the same `tunesmith run` go on with it.",
+                )
             causes = (
                 "; ".join(sorted({j.error or "unknown" for j in failed})) or f"the search was stopped by {stopped_by}"
             )

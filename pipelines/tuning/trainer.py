@@ -87,7 +87,8 @@ class Trainer:
         self.targets = Targets(model)
         self.lengths = [len(train.row(i)) for i in range(len(train))]
         self.forward = Forward(model, train, validation, pad=pad)
-        self._cell: dict[bool, int] = {}  # bytes that autograd keeps for a token, by whether trials are packable
+        self._cell: dict[tuple[bool, str, bool], int] = {}  # bytes that autograd keeps for a token, by the method
+        self._passes: dict[int, tuple[int, int, int]] = {}  # of a batch size, see _largest
         self._begun_with = memory.used(model.device.type)
         self.broken = False  # the base is not as it was loaded: nothing more may be trained on it
         self.stopwatch: Any = None  # measures adapters as they are served, where a study weighs that
@@ -178,16 +179,14 @@ class Trainer:
         """Bytes of memory that the process has while it trains configurations together: an estimate, from what
         autograd keeps for a token of this base, tried once. tests/integration/test_memory.py holds it against the
         real peak."""
-        params, longest = members[0], max(self.lengths)
-        if packable(params) not in self._cell:
-            self._cell[packable(params)] = self._kept(params)
-        batch = min(int(params["per_device_train_batch_size"]), len(self.train))
-        rows = min(batch, max(1, _FORWARD_TOKENS // longest))
-        answers = max(n - int(p) for n, p in zip(self.lengths, self.train.prompt_lengths, strict=True))
+        params = max(members, key=lambda m: float(m["lora_dropout"]))  # what drops nothing keeps less
+        method = bool(params.get("use_dora")), str(params.get("init_lora_weights")), float(params["lora_dropout"]) > 0
+        if method not in self._cell:
+            self._cell[method] = self._kept(params)
+        rows, longest, answers = self._largest(min(int(params["per_device_train_batch_size"]), len(self.train)))
         vocabulary = int(self.model.get_output_embeddings().weight.shape[0])
         # Logits, their softmax and the gradient of both, in fp32; of an adapter values, gradients, two moments, a copy
-        cells = self.forward.cells(rows, longest, len(members))
-        a_copy = self._cell[packable(params)] * cells + 16 * rows * answers * vocabulary
+        a_copy = self._cell[method] * self.forward.cells(rows, longest, len(members)) + 16 * answers * vocabulary
         layers = {name for m in members for name in self.targets.layers(m)}
         sides = sum(sum(self.model.get_submodule(name).weight.shape) for name in layers)
         numbers = max(int(m["r"]) for m in members) * sides
@@ -196,6 +195,18 @@ class Trainer:
         # What autograd does not keep, more of it where PEFT's layers add whole results to each other
         spare = 1.5 if packable(params) else 2.0
         return self._begun_with + twice + round(spare * len(members) * (a_copy + 24 * numbers))
+
+    def _largest(self, batch: int) -> tuple[int, int, int]:
+        """Of the passes that batches of so many rows are taken in: rows and length of the one with the most tokens, and
+        the most tokens that one predicts. A pass of short rows has more of them than one of long rows."""
+        if batch not in self._passes:
+            order = sorted(range(len(self.lengths)), key=self.lengths.__getitem__)
+            windows = [order[max(0, end - batch) : end] for end in range(len(order), 0, -batch)]
+            pieces = [piece for window in windows for piece in _pieces(self.lengths, window)]
+            sizes = [(len(piece), max(self.lengths[i] for i in piece)) for piece in pieces]
+            answers = [sum(self.lengths[i] - int(self.train.prompt_lengths[i]) for i in piece) for piece in pieces]
+            self._passes[batch] = (*max(sizes, key=lambda size: size[0] * size[1]), max(answers))
+        return self._passes[batch]
 
     def _kept(self, params: Mapping[str, Any]) -> int:
         """Bytes that autograd keeps of a forward pass for its backward pass, a token."""
@@ -317,7 +328,7 @@ class _Run:
         batches = _batches(trainer.lengths, rows, parts, trainer.seed, first)
         for step in range(first, until):
             self._drop(lost())
-            if len(self.failed) + len(self.gone) == len(self.members):
+            if len(self.failed.keys() | self.gone) == len(self.members):
                 return
             adapters.begin_step(step, mix=_mix)
             losses = [0.0] * len(self.members)

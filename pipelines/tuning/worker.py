@@ -21,7 +21,7 @@ from typing import Any
 
 from infra import storage
 from infra.db import transaction
-from infra.errors import Conflict, NotFound, StoreFull, TunesmithError, Unreachable
+from infra.errors import Conflict, NotFound, StoreError, TunesmithError, Unreachable
 from pipelines.tuning import devices, memory
 from pipelines.tuning import space as spaces
 from pipelines.tuning.latency import Stopwatch
@@ -40,7 +40,7 @@ _EAGER_UP_TO = 512
 # glibc gives large blocks back to the kernel and takes them anew at every step; page faults cost more than the
 # memory is worth. Read by the C library as a process starts.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 28)}
-_DATABASE_AWAY = 120.0  # seconds a worker waits for the database before it gives up
+_DATABASE_AWAY = 300.0  # seconds a worker waits for the database before it gives up; as long as the coordinator
 
 
 # What a crew says to its workers, which a guest has not
@@ -182,13 +182,18 @@ def _carry_out(trainer: Any, spec: StudySpec, jobs: Sequence[studies.Job], *, gu
                     results.append(_done(job, begun, outcome, member.save_to, latency))
             _write(results)  # all or none: a part of a pack that is trained again has other company
     except PackTooLarge as error:
+        if guest:  # others may have room for all of it
+            log.warning("%s; they are left to other workers", error)
+            with transaction() as conn:
+                studies.give_back(conn, spec.study, _my_name())
+            return {job.pack for job in jobs}
         log.warning("%s; each is tried alone", error)
         _write([_Result(job, studies.unpack) for job in jobs])
     except Conflict as lost:
         log.warning("%s", lost)
     except Unreachable:
         raise
-    except (StoreFull, OSError) as error:  # of the artifacts: no trial's fault, and what is in the way of all
+    except (StoreError, OSError) as error:  # of the artifacts: no trial's fault, and what is in the way of all
         with transaction() as conn:
             studies.give_back(conn, spec.study, _my_name())
         if isinstance(error, TunesmithError):
@@ -256,6 +261,8 @@ class _Result:
 def _done(job: studies.Job, begun: int, outcome: Any, folder: Path, latency_ms: float | None) -> _Result:
     """What a rung came to, with its own steps' losses, those after `begun`."""
     digest = storage.folder_digest(folder)
+    if storage.has("checkpoint", digest) and not storage.sound("checkpoint", digest):
+        storage.remove("checkpoint", digest)  # the same training was here before, and what it left is damaged
     storage.keep("checkpoint", digest, folder)
     values = {
         "value": outcome.value,

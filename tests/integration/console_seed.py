@@ -190,7 +190,7 @@ def _version(
             "metrics": Jsonb({"exact_match": 0.087}),
             "evaluation": versions.keep_evidence(conn, "evaluation", found),
             "gate": versions.keep_evidence(conn, "gate", {"decision": gate, "reasons": reasons, "gates": []}),
-            "profile": Jsonb(profile.to_json()),
+            "profile": Jsonb(profile.to_json()), "imported_by": None,
         },
     )  # fmt: skip
     conn.execute("update version set created_at = %s where model = %s and number = %s", [made, model, number])
@@ -218,6 +218,11 @@ def _runs(conn: Connection, now: datetime, rng: random.Random) -> None:
             [run, MODEL, kind, state, study, number, uuid.uuid4(), "a" * 32,
              Jsonb({"promoted": True}) if number else None, started, started + 9 * _MINUTE if number else None],
         )  # fmt: skip
+        if state == "running":
+            conn.execute(
+                "insert into lease (name, holder, token, expires_at) values (%s, 'here:1', 1, %s)",
+                [f"run:{MODEL}", now + 60 * _MINUTE],
+            )
         for name, took in (("prepare", 4.2), ("search", 402.0), ("evaluate", 61.0), ("register", 3.1))[
             : 4 if number else 1
         ]:

@@ -136,6 +136,21 @@ def test_the_estimate_is_near_the_real_peak(spec: StudySpec, method: dict[str, A
 
 
 @linux
+def test_of_rows_of_unlike_length_the_largest_pass_counts(spec: StudySpec) -> None:
+    """One long row, and many short ones with long answers, of which a pass holds more."""
+    long = make_row([{"role": "user", "content": "and another word " * 150}, {"role": "assistant", "content": "yes"}])
+    short = [
+        make_row([{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n} it is " * 12}])
+        for n in range(200)
+    ]
+    kept = datasets.keep({"train": [long, *short], "validation": rows(4, 400), "test": rows(4, 500)},
+                         counts={}, sources=[], recipe={})  # fmt: skip
+    found = python(replace(spec, dataset=kept.digest, max_tokens=2048), _PEAKS)
+    for estimated, real in found[1:]:
+        assert 0.6 < estimated / real < 2.5, found
+
+
+@linux
 def test_what_the_estimate_lets_through_fails_in_its_process(spec: StudySpec) -> None:
     together, alone, after = python(spec, _LIMIT)
     assert together == "4 trials do not fit into memory together"

@@ -288,6 +288,15 @@ def test_a_stopped_study_gives_no_work_and_a_resumed_one_forgets_its_end(study: 
     assert [(s["name"], s["trials"], s["rungs_open"]) for s in listed] == [("s", 3, 3)]
 
 
+def test_a_study_that_used_up_its_budget_is_not_resumed_to_stop_again(study: str) -> None:
+    with transaction() as conn:
+        studies.stop(conn, "s", by="max_minutes")
+    spent = pytest.raises(Conflict, match="The study s used up its max_minutes, and would stop again")
+    with spent as refused, transaction() as conn:
+        studies.resume(conn, "s")
+    assert "Raise tuning.budget in the file" in refused.value.hint
+
+
 def test_variants_are_tried_before_what_was_drawn(study: str) -> None:
     with transaction() as conn:
         put_up(conn, 0, rung=1)

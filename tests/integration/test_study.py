@@ -513,6 +513,22 @@ def test_a_search_without_a_success_says_why(spec: StudySpec) -> None:
         assert studies.get(conn, "m-1")["state"] == "failed"
 
 
+def test_a_search_that_a_person_stops_at_once_stays_stopped_until_a_person_resumes_it(spec: StudySpec) -> None:
+    small = replace(spec, trials=2, rungs=(2,))
+    with transaction() as conn:
+        studies.create(conn, "m-1", "m", replace(small, workers=1).to_json())
+        studies.stop(conn, "m-1")
+    for _ in range(2):  # also when its run is begun again
+        with pytest.raises(TunesmithError, match="m-1 was stopped before any trial was measured") as raised:
+            search(small, progress=quiet)
+        assert "`tunesmith study resume`" in raised.value.hint
+        with transaction() as conn:
+            assert studies.get(conn, "m-1")["state"] == "stopped"
+    with transaction() as conn:
+        studies.resume(conn, "m-1")
+    assert search(small, progress=quiet).trials == 2
+
+
 def test_a_search_none_of_whose_trials_keeps_the_constraints_is_over(spec: StudySpec) -> None:
     small = replace(spec, trials=1, rungs=(2,), constraints={"adapter_parameters": 1.0})
     with pytest.raises(TunesmithError, match=r"^No trial keeps the constraints: adapter_parameters must be at most 1,"):
@@ -680,7 +696,8 @@ def test_workers_that_are_killed_in_a_pack_show_whose_fault_it_was(spec: StudySp
         coordinator.wait()
     good, bad = sorted((j for j in jobs() if j.rung == 0), key=lambda j: j.params["r"])
     assert (good.params["r"], good.state) == (4, "done")
-    assert (bad.params["r"], bad.state, bad.attempts) == (8, "failed", 3)
+    # Twice in company, which counts once, and twice alone
+    assert (bad.params["r"], bad.state, bad.attempts) == (8, "failed", 4)
     assert str(bad.error).startswith("its worker died 3 times, as it does where memory runs out")
     with transaction() as conn:
         assert studies.get(conn, "m-1")["state"] == "completed"

@@ -335,6 +335,15 @@ def test_one_of_a_pack_fails_or_is_lost_and_the_others_go_on(trainer: Trainer, t
     assert equal(before, trainer.model.state_dict())
 
 
+def test_one_that_failed_and_is_pruned_as_well_ends_nobody_elses_training(trainer: Trainer, tmp_path: Path) -> None:
+    asked = iter(range(100))
+    pack = [member(tmp_path / "bad", learning_rate=1e30), member(tmp_path / "good")]
+    bad, good = trainer.run(pack, total_steps=12, until=12, lost=lambda: {0} if next(asked) > 5 else set())
+    assert isinstance(bad, TrialFailed)
+    assert isinstance(good, Outcome)
+    assert [step for step, _ in good.curve] == list(range(1, 13))
+
+
 def test_dropout_drops_its_share_and_is_the_trials_own(trainer: Trainer) -> None:
     from pipelines.tuning.pack import Pack
     from pipelines.tuning.trainer import _mix

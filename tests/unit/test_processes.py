@@ -1,4 +1,5 @@
-"""Whose lease may be taken away: that of a process which is known to be dead, and of nobody else."""
+"""Whose lease may be taken away: that of a process which is known to be dead, and of nobody else. How many processors
+there are."""
 
 from __future__ import annotations
 
@@ -7,6 +8,9 @@ import socket
 import subprocess
 import sys
 from datetime import timedelta
+from pathlib import Path
+
+import pytest
 
 from infra import processes
 
@@ -24,6 +28,19 @@ def test_a_dead_holder_of_this_machine_is_gone_and_no_other() -> None:
 
 def test_a_process_younger_than_the_lease_only_has_its_holders_number() -> None:
     assert processes.is_gone(f"{HERE}:{os.getpid()} train", timedelta(days=365))
+
+
+@pytest.mark.parametrize(
+    ("quota", "most"), [("max 100000\n", 10_000), ("50000 100000\n", 1), ("100001 100000\n", 2), ("", 10_000)]
+)
+def test_a_containers_quota_bounds_its_processors(
+    quota: str, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "cpu.max"
+    if quota:
+        file.write_text(quota)
+    monkeypatch.setattr(processes, "_QUOTA", file)
+    assert processes.cores() == min(most, len(os.sched_getaffinity(0)))
 
 
 def test_a_zombie_is_gone() -> None:

@@ -47,6 +47,14 @@ def test_the_time_is_that_of_the_steps_that_are_left() -> None:
     assert left([*map(job, range(3)), *waiting, job(9, clone_of=1)]) == 2 * (WHOLE - 30)
 
 
+def test_however_many_workers_one_trial_goes_through_its_steps_alone() -> None:
+    everybody = [*map(job, range(9)), *(job(n, 1) for n in range(3))]
+    assert left([*everybody, job(0, 2, "running")], workers=8) == 2 * 60
+    # And time goes by until the next rung is done
+    assert left([*everybody, job(0, 2, "running")], workers=8, since=50.0) == 2 * 60 - 50
+    assert left([*everybody, job(0, 2, "running")], workers=8, since=500.0) == 0
+
+
 @pytest.mark.parametrize("state", ["failed", "pruned"])
 def test_who_failed_or_was_stopped_by_hand_says_nothing_of_the_pace(state: str) -> None:
     jobs = [job(0), job(1), job(2, state=state, seconds=0.1, tokens=1), *(job(n, state="waiting") for n in range(3, 9))]
