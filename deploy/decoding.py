@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from deploy.adapters import Adapter, Adapters
 from deploy.joining import Cached, Joining, together
+from deploy.packed import pack
 from deploy.prefixes import Prefixes
 from deploy.sampling import Sampling, Text, draw
 from infra.errors import NotFound, TunesmithError, UsageError
@@ -370,11 +371,12 @@ def generate(
     return [row.result() for row in rows]
 
 
-def open_model(folder: Path, dtype: str | None = None) -> tuple[Any, Any]:
+def open_model(folder: Path, dtype: str | None = None, *, packed: bool = True) -> tuple[Any, Any]:
     """The causal language model and the tokeniser of a base's folder, for decoding in this process, in one thread.
 
-    `dtype` None is the one the weights are stored in, which maps the file instead of copying it. Raises UsageError
-    when the base cannot be decoded in batches here.
+    `dtype` None is the one the weights are stored in, which maps the file instead of copying it. Its weights are
+    `packed` for decoding where that helps, and may then not be trained on. Raises UsageError when the base cannot be
+    decoded in batches here.
     """
     import torch
     from transformers import AutoConfig
@@ -391,6 +393,8 @@ def open_model(folder: Path, dtype: str | None = None) -> tuple[Any, Any]:
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
     if kinds - {"full_attention", "sliding_attention"}:
         raise UsageError(f"The base's layers are {', '.join(sorted(kinds))}; only attention is decoded here.")
+    if packed:
+        pack(model)
     return model, tokenizer
 
 

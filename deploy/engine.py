@@ -78,6 +78,7 @@ class Engine:
         )
         self.created = int(time.time())
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._longest = max(map(len, self.tokenizer.get_vocab()))  # characters of a token
 
     def start(self) -> None:
         """Decode once, so that the first request finds everything warm, and start the thread."""
@@ -121,6 +122,16 @@ class Engine:
         return await asyncio.get_running_loop().run_in_executor(self._encoder, make)
 
     def _encode(self, ask: chat.ChatAsk | chat.CompletionAsk) -> list[list[int]]:
+        chats = isinstance(ask, chat.ChatAsk)
+        texts = ["".join(m.content for m in ask.messages)] if isinstance(ask, chat.ChatAsk) else ask.prompt
+        for text in texts:  # before it takes its time
+            if isinstance(text, str) and len(text) > self.context * self._longest:
+                raise chat.TooLong(
+                    f"The prompt has {len(text):,} characters, which is more than this engine's context of "
+                    f"{self.context} tokens, answer included, can hold.",
+                    hint="Shorten the prompt.",
+                    details={"param": "messages" if chats else "prompt"},
+                )
         if isinstance(ask, chat.ChatAsk):
             from registry import prompts
 
@@ -142,7 +153,7 @@ class Engine:
                 raise chat.TooLong(
                     f"The prompt is {len(prompt)} tokens; this engine's context is {self.context}, answer included.",
                     hint="Shorten the prompt.",
-                    details={"param": "messages" if isinstance(ask, chat.ChatAsk) else "prompt"},
+                    details={"param": "messages" if chats else "prompt"},
                 )
             if max(prompt) >= vocabulary:
                 raise chat.BadRequest(f"The prompt holds token {max(prompt)}, beyond the base's {vocabulary}.")
@@ -213,7 +224,13 @@ def run(base: str, *, host: str, port: int, url: str | None = None, limits: Limi
     app = create_app(engine, settings.engine_secret.get_secret_value(), beat=beat)
     server = uvicorn.Server(
         uvicorn.Config(
-            app, loop="uvloop", http="httptools", log_config=None, access_log=False, timeout_graceful_shutdown=5
+            app,
+            loop="uvloop",
+            http="httptools",
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=5,
+            timeout_keep_alive=75,  # longer than a gateway keeps a connection that it does not use
         )
     )
     log.info("base %s at %s: %d rows, context %d", digest or folder, address, engine.limits.rows, engine.context)

@@ -218,7 +218,8 @@ class Scheduler(threading.Thread):
                 while len(moved) < JOINS_A_STEP and (joining := self._next(moved)) is not None:
                     moved.append(self._place(joining))
                 self._batch.join(*moved)
-                moved += self._batch.step()
+                self._publish(dict.fromkeys(moved))  # first tokens do not wait for everybody's next
+                moved = self._batch.step()
             elif (joining := self._next_background()) is not None:
                 row = self._place(joining)
                 if self._batch.join_shortly(row):

@@ -74,7 +74,7 @@ def _difference(
     from deploy.adapters import Adapters
     from deploy.decoding import open_model
 
-    model, _ = open_model(base.folder, dtype)
+    model, _ = open_model(base.folder, dtype, packed=False)  # it is trained on as well
     adapters = Adapters(model, max_rank=get_settings().max_lora_rank)
     try:
         loaded = adapters.load("candidate", adapter)

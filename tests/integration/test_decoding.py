@@ -14,10 +14,12 @@ from lora import save_adapter, save_base
 
 from deploy.adapters import Adapters, BadAdapter, NameTaken
 from deploy.decoding import Batch, Finish, Request, Row, generate, open_model
+from deploy.packed import pack
 from deploy.prefixes import Prefixes
 from deploy.sampling import Sampling, Text
 from deploy.scheduler import Scheduler, Ticket
 from infra.errors import NotFound, Unreachable
+from registry import bases
 
 # PEFT 0.21 asks transformers 5.23 by an old name.
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -198,6 +200,36 @@ def test_in_bf16_teacher_forced_logprobs_stay_close_to_peft(
     targets = tokens[:, 1:, None]
     difference = (mixed[1:, :-1].gather(2, targets) - expected[:, :-1].gather(2, targets)).abs()
     assert difference.mean() < 0.05
+
+
+def test_packed_weights_compute_the_same_bits(folders: dict[str, Path], opened: tuple[Any, Any, Adapters]) -> None:
+    """Of one row, of many, and of a prompt: of what a prompt says, when it joins and in which company."""
+    import torch
+
+    plain = bases.load_model(folders["base"], "bfloat16")
+    packed = bases.load_model(folders["base"], "bfloat16")
+    if not pack(packed):
+        pytest.skip("this processor does not multiply in bfloat16")
+    tokens = torch.tensor([opened[1]("the cat sat on the mat and the rat ran").input_ids])
+    with torch.inference_mode():
+        for rows, length in ((1, 1), (1, 5), (3, 1), (9, 4), (40, 5)):
+            ids = tokens[:, :length].expand(rows, -1)
+            assert torch.equal(packed(input_ids=ids).logits, plain(input_ids=ids).logits)
+
+
+async def test_a_first_token_does_not_wait_for_everybodys_next_one(opened: tuple[Any, Any, Adapters]) -> None:
+    model, tokenizer, adapters = opened
+    scheduler = Scheduler(model, tokenizer, adapters, max_rows=4, max_cells=4096, queue=8)
+    scheduler.start()
+    try:
+        asked = Request(prompt=tokenizer("a rat").input_ids, sampling=Sampling(max_tokens=9, ignore_eos=True))
+        ticket = scheduler.submit([asked], asyncio.get_running_loop())
+        pieces = []
+        while not pieces or pieces[-1].finish is None:
+            pieces.append(await asyncio.wait_for(ticket.pieces.get(), 30))
+        assert [len(piece.tokens) for piece in pieces] == [1] * 9
+    finally:
+        scheduler.stop()
 
 
 def test_logprobs_are_those_of_the_forced_answer(opened: tuple[Any, Any, Adapters]) -> None:
