@@ -25,6 +25,7 @@ class Call:
     def __init__(self, kind: Kind, identity: Identity, client_request_id: str | None) -> None:
         self.id: uuid.UUID = uuid7()
         self.started = time.perf_counter()
+        self.ended: float | None = None
         self.kind: Kind = kind
         self.identity = identity
         self.client_request_id = client_request_id
@@ -73,7 +74,8 @@ class Call:
         if (usage := piece.get("usage")) is not None:
             self.prompt_tokens = _tokens(usage.get("prompt_tokens"))
             self.completion_tokens = _tokens(usage.get("completion_tokens"))
-        if (extra := piece.pop("tunesmith", None)) is not None:
+        extra = piece.pop("tunesmith", None)  # our engine's own
+        if extra is not None and self.served is not None and not self.served.hosted:
             self.engine_seconds = float(extra.get("engine_seconds") or 0.0)
             self.mean_logprob = extra.get("mean_logprob")
             self.engine_ttft_ms = extra.get("ttft_ms")
@@ -90,7 +92,10 @@ class Call:
                 if self.first_at is None:
                     self.first_at = time.perf_counter()
                 self.text.append(text)
-            self.finish_reason = choice.get("finish_reason") or self.finish_reason
+            reason = choice.get("finish_reason")
+            if reason and not isinstance(reason, str):
+                raise TypeError("finish_reason is no string")
+            self.finish_reason = reason or self.finish_reason
 
     def _count(self, said: dict[str, Any], choice: dict[str, Any]) -> None:
         texts = [said.get(name) for name in ("content", "text", "reasoning_content", "reasoning")]

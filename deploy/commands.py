@@ -104,7 +104,9 @@ def limit(
     from infra.db import transaction
     from infra.errors import UsageError
     from registry.deployments import actor_here
+    from registry.desk import only_here
 
+    only_here("limit")
     scope, name = budgets.parse_whose(whose)
     given: dict[budgets.Kind, float | None] = {
         "requests": requests,

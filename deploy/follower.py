@@ -184,6 +184,9 @@ class Follower:
                 self._stopping.wait(POLL_SECONDS)
             except RuntimeError:
                 return  # the loop is closed
+            except Exception:  # whatever it is, who looks once a second must not become the only one
+                log.exception("changes cannot be heard for now")
+                self._stopping.wait(POLL_SECONDS)
 
     def _read(self) -> tuple[list[Wish], tuple[Engine, ...], Mapping[str, Address]]:
         with transaction() as conn:
@@ -247,8 +250,8 @@ class Follower:
         self._loaded = {engine: refs for engine, refs in self._loaded.items() if engine in alive}
         routes = {}
         needed: dict[Ref, None] = {}
+        self._set_monitoring({wish.model: wish for wish in wishes})
         for wish in wishes:
-            self._set_monitoring(wish)
             needed.update(dict.fromkeys((wish.model, number) for number in wish.numbers))
             old = self.table.routes.get(wish.model)
             if old is not None and old.champion is not None:  # it serves until the new one is ready
@@ -334,10 +337,10 @@ class Follower:
                 failure.again_at, failure.wait = 0.0, RETRY_SECONDS / 2
         self._upstreams = upstreams
 
-    def _set_monitoring(self, wish: Wish) -> None:
+    def _set_monitoring(self, wishes: Mapping[str, Wish]) -> None:
         """A model's price and text settings change without a new version."""
         for ref, served in list(self._versions.items()):
-            if ref[0] == wish.model:
+            if (wish := wishes.get(ref[0])) is not None:
                 price, keep_text = self._monitoring(wish.monitoring, served.hosted)
                 if (price, keep_text) != (served.price, served.keep_text):
                     self._versions[ref] = replace(served, price=price, keep_text=keep_text)

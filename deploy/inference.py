@@ -12,7 +12,7 @@ import logging
 import time
 from collections import Counter
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import orjson
@@ -37,7 +37,8 @@ log = logging.getLogger(__name__)
 _PATHS = {"chat": "/chat/completions", "completion": "/completions"}
 _NO_FEATURES = (float("nan"),) * len(FEATURES)
 _GONE = 499  # nginx's number for a client that closed the connection
-KEPT_CHARACTERS = 65_536  # of each message, where a model keeps text: redaction runs on the event loop
+KEPT_CHARACTERS = 65_536  # of a request, the newest of them, where a model keeps text; as many of an answer: redaction
+# runs on the event loop
 SHADOWS = 8  # copies under way at once; more are dropped and counted
 SHADOW_SECONDS = 120.0  # that a copy may take in an engine, which others may keep busy all the time
 
@@ -159,7 +160,9 @@ class Inference:
             await self._explain(call, send, TunesmithError("Something failed here.", hint="See the gateway's log."))
         finally:
             self._free_place(call)
-            self._record(call)
+            call.ended = time.perf_counter()
+            # The loop sends what was written when this turn of it is over
+            asyncio.get_running_loop().call_soon(self._record, call)
 
     def _free_place(self, call: Call) -> None:
         """As soon as the last byte is out: its client may ask again before the rest of the work here is done."""
@@ -205,21 +208,25 @@ class Inference:
             raise TooSlow(f"The body did not arrive within {self.limits.body_seconds:g} seconds.") from None
 
     async def _unless_gone(self, call: Call, receive: Receive, answering: Any) -> None:
-        """Answer, but stop as soon as the client goes away."""
-        work = asyncio.ensure_future(answering)
-        gone = asyncio.ensure_future(_gone(receive))
+        """Answer, but stop as soon as the client goes away. Raises _Left then."""
+        me, left = asyncio.current_task(), False
+        assert me is not None  # noqa: S101
+
+        async def watch() -> None:
+            nonlocal left
+            await _gone(receive)
+            left = True
+            me.cancel()
+
+        watching = asyncio.ensure_future(watch())
         try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                call.status, call.error = _GONE, "the client went away"
-                work.cancel()
-                with suppress(asyncio.CancelledError):
-                    await work
-                return
-            work.result()
+            await answering
+        except asyncio.CancelledError:
+            if not left or me.uncancel():  # the gateway is being stopped as well
+                raise
+            raise _Left from None
         finally:
-            work.cancel()
-            gone.cancel()
+            watching.cancel()
 
     # ------------------------------------------------------------ out
 
@@ -323,7 +330,7 @@ class Inference:
 
     def _record(self, call: Call) -> None:
         asked, served = call.asked, call.served
-        seconds = time.perf_counter() - call.started
+        seconds = (call.ended or time.perf_counter()) - call.started
         ttft_ms = (call.first_at - call.started) * 1000 if call.first_at is not None else call.engine_ttft_ms
         if call.background:
             seconds, ttft_ms = max(0.0, seconds - call.queue_ms / 1000), None
@@ -367,7 +374,12 @@ class Inference:
                 )
             )
             if served.keep_text:
-                kept = [{"role": m["role"], "content": _kept(text_of(m["content"]))} for m in asked.messages]
+                kept, room = [], KEPT_CHARACTERS
+                for message in reversed(asked.messages):
+                    said = text_of(message["content"])
+                    kept.append({"role": message["role"], "content": _kept(said[:room])})
+                    room = max(0, room - len(said))
+                kept.reverse()
                 answer = _kept(text)
         self.recorder.put(
             Event(
@@ -400,7 +412,8 @@ class Inference:
         if len(self._shadows) >= SHADOWS or not self.budgets.affords_copy(shadow.model):
             self.metrics.shadow_dropped.inc()
             return
-        task = asyncio.create_task(self._ask_shadow(call, shadow, places))
+        copies = tuple(replace(place, copy=place.hosted) for place in places)  # engines know them by their priority
+        task = asyncio.create_task(self._ask_shadow(call, shadow, copies))
         self._shadows.add(task)
         task.add_done_callback(self._shadows.discard)
 

@@ -46,6 +46,7 @@ class Place:
     options: Mapping[str, Any] = field(default_factory=dict)
     key_env: str | None = None
     seconds: float | None = None
+    copy: bool = False  # whether what is asked there is nobody's request
 
     @property
     def who(self) -> str:

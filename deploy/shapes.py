@@ -27,7 +27,7 @@ _PASSED_ON = frozenset({
     "tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "response_format",
     "reasoning_effort", "verbosity", "priority",
 })  # fmt: skip
-_ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 
 
 class BadRequest(UsageError):
@@ -62,7 +62,10 @@ class Asked:
         if self.kind == "chat":
             messages: list[dict[str, Any]] = self.body["messages"]
             return messages
-        return [{"role": "user", "content": self.body["prompt"]}]
+        prompt = self.body["prompt"]
+        several = prompt if isinstance(prompt, list) else [prompt]
+        # Of prompts that came as tokens the text is not known
+        return [{"role": "user", "content": text if isinstance(text, str) else ""} for text in several]
 
 
 def parse_request(kind: Kind, raw: bytes) -> Asked:
@@ -90,7 +93,10 @@ def parse_request(kind: Kind, raw: bytes) -> Asked:
         body["prompt"] = _prompt(body)
     options = body.pop("stream_options", {})
     stream = body.get("stream", False)
-    for name in ("metadata", "store", "service_tier"):  # between the client and OpenAI's own platform
+    if "safety_identifier" in body:  # OpenAI's newer name of the same
+        body.setdefault("user", body.pop("safety_identifier"))
+    # Between the client and OpenAI's own platform
+    for name in ("metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"):
         body.pop(name, None)
     return Asked(
         kind=kind,
@@ -156,7 +162,7 @@ def _logprobs(name: str, value: Any) -> None:
 
 def _user(name: str, value: Any) -> None:
     if not isinstance(value, str) or len(value) > 512:
-        raise BadRequest("`user` must be a string of at most 512 characters.", name)
+        raise BadRequest(f"`{name}` must be a string of at most 512 characters.", name)
 
 
 def _stop(name: str, value: Any) -> None:
@@ -190,6 +196,7 @@ _CHECKS: Mapping[str, Callable[[str, Any], None]] = {
     "stream": _boolean,
     "stream_options": _stream_options,
     "user": _user,
+    "safety_identifier": _user,
     "priority": _integer(0, 1000),  # a client may stand back, never push forward
     "logit_bias": _table,
     "metadata": _table,
@@ -225,10 +232,25 @@ def _is_part(part: object) -> bool:
     return part["type"] != "text" or isinstance(part.get("text"), str)
 
 
-def _prompt(body: Mapping[str, Any]) -> str:
+def _prompt(body: Mapping[str, Any]) -> str | list[Any]:
+    """One text, or a list of texts, or of prompts that are lists of tokens."""
     prompt = body.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1:
+    if isinstance(prompt, list) and prompt and all(map(_is_token, prompt)):
+        prompt = [prompt]
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
         prompt = prompt[0]
-    if not isinstance(prompt, str):
-        raise BadRequest("`prompt` must be one string.", "prompt")
+    if isinstance(prompt, str):
+        return prompt
+    if not isinstance(prompt, list) or not prompt or not all(map(_is_prompt, prompt)):
+        raise BadRequest("`prompt` must be a string, a list of tokens, or a list of those.", "prompt")
+    if len(prompt) * body.get("n", 1) > MAX_N:
+        raise BadRequest(f"A request has at most {MAX_N} answers, of all its prompts together.", "prompt")
     return prompt
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_prompt(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and bool(value) and all(map(_is_token, value)))

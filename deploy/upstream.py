@@ -18,7 +18,7 @@ import random
 import re
 import time
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import lru_cache
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
@@ -40,6 +40,7 @@ CONNECT_SECONDS = 3.0
 ANSWER_SECONDS = 600.0  # for a whole answer; engines may be silent for as long, while a request waits its turn
 SILENCE_SECONDS = 120.0  # between two pieces of a hosted model's
 PATIENCE_SECONDS = 120.0  # after which nobody else is asked
+_END_SECONDS = 0.02  # for the end of a stream whose last piece is there
 _ENGINE_RESTS = 2.0  # seconds at most that a failing engine is left alone
 _PLACES = 1000  # that anything is remembered of
 _ANSWER_BYTES, _ENGINE_BYTES = 16 * 2**20, 256 * 2**20  # engines tell many log-probabilities, if asked
@@ -86,10 +87,11 @@ def own_words(error: TunesmithError) -> str:
 
 
 class _TryAgain(Exception):
-    """This attempt failed in a way that another may not; the cause says how. `sick`: the place itself is to blame."""
+    """This attempt failed in a way that another may not; the cause says how. `sick`: the place itself is to blame.
+    `mended`: what was in the way is gone."""
 
-    def __init__(self, *, sick: bool = True) -> None:
-        self.sick = sick
+    def __init__(self, *, sick: bool = True, mended: bool = False) -> None:
+        self.sick, self.mended = sick, mended
 
 
 class Upstream:
@@ -160,13 +162,13 @@ class Upstream:
         failed = order[0]
         asked = dict.fromkeys(range(len(order)), 0)
         background = not served.hosted and body.get("priority", 0) > 0
-        since = time.monotonic()
+        since, mended = time.monotonic(), False
         for attempt in range(max(ATTEMPTS, len(order))):
             if time.monotonic() - since > PATIENCE_SECONDS:
                 break
             # The next one in order, of those least often asked, that takes requests; where none does, waiting is no use
             turns = sorted(asked, key=asked.__getitem__)
-            able = (n for n in turns if self._may_live(order[n]) and self._breaker(order[n]).admit())
+            able = (n for n in turns if self._may_live(order[n]) and self._admits(order[n]))
             turn = next(able, None)
             if turn is None:
                 break
@@ -174,7 +176,8 @@ class Upstream:
             place = order[turn]
             if attempt:
                 self.retries += 1
-                await asyncio.sleep(random.uniform(0.02, 0.1) * attempt)
+                if asked[turn] > 1 and not mended:  # somebody else is asked at once
+                    await asyncio.sleep(random.uniform(0.02, 0.1) * attempt)
             begun, held = False, list[Any]()
             limit = asyncio.timeout(None)
             if not place.hosted:
@@ -207,7 +210,7 @@ class Upstream:
                 ):  # others may have kept a place busy that is well
                     raise Busy(f"{place.who} had no time for a background request.", hint="Try again later.") from error
                 failure = error.__cause__ if isinstance(error, _TryAgain) and error.__cause__ else error
-                failed = place
+                failed, mended = place, isinstance(error, _TryAgain) and error.mended
                 if isinstance(error, _TryAgain) and not error.sick:
                     self._well(place)
                 else:
@@ -224,13 +227,21 @@ class Upstream:
             raise self._resting(order, served)
         raise _silent(failed, served) from failure
 
+    def _admits(self, place: Place) -> bool:
+        """Whether a request may go there now; a copy only where one of a client's could go too."""
+        if place.copy and (of_clients := self.breakers.get(place.name)) is not None and of_clients.seconds:
+            return False
+        return self._breaker(place).admit()
+
     def _breaker(self, place: Place) -> Breaker:
-        breaker = self.breakers.get(place.name)
+        """Copies have one of their own: what befalls them keeps no client's request away."""
+        name = f"{place.name} (copies)" if place.copy else place.name
+        breaker = self.breakers.get(name)
         if breaker is None:
             while len(self.breakers) >= _PLACES:
                 del self.breakers[next(iter(self.breakers))]
             # Which engines live is known otherwise too; one that is back must not wait
-            breaker = self.breakers[place.name] = Breaker() if place.hosted else Breaker(longest=_ENGINE_RESTS)
+            breaker = self.breakers[name] = Breaker() if place.hosted else Breaker(longest=_ENGINE_RESTS)
         return breaker
 
     def _well(self, place: Place) -> None:
@@ -286,8 +297,18 @@ class Upstream:
                     if text == b"[DONE]":
                         if empty:
                             raise BadAnswer(f"{place.who}'s stream was empty.")
+                        if place.hosted:  # a connection whose end was not read is closed, and the next one costs
+                            with suppress(TimeoutError):
+                                async with asyncio.timeout(_END_SECONDS):
+                                    await response.content.readany()
                         return
-                    yield _answer(text, place, key)
+                    try:
+                        piece = _answer(text, place, key)
+                    except BadAnswer as failed:
+                        if place.hosted:
+                            raise
+                        raise _TryAgain(sick=False) from failed  # the engine lives, whatever this version computes
+                    yield piece
                     empty = False
             except ValueError as error:  # a line without an end
                 raise BadAnswer(f"{place.who} does not answer in lines.") from error
@@ -308,7 +329,7 @@ class Upstream:
                 await self.load(place.url, served)
             except Unreachable:
                 raise _TryAgain from None
-            raise _TryAgain(sick=False)
+            raise _TryAgain(sick=False, mended=True)
         if response.status in (429, 503):
             raise _TryAgain(sick=False) from Busy(f"The engine is full: {said}", hint="Try again in a second.")
         if response.status in (400, 413, 422):
@@ -446,6 +467,7 @@ def _session(headers: Mapping[str, str]) -> aiohttp.ClientSession:
         headers={**headers, "content-type": "application/json"},
         cookie_jar=aiohttp.DummyCookieJar(),
         trust_env=False,
+        skip_auto_headers=("accept-encoding",),  # pieces of a stream that are packed may come late
         read_bufsize=2**20,
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
+from functools import lru_cache
 
 UNKNOWN = "unknown"
 # Of scripts that several languages share, the script is named
@@ -50,11 +51,16 @@ PLACES = 32
 _READ = 500  # characters from the start
 
 
+@lru_cache(maxsize=4096)
+def _script(letter: str) -> str:
+    return unicodedata.name(letter, "?").split()[0]
+
+
 def guess(text: str) -> str:
     """The language's English name, a script's name, or `UNKNOWN`."""
     seen = text[:_READ]
     if not seen.isascii():
-        letters = Counter(unicodedata.name(c, "?").split()[0] for c in seen if c.isalpha())
+        letters = Counter(map(_script, filter(str.isalpha, seen)))
         if not letters:
             return UNKNOWN
         if letters["HIRAGANA"] + letters["KATAKANA"] > 0.1 * letters.total():
@@ -62,11 +68,12 @@ def guess(text: str) -> str:
         script = letters.most_common(1)[0][0]
         if script != "LATIN":
             return _SCRIPTS.get(script, UNKNOWN)
-    hits: Counter[str] = Counter()
+    hits: dict[str, int] = {}
     for word in re.findall(r"[^\W\d_]+", seen.casefold()):
-        hits.update(_OF_WORD.get(word, ()))
+        for language in _OF_WORD.get(word, ()):
+            hits[language] = hits.get(language, 0) + 1
     if not hits:
         return UNKNOWN
     most = max(hits.values())
-    best = [language for language in _COMMON if hits[language] == most]
+    best = [language for language in _COMMON if hits.get(language) == most]
     return best[0] if len(best) == 1 or (best[0] == "English" and most > 1) else UNKNOWN

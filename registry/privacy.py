@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -35,12 +36,17 @@ def find(text: str) -> list[Finding]:
     """All findings, by position, none overlapping; where two kinds fit, the one listed first in `_PATTERNS` wins."""
     if not _POSSIBLE.search(text):
         return []
-    found: list[Finding] = []
+    found: list[Finding] = []  # by position
     for kind, pattern, check in _PATTERNS:
-        for start, end in _matches(pattern, check, text):
-            if all(end <= f.start or start >= f.end for f in found):
-                found.append(Finding(kind=kind, start=start, end=end))
-    return sorted(found, key=lambda f: f.start)
+        taken, more = [f.start for f in found], list[Finding]()
+        for start, end in _matches(pattern, check, text):  # none of one pattern overlap
+            place = bisect_right(taken, start)
+            free_before = place == 0 or found[place - 1].end <= start
+            if free_before and (place == len(found) or end <= found[place].start):
+                more.append(Finding(kind=kind, start=start, end=end))
+        if more:
+            found = sorted(found + more, key=lambda f: f.start)
+    return found
 
 
 def _matches(pattern: re.Pattern[str], check: Callable[[str], bool], text: str) -> Iterator[tuple[int, int]]:

@@ -2,9 +2,9 @@
 
 It answers every request with words that begin with the adapter's name. The last message may ask for more:
 ``slow`` (50 words, 0.05 s each), ``flood`` (20 MB), ``garbage`` (not JSON), ``break`` (the connection ends in the
-middle), ``early`` (it ends before the first word, every other time), ``full`` (429), ``fail`` (500), ``queued`` (it
-says that the request waited for an hour). ``GET /stats`` tells what it saw. Run as a process:
-``python engine_peer.py PORT``.
+middle), ``early`` (it ends before the first word, every other time), ``full`` (429), ``fail`` (500), ``sick`` (an error
+instead of a word), ``call`` (a tool call), ``queued`` (it says that the request waited for an hour). ``GET /stats``
+tells what it saw. Run as a process: ``python engine_peer.py PORT``.
 """
 
 from __future__ import annotations
@@ -69,7 +69,12 @@ class Peer:
         extra = {"engine_seconds": 0.01, "queue_ms": queued, "ttft_ms": 2.0, "mean_logprob": -0.5}
         head = {"id": "x", "object": "chat.completion", "created": 1, "model": model}
         self.stats["active"] += 1
+        call = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
         try:
+            if asked == "call" and not body.get("stream"):
+                message = {"role": "assistant", "content": None, "tool_calls": [call]}
+                choice = {"index": 0, "finish_reason": "tool_calls", "message": message}
+                return web.json_response(head | {"choices": [choice], "usage": usage})
             if not body.get("stream"):
                 for _ in words:
                     await asyncio.sleep(pause)
@@ -94,7 +99,20 @@ class Peer:
                     assert request.transport is not None
                     request.transport.close()
                     return response
+            if asked == "call":
+                first, second = '{"a"', ": 1}"
+                parts = [{"index": 0, **call, "function": {"name": "add", "arguments": first}},
+                         {"index": 0, "function": {"arguments": second}}]  # fmt: skip
+                for part in parts:
+                    await send(
+                        head | {"choices": [{"index": 0, "finish_reason": None, "delta": {"tool_calls": [part]}}]}
+                    )
+                await send(head | {"choices": [{"index": 0, "finish_reason": "tool_calls", "delta": {}}]})
+                words = []
             for i, word in enumerate(words):
+                if asked == "sick":
+                    await send({"error": {"message": "the model computed NaN"}})
+                    return response
                 if asked == "break" and i == 1:
                     assert request.transport is not None
                     request.transport.close()

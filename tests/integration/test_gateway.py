@@ -232,6 +232,29 @@ async def test_a_change_is_seen_by_looking_where_listening_is_lost(
         await asyncio.wait({task})
 
 
+async def test_a_change_is_heard_at_once(database: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking once a second would hide that nothing is heard."""
+    monkeypatch.setattr("deploy.follower.POLL_SECONDS", 60.0)
+    for number in (1, 2):
+        add_version("demo", number)
+    promote("demo", 1)
+    follower = Follower(database, Upstream(None), uuid.uuid4())
+    task = asyncio.create_task(follower.run())
+    try:
+        async with asyncio.timeout(20):
+            while "demo:1 is not ready" not in follower.applied.get("demo", (0, False, ""))[2]:
+                await asyncio.sleep(0.05)
+        for number in (2, 1, 2):
+            await asyncio.sleep(0.5)  # it has read all that there was to read
+            promote("demo", number)
+            async with asyncio.timeout(10):
+                while f"demo:{number} is not ready" not in follower.applied["demo"][2]:
+                    await asyncio.sleep(0.05)
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
 MIB = 2**20
 
 
@@ -435,6 +458,36 @@ def test_an_engine_that_fails(stand: Stand) -> None:
     events = stand.wait_events(7)
     assert [e["status"] for e in events] == [502, 502, 429, 502, 429, 503, 200]
     assert {e["version"] for e in events} == {1}
+
+
+def test_a_version_that_computes_nonsense_leaves_the_engine_to_the_others(stand: Stand) -> None:
+    """Its streams break; the engine lives, and is not left alone for it."""
+    for _ in range(6):
+        with stand.http.stream("POST", f"{stand.url}/v1/chat/completions", headers=stand.header("service"),
+                               json={"model": "demo", "messages": [{"role": "user", "content": "sick"}],
+                                     "stream": True}) as answer:  # fmt: skip
+            assert "failed" in "".join(answer.iter_text())
+    assert stand.ask().status_code == 200
+    metrics = stand.http.get(f"{stand.url}/metrics", headers=stand.header("viewer")).text
+    assert not [
+        line for line in metrics.splitlines() if line.startswith("tunesmith_upstream_open{") and line[-3:] != "0.0"
+    ]
+
+
+def test_tool_calls_come_back_as_they_were_made(stand: Stand) -> None:
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+    asked: Any = {"model": "demo", "messages": [{"role": "user", "content": "call"}], "tools": tools}
+    with openai.OpenAI(base_url=f"{stand.url}/v1", api_key=stand.keys["service"], max_retries=0) as client:
+        whole = client.chat.completions.create(**asked).choices[0]
+        pieces = list(client.chat.completions.create(**asked, stream=True))
+    assert whole.finish_reason == "tool_calls"
+    assert whole.message.tool_calls is not None
+    [made] = whole.message.tool_calls
+    assert (made.id, made.function.name, made.function.arguments) == ("call_1", "add", '{"a": 1}')
+    said = [c for p in pieces for choice in p.choices for c in choice.delta.tool_calls or ()]
+    assert "".join(c.function.arguments or "" for c in said if c.function) == '{"a": 1}'
+    assert said[0].id == "call_1"
+    assert any(body.get("tools") == tools for body in stand.stats()["bodies"])
 
 
 def test_a_stream_that_ends_before_its_first_token_is_asked_again(stand: Stand) -> None:

@@ -72,8 +72,23 @@ def test_real_answers_and_promotions(real: Real) -> None:
         assert chunks[-1].usage == whole.usage
         with pytest.raises(openai.BadRequestError):
             client.chat.completions.create(model="demo", messages=[{"role": "user", "content": "word " * 5000}])
-    events = [e for e in stand.wait_events(5) if e["status"] == 200 and e["slot"] == "champion"]
-    for event in events:
+        long = "many characters of one word, which are refused before they are counted in tokens " * 10_000
+        with pytest.raises(openai.BadRequestError, match=r"has [\d,]+ characters, which is more than") as refused:
+            client.chat.completions.create(model="demo", messages=[{"role": "user", "content": long}])
+        assert refused.value.code == "context_length_exceeded"
+        several = client.completions.create(model="demo", prompt=["the cat", "a rat"], max_tokens=3, temperature=0)
+        alone = [client.completions.create(model="demo", prompt=text, max_tokens=3, temperature=0).choices[0].text
+                 for text in ("the cat", "a rat")]  # fmt: skip
+        assert [choice.text for choice in several.choices] == alone
+        tokens = client.completions.create(model="demo", prompt=[5, 6, 7], max_tokens=3)
+        assert tokens.usage is not None
+        assert tokens.usage.prompt_tokens == 3
+        for wrong in ([], ["the cat"] * 9, [["a"]], [1.5]):
+            with pytest.raises(openai.BadRequestError) as refused:
+                client.completions.create(model="demo", prompt=wrong, max_tokens=3)  # type: ignore[arg-type]
+            assert refused.value.param == "prompt"
+    events = [e for e in stand.wait_events(14) if e["status"] == 200 and e["slot"] == "champion"]
+    for event in (e for e in events if e["ttft_ms"] and e["completion_tokens"] != 3 and e["completion_tokens"] != 6):
         assert event["engine_seconds"] > 0
         assert event["ttft_ms"] > 0
         assert event["completion_tokens"] == whole.usage.completion_tokens

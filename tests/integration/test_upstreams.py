@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +32,7 @@ from registry import deployments, upstreams
 from registry.bundle import Hosted, HostedModel
 from registry.pricing import TokenPrice
 
+BODY = {"messages": [{"role": "user", "content": "hello"}]}
 HOSTED = Hosted(
     models=(
         HostedModel(upstream="first", model="base", options={"top_p": None, "reasoning_effort": "low"}),
@@ -211,6 +213,53 @@ def test_an_engine_without_time_for_background_requests_is_not_left_alone(monkey
         said, state = asyncio.run(asked(url, 0))
         assert Busy not in said
         assert state != "closed"
+
+
+def test_what_befalls_copies_keeps_no_clients_request_away() -> None:
+    """Nor are copies sent where clients' requests are not: an upstream that wants a pause gets it."""
+
+    async def asked(url: str) -> list[str]:
+        upstream = Upstream(None)
+        await upstream.open()
+        place = Place(name="first", url=url, model="m", hosted=True)
+        served: Any = SimpleNamespace(hosted=HOSTED, name="demo:1")
+        said = []
+        try:
+            for copy in (True, False, True):
+                if copy and said:
+                    upstream._breaker(place).pause(30)
+                try:
+                    await upstream.complete([replace(place, copy=copy)], served, "/chat/completions", BODY)
+                    said.append("answered")
+                except Busy:
+                    said.append("busy")
+            return said
+        finally:
+            await upstream.close()
+
+    turns: Iterator[Answer] = iter([(429, {}, {"error": {"message": "slow down"}}), "well"])
+    with serving(lambda _: next(turns)) as peer:
+        assert asyncio.run(asked(peer.url)) == ["busy", "answered", "busy"]
+        assert len(peer.bodies) == 2
+
+
+def test_another_place_is_asked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pause is for who is asked again."""
+    monkeypatch.setattr("deploy.upstream.random.uniform", lambda *_: pytest.fail("nobody is asked a second time"))
+
+    async def asked(urls: list[str]) -> Any:
+        upstream = Upstream(None)
+        await upstream.open()
+        places = [Place(name=url, url=url, model="m", hosted=True) for url in urls]
+        served: Any = SimpleNamespace(hosted=HOSTED, name="demo:1")
+        try:
+            return await upstream.complete(places, served, "/chat/completions", BODY)
+        finally:
+            await upstream.close()
+
+    with serving(lambda _: (500, {}, {})) as first, serving(lambda _: "second") as second:
+        answer = asyncio.run(asked([first.url, second.url]))
+    assert answer["choices"][0]["message"]["content"] == "second"
 
 
 def test_each_place_is_asked_once_before_any_is_asked_again() -> None:

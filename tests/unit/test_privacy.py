@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import itertools
 import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry.privacy import redact
+from registry.privacy import find, redact
 
 FOUND = {
     "mail bob.smith+x@mail.example.co.uk now": "mail [EMAIL] now",
@@ -48,7 +49,17 @@ def test_redacting_twice_changes_nothing(text: str) -> None:
     assert redact(once) == once
 
 
-@pytest.mark.parametrize("piece", ["a", "1 ", "a@", "1-", "::", "+1 ", "aa11", "(12)", "a.", "sk-", "eyJa.", "12 34"])
+def test_of_two_that_overlap_the_kind_that_is_listed_first_stays() -> None:
+    found = find("a@b.co 10.1.2.3, then 4111 1111 1111 1111 and c@d.co")
+    assert [f.kind for f in found] == ["EMAIL", "IP", "CARD", "EMAIL"]
+    assert all(one.end <= other.start for one, other in itertools.pairwise(found))
+    assert redact("mail +49 30 1234567@example.org") == "mail +49 30 [EMAIL]"
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["a", "1 ", "a@", "1-", "::", "+1 ", "aa11", "(12)", "a.", "sk-", "eyJa.", "12 34", "a@b.co ", "10.1.2.3 "],
+)
 def test_no_text_takes_long(piece: str) -> None:
     text = (piece * 100_000)[:200_000]
     begun = time.process_time()
