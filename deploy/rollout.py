@@ -40,6 +40,8 @@ class Watched:
 
 WATCHED = (
     Watched(name="errors", words="answers with status 500 or more", tolerance=0.002),
+    Watched(name="abandoned", words="requests whose clients left before the answer was whole", tolerance=0.01),
+    Watched(name="late", words="first tokens later than half of the champion's were before", tolerance=0.02),
     Watched(name="slow", words="answers slower than half of the champion's were before", tolerance=0.02),
     Watched(name="slowest", words="answers slower than 95 % of the champion's were before", tolerance=0.01),
     Watched(name="long", words="answers longer than half of the champion's were before", tolerance=0.02),

@@ -25,6 +25,7 @@ _BEFORE = timedelta(hours=24)  # of the champion's traffic, that slow, long and 
 _LATE = timedelta(seconds=30)  # after a minute, for its events to arrive
 _FEWEST = 50  # answers before the canary, without which nothing is called slow, long or dear
 _FLAGS = ("truncated", "empty")
+_LEFT = 499  # the status of a request whose client closed the connection
 
 Count = Callable[[Window], tuple[int, int]]  # how many were bad, and of how many
 Minutes = Mapping[tuple[int, datetime], tuple[int, int]]  # the same, by version and minute
@@ -137,13 +138,15 @@ def _stream(rollout: Rollout, minutes: Sequence[datetime], counts: Minutes, befo
 def _counted(before: Window) -> dict[str, tuple[Count, tuple[int, int]]]:
     """How each thing that is watched is counted in a window, and how often it was in the one before the canary."""
     counts: dict[str, Count] = {"errors": lambda w: (w.errors, w.requests)}
+    # Of a version that hangs, what was answered looks well
+    counts["abandoned"] = lambda w: (w.status.get(_LEFT, 0), w.requests)
     for name in _FLAGS:
         counts[name] = _from(_of(name), FEATURE[name].bin(1.0))
     if before.answered >= _FEWEST:
         length = _of("answer_characters")  # tokens of a hosted model are of another kind
         for name, histogram, quantile in (
-            ("slow", lambda w: w.latency_ms, 0.5), ("slowest", lambda w: w.latency_ms, 0.95), ("long", length, 0.5),
-            ("dear", lambda w: w.cost_micro_usd, 0.5),
+            ("late", lambda w: w.ttft_ms, 0.5), ("slow", lambda w: w.latency_ms, 0.5),
+            ("slowest", lambda w: w.latency_ms, 0.95), ("long", length, 0.5), ("dear", lambda w: w.cost_micro_usd, 0.5),
         ):  # fmt: skip
             if (usual := windows.quantile_bucket(histogram(before), quantile)) is not None:
                 counts[name] = _from(histogram, usual + 1)

@@ -1,9 +1,10 @@
 -- name: rated
 -- By the minute it came; not of requests that named a version or a slot
-select version, date_trunc('minute', at) as start, count(*)::int as n, count(*) filter (where score < 0)::int as bad
+select version, date_trunc('minute', scored_at) as start, count(*)::int as n,
+       count(*) filter (where score < 0)::int as bad
 from feedback
 where model = %(model)s and version = any(%(versions)s) and score is not null
-    and at >= %(since)s and at < %(until)s and request_at >= %(since)s
+    and scored_at >= %(since)s and scored_at < %(until)s and request_at >= %(since)s
     and not exists (select from request_event e
                     where e.at = feedback.request_at and e.id = feedback.request_id and e.slot in ('pinned', 'shadow'))
 group by version, start
@@ -11,7 +12,8 @@ group by version, start
 -- name: rated_before
 select count(*)::int as n, count(*) filter (where score < 0)::int as bad
 from feedback
-where model = %(model)s and version = %(version)s and score is not null and at >= %(since)s and at < %(until)s
+where model = %(model)s and version = %(version)s and score is not null
+    and scored_at >= %(since)s and scored_at < %(until)s
 
 -- name: alerts
 -- Opened for the one since it began, and not open for the other. What the test looks at itself (errors, latency) is left

@@ -23,7 +23,9 @@ from registry.deployments import Change
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
 End = Literal["promoted", "taken_back", "stopped"]
 _COMPARES = 50  # requests of a step, from which on traffic has compared the two
-WATCHED = ("errors", "slow", "slowest", "long", "dear", "truncated", "empty", "disliked")  # in words: deploy/rollout.py
+WATCHED = (  # in words: deploy/rollout.py
+    "errors", "abandoned", "late", "slow", "slowest", "long", "dear", "truncated", "empty", "disliked",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

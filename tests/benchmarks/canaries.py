@@ -44,6 +44,8 @@ class Traffic:
     length: float = 1.0
     price: float = 1.0  # of a token
     errors: float = 0.01
+    abandoned: float = 0.01
+    first: float = 1.0  # until the first token, of which there is one in each answer
     truncated: float = 0.02
     empty: float = 0.002
     rated: float = 0.2
@@ -60,6 +62,8 @@ class Traffic:
         disliked = rated & (random.random(n) < odds / (1 + odds))
         return {
             "errors": (random.binomial(n, self.errors), n),
+            "abandoned": (random.binomial(n, self.abandoned), n),
+            "late": (int((self.first * habits * random.lognormal(0, 0.5, n) > 1).sum()), n),
             "slow": (int((slow > 1).sum()), n),
             "slowest": (int((slow > SLOWEST).sum()), n),
             "long": (int((long > 1).sum()), n),
@@ -88,7 +92,9 @@ CASES = (
     Case(name="latency 10 % longer", challenger=Traffic(latency=1.1)),
     Case(name="answers, and their cost, 10 % longer", challenger=Traffic(length=1.1)),
     Case(name="tokens 10 % dearer", challenger=Traffic(price=1.1)),
+    Case(name="first tokens 10 % later", challenger=Traffic(first=1.1)),
     Case(name="errors on 10 % more of the requests", challenger=Traffic(errors=0.11)),
+    Case(name="10 % more of the clients leave", challenger=Traffic(abandoned=0.11)),
     Case(name="disliked on 10 % more of what is rated", challenger=Traffic(disliked=0.2)),
     Case(name="equal, 20,000 users who differ", challenger=USUAL, users=20_000, worse=False),
     Case(name="equal, 200 users who differ", challenger=USUAL, users=200, worse=False),

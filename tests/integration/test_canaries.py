@@ -103,7 +103,13 @@ def test_a_good_version_goes_from_step_to_step_and_serves(begun: Rollout) -> Non
     rollout, there, _ = now()
     assert (rollout.state, rollout.step, there.challenger_share) == ("running", 0, 0.1)
     assert rollout.said == "39 of 50 requests, 20 of 10 minutes"
-    assert [f["name"] for f in rollout.findings] == ["errors", "truncated", "empty", "disliked"]  # nothing came before
+    assert [f["name"] for f in rollout.findings] == [
+        "errors",
+        "abandoned",
+        "truncated",
+        "empty",
+        "disliked",
+    ]  # nothing came before
     serve(2, 3)
     turn()
     rollout, there, ledger = now()
@@ -143,6 +149,30 @@ def test_slow_and_long_are_told_by_what_the_champion_did_before(begun: Rollout) 
     assert rollout.state == "taken_back"
     assert {f["name"] for f in rollout.findings if f["worse"]} == {"slow", "slowest"}
     assert "slower" in rollout.said
+
+
+def test_a_version_that_hangs_until_its_clients_leave_is_taken_back(begun: Rollout) -> None:
+    """What it does answer looks well."""
+    pass_time(20)
+    serve(1, 10)
+    serve(2, 3)
+    serve(2, 2, status=499)
+    turn()
+    rollout, _, _ = now()
+    assert rollout.state == "taken_back"
+    assert {f["name"] for f in rollout.findings if f["worse"]} == {"abandoned"}
+    assert "40 % requests whose clients left before the answer was whole, the champion's 0 %" in rollout.said
+
+
+def test_a_version_that_begins_late_is_taken_back(begun: Rollout) -> None:
+    serve(1, 40, first=50, last=45, ttft_ms=20.0)
+    pass_time(20)
+    serve(1, 20, ttft_ms=20.0)
+    serve(2, 20, ttft_ms=60.0)
+    turn()
+    rollout, _, _ = now()
+    assert rollout.state == "taken_back"
+    assert {f["name"] for f in rollout.findings if f["worse"]} == {"late"}
 
 
 def test_dear_is_told_too(begun: Rollout) -> None:
