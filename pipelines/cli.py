@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "schedule": ("pipelines.commands:schedule", "Make a run recur."),
     "study": ("pipelines.commands:study", "Look into a running search, and act on it."),
     "evaluate": ("pipelines.commands:evaluate", "Judge a version again."),
+    "apply": ("pipelines.commands:apply", "Watch, price and retrain a model as its file says, without a run."),
     "retrain": ("pipelines.commands:retrain", "Start the retrain flow by hand."),
     "models": ("registry.commands:models", "List models."),
     "versions": ("registry.commands:versions", "List a model's versions."),

@@ -67,6 +67,23 @@ def run(path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 @click.command()
+@_config
+@_set
+@json_option
+def apply(path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Watch, price and retrain a model as its file says from now on: `monitoring` and `retrain`. Nothing is trained."""
+    from pipelines import plans
+    from registry.desk import only_here
+
+    only_here("apply")
+    plan = plans.apply(path, overrides)
+    if as_json:
+        print_json({"model": plan.config.model, **plan.settings})
+    else:
+        out.print(f"{plan.config.model} is watched and retrained as {safe(str(path))} says.", markup=False)
+
+
+@click.command()
 @click.argument("model")
 @click.option("--detach", is_flag=True, help="Start it in Prefect's runner instead of here.")
 @json_option
@@ -371,7 +388,7 @@ def study_show(name: str, as_json: bool) -> None:
     from registry import halving, studies
 
     with transaction() as conn:
-        row, jobs = studies.get(conn, name), studies.jobs(conn, name)
+        row, jobs, at_work = studies.get(conn, name), studies.jobs(conn, name), studies.at_work(conn, name)
     running = row["state"] == "running"
     states = halving.states(halving.Plan.of(row["spec"]), jobs, running=running)
     last = {job.trial: job for job in jobs}  # jobs are ordered: the highest rung of each trial wins
@@ -391,12 +408,14 @@ def study_show(name: str, as_json: bool) -> None:
             for j in last.values()
         ]
         about = {key: row[key] for key in ("name", "model", "state", "stopped_by", "best", "seconds_left")}
-        print_json(about | {"trials": trials})
+        print_json(about | {"at_work": at_work, "trials": trials})
         return
     from rich.table import Table
     from rich.text import Text
 
     left = f", about {max(1, round(row['seconds_left'] / 60))} min left" if running and row["seconds_left"] else ""
+    if running and not at_work:
+        left = ", but nobody is at work: the same `tunesmith run` goes on with it"
     table = Table(
         "trial",
         "to step",
@@ -458,7 +477,12 @@ def study_resume(name: str, as_json: bool) -> None:
 
     with transaction() as conn:
         studies.resume(conn, name)
-    print_json({"name": name, "state": "running"}) if as_json else out.print(f"Resumed {safe(name)}.", markup=False)
+        at_work = studies.at_work(conn, name)
+    if as_json:
+        print_json({"name": name, "state": "running", "at_work": at_work})
+    else:
+        then = "." if at_work else "; run the same `tunesmith run` again, which goes on with it."
+        out.print(f"Resumed {safe(name)}{then}", markup=False)
 
 
 @study.command("prune-trial")

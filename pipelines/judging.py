@@ -158,7 +158,8 @@ def judge_again(
         made = conn.execute(runs.SQL["config"], {"id": version.run_id}).fetchone()
         before = versions.evidence(conn, version.gate) or {}
         stored = versions.evidence(conn, version.evaluation) or {}
-        parents = lineage.learned(conn, (version.parsed.training or {}).get("init_bundle"))
+        began = (version.parsed.training or {}).get("init_bundle")
+        parents, untold = lineage.learned(conn, began), lineage.untold(conn, began)
     given = configs.load(config) if config is not None else None
     brought = None if made else _policy_of(before, stored)
     policy = _policy(made, given, keep=attach is not None, brought=brought)
@@ -201,14 +202,18 @@ def judge_again(
         wanted=[gate.slice for gate in policy.gates] if policy is not None else (),
         progress=partial(report, "evaluate"),
     ).evaluation
+    evaluation["dataset"] = dataset.digest
     if not own and adapter is not None:
         for metric in _OF_TRAINING:
             if evaluation["not_applicable"].pop(metric, None):
                 evaluation["unavailable"][metric] = "what it was trained on is not known here"
     if own:
-        asked_once = tuple(dict.fromkeys((*wanted, *of_run.suites)))
-        texts = own_texts(asked_once) if adapter is not None else {}
-        evaluation |= {gates.CONTAMINATION: contamination.of_dataset(dataset, parents, texts)}
+        if adapter is not None:
+            texts = own_texts(tuple(dict.fromkeys((*wanted, *of_run.suites))))
+            clean = contamination.of_dataset(dataset, parents, texts, untold)
+        else:
+            clean = contamination.of_prompt(dataset, version.parsed.prompt.system)
+        evaluation |= {gates.CONTAMINATION: clean}
     elif gates.CONTAMINATION in stored:  # what was found where it was made stays true
         evaluation |= {gates.CONTAMINATION: stored[gates.CONTAMINATION]}
     decision = _decide(policy or Policy(), evaluation, version, beside=other, before=before)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from psycopg.types.json import Jsonb
 
 from infra import storage
 from infra.db import transaction
 from infra.errors import NotFound, UsageError
 from pipelines import config as configs
-from pipelines import judging, runs
+from pipelines import judging, runs, schedules
 from registry import datasets, versions
 from registry.datasets import Row
 
@@ -26,9 +30,41 @@ class Plan:
     corrections: tuple[Row, ...] = ()
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What serving and watching must know of the pipeline file."""
+        values = self.config.jsonable()
+        return {
+            "config_path": str(self.config_path),
+            "overrides": list(self.overrides),
+            "monitoring": values["monitoring"],
+            "retrain": values["retrain"],
+        }
+
+    @property
     def fingerprint(self) -> str:
         """Same configuration, data and corrections: the same run, which is then resumed."""
         return storage.text_digest("\n".join([self.config.fingerprint(), *(row.id for row in self.corrections)]))
+
+
+def apply(path: Path, overrides: Sequence[str]) -> Plan:
+    """Have a model watched, priced and retrained as its file says, from now on, and its schedules with it; nothing is
+    trained. Raises ConfigError, NotFound where no run has made the model yet, Unreachable without Prefect."""
+    config = configs.load(path, overrides)
+    plan = Plan(kind="train", config=config, config_path=path.absolute(), champion=None, overrides=tuple(overrides))
+    schedules.check_reachable()
+    with transaction() as conn:
+        values = {"model": config.model, "settings": Jsonb(plan.settings)}
+        if conn.execute(runs.SQL["save_model_settings"], values).rowcount == 0:
+            raise NotFound(f"There is no model {config.model}.", hint="`tunesmith run -c FILE` makes it.")
+    ensure_schedules(config)
+    return plan
+
+
+def ensure_schedules(config: configs.PipelineConfig) -> None:
+    """What a model's file has done at some time, or after a verdict."""
+    if config.retrain is not None:
+        schedules.ensure_retrain(config.model)
+    schedules.ensure_rescore(config.model, config.monitoring.rescore)
 
 
 def train(path: Path, overrides: list[str]) -> Plan:

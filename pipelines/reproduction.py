@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from pydantic import ValidationError
 
 from infra import storage
 from infra.console import json_option, out, print_json, safe
@@ -16,6 +17,7 @@ from infra.db import transaction
 from infra.errors import TunesmithError, UsageError
 from pipelines.tuning.spec import StudySpec
 from registry import studies, versions
+from registry.bundle import Training
 from registry.lineage import environment_of
 from registry.names import parse_version
 
@@ -78,24 +80,27 @@ def again(name: str, *, rows: int, progress: Progress) -> dict[str, Any]:
     with transaction() as conn:
         version = versions.get(conn, model, number)
     manifest, then = version.parsed, version.adapter()
-    if manifest.training is None or manifest.dataset is None or then is None:
+    try:
+        how = Training.model_validate(manifest.training)
+    except ValidationError:  # of an import, or an older release
+        how = None
+    if how is None or manifest.dataset is None or then is None:
         raise UsageError(
             f"The manifest of {name} does not say how it was trained.",
             hint="Imported adapters, prompts, and versions of older releases cannot be trained again.",
         )
-    how = manifest.training
     spec = StudySpec(
         study=f"reproduce {name}", model=model, base=version.base_digest, dataset=manifest.dataset,
-        system=manifest.prompt.system, max_tokens=how["max_tokens"], trials=1, rungs=(how["total_steps"],),
-        reduction=3, space={}, seed=how["order_seed"], workers=1, validation_rows=how["validation_rows"],
-        init_bundle=how["init_bundle"],
+        system=manifest.prompt.system, max_tokens=how.max_tokens, trials=1, rungs=(how.total_steps,),
+        reduction=3, space={}, seed=how.order_seed, workers=1, validation_rows=how.validation_rows,
+        init_bundle=how.init_bundle,
     )  # fmt: skip
-    progress(f"training for {how['steps']} steps")
+    progress(f"training for {how.steps} steps")
     with storage.scratch("checkpoint") as folder:
         member = Member(
-            params=manifest.params, seed=how["seed"], start=None, init_adapter=spec.init_adapter(), save_to=folder
+            params=manifest.params, seed=how.seed, start=None, init_adapter=spec.init_adapter(), save_to=folder
         )
-        outcome = make_trainer(spec).run([member], total_steps=how["total_steps"], until=how["steps"])[0]
+        outcome = make_trainer(spec).run([member], total_steps=how.total_steps, until=how.steps)[0]
         if outcome is None or isinstance(outcome, TrialFailed):
             raise TunesmithError(f"Training {name} again failed: {outcome}.")
         identical, distance = apart(then, folder / "adapter")
@@ -108,7 +113,7 @@ def again(name: str, *, rows: int, progress: Progress) -> dict[str, Any]:
     return {
         "model": model,
         "version": number,
-        "loss": {"then": how["loss"], "now": outcome.value},
+        "loss": {"then": how.loss, "now": outcome.value},
         "identical": identical,
         "distance": distance,
         "predictions": predictions,

@@ -25,7 +25,7 @@ from pipelines import config as configs
 from pipelines import judging, runs, schedules
 from pipelines.config_space import largest_rank
 from pipelines.evaluation.catalogue import SUITES
-from pipelines.plans import Plan
+from pipelines.plans import Plan, ensure_schedules
 from pipelines.progress import report
 from registry import (
     approvals,
@@ -36,6 +36,7 @@ from registry import (
     leases,
     lineage,
     mlflow,
+    notifications,
     profile,
     rollouts,
     studies,
@@ -76,6 +77,8 @@ def begin(plan: Plan, *, flow_run_id: uuid.UUID | None) -> Iterator[runs.Run]:
                 "tunesmith.kind": plan.kind,
                 "tunesmith.config": str(plan.config_path),
             }
+            if (there := notifications.page(f"/runs/{run.id}")) is not None:
+                tags["mlflow.note.content"] = f"[This run in Tunesmith's console]({there})"
             name = f"{plan.kind} {str(run.id)[:8]}"
             run.note(mlflow_run_id=mlflow.start_run(mlflow.experiment_of(run.model), name, key=str(run.id), tags=tags))
         try:
@@ -265,7 +268,7 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
             served["servability"] = servability.check(base, adapter, best["params"], rows, config.prompt.system)
         with transaction() as conn:
             began = studies.get(conn, best["study"])["spec"].get("init_bundle") if best["study"] else None
-            parents = lineage.learned(conn, began)
+            parents, untold = lineage.learned(conn, began), lineage.untold(conn, began)
         champion = plan.champion
         hosted = judging.hosted_of(config)
         judged = judge(
@@ -290,9 +293,11 @@ def evaluate(plan: Plan, run: runs.Run, data: dict[str, Any], best: dict[str, An
             wanted=[gate.slice for gate in config.gates],
             progress=_progress(run, "evaluate"),
         )
-        asked = own_texts(config.evaluation.suites) if adapter is not None else {}
-        found = contamination.of_dataset(dataset, parents, asked)
-        evaluation = judged.evaluation | {"contamination": found} | served
+        if adapter is not None:
+            found = contamination.of_dataset(dataset, parents, own_texts(config.evaluation.suites), untold)
+        else:
+            found = contamination.of_prompt(dataset, config.prompt.system)
+        evaluation = judged.evaluation | {"dataset": dataset.digest, "contamination": found} | served
         decision = gates.decide(
             [gates.Gate(**gate.model_dump()) for gate in config.gates],
             evaluation,
@@ -374,12 +379,10 @@ def register(
         _log_evaluation(run, version, judged["evaluation"])
         with transaction() as conn:
             conn.execute(
-                runs.SQL["save_model_settings"], {"model": plan.config.model, "settings": Jsonb(_settings(plan))}
+                runs.SQL["save_model_settings"], {"model": plan.config.model, "settings": Jsonb(plan.settings)}
             )
         outcome, refusal = _promote(plan, version, judged)
-        if plan.config.retrain is not None:
-            schedules.ensure_retrain(plan.config.model)
-        schedules.ensure_rescore(plan.config.model, plan.config.monitoring.rescore)
+        ensure_schedules(plan.config)
         _let_go_of_checkpoints(run.study)
         report("register", f"{version.name} {BECAME[outcome]}", 1, 1)
         return {
@@ -419,17 +422,6 @@ def _log_evaluation(run: runs.Run, version: versions.Version, evaluation: dict[s
     ]
     # The version's time, so that a run that goes on sends the same points
     mlflow.log_points(_mlflow_run(run), points, at_ms=int(version.created_at.timestamp() * 1000))
-
-
-def _settings(plan: Plan) -> dict[str, Any]:
-    """What serving and watching must know of the pipeline file, as of this run."""
-    values = plan.config.jsonable()
-    return {
-        "config_path": str(plan.config_path),
-        "overrides": list(plan.overrides),
-        "monitoring": values["monitoring"],
-        "retrain": values["retrain"],
-    }
 
 
 def _promote(plan: Plan, version: versions.Version, judged: dict[str, Any]) -> tuple[Outcome, str | None]:

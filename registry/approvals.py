@@ -89,8 +89,8 @@ def same(one: str, other: str) -> bool:
 
 def _user(who: str) -> str:
     if who.startswith("os:"):
-        return who.removeprefix("os:").rpartition("@")[0]
-    return who.removeprefix("person:")
+        return who.removeprefix("os:").rpartition("@")[0].casefold()
+    return who.removeprefix("person:").casefold()
 
 
 def of(conn: Connection, model: str, number: int) -> Approvals:
@@ -128,6 +128,8 @@ def approve(
         )
     if same(who, person(conn, str((version["gate"] or {}).get("author")))):
         raise Refused(f"{actor} is the author of {model}:{number} and cannot approve it.", hint="Ask another person.")
+    if version["imported_by"] and same(who, person(conn, version["imported_by"])):
+        raise Refused(f"{actor} brought {model}:{number} here and cannot approve it.", hint="Ask another person.")
     values = {"model": model, "number": number, "person": who, "actor": actor, "role": role, "reason": text}
     if any(same(who, given.person) for given in _of(conn, model, number, version["gate"]).given):
         return False, _of(conn, model, number, version["gate"])

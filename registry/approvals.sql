@@ -1,5 +1,5 @@
 -- name: version
-select v.bundle_digest, j.gate as gate_digest, g.body as gate
+select v.bundle_digest, v.imported_by, j.gate as gate_digest, g.body as gate
 from version v join judged j using (model, number) left join evidence g on g.digest = j.gate
 where v.model = %(model)s and v.number = %(number)s
 

@@ -87,6 +87,21 @@ class Hosted(_Value):
     price: TokenPrice | None = None
 
 
+class Training(BaseModel):
+    """What it takes, beside the params, to train a version again: how a manifest's `training` is read."""
+
+    model_config = ConfigDict(frozen=True)
+
+    order_seed: int
+    seed: int
+    steps: int
+    total_steps: int
+    max_tokens: int
+    validation_rows: int | None
+    init_bundle: Digest | None
+    loss: float
+
+
 class Manifest(_Value):
     """version.json. The version's number is not in it: MLflow gives it, and the bundle is sealed before. `training`
     is what it takes beside the params to train it again (pipelines/reproduction.py). Where a `hosted` model answers,

@@ -82,6 +82,8 @@ def show(version: str, as_json: bool) -> None:
         flat["gate"] += f", beside version {gate['champion']}"
     for name in ("generation", "params"):
         flat[name] = ", ".join(f"{key} {value}" for key, value in facts[name].items())
+    if gate:
+        flat["evidence"] = gate["evidence"]
     if again := facts["judged_again"]:
         flat["gate"] += f", judged again at {_time(again['at'])} by {again['actor']}: {again['reason']}"
     for name in ("metrics", "evaluation", "approvals", "judged_again"):
@@ -186,6 +188,9 @@ def export(version: str, path: Path, hub: bool, as_json: bool) -> None:
         print_json({**done, "path": str(path.absolute())})
     else:
         out.print(f"{done['model']}:{done['version']} is in {path}.", markup=False)
+        if again := desk().show(parse_ref(version))["judged_again"]:
+            said = f"Its files have its first judgement; that of {_time(again['at'])} stays here: {again['reason']}"
+            out.print(safe(said), markup=False)
 
 
 @click.command()
@@ -232,10 +237,11 @@ def promote(version: str, reason: str, expect_generation: int | None, force: boo
 @click.command()
 @click.argument("version")
 @click.option("--reason", required=True, help="Why; it stays on the record.")
+@click.option("--gate", metavar="DIGEST", help="Of the decision that you read (`show`): exit 4 if it is another now.")
 @json_option
-def approve(version: str, reason: str, as_json: bool) -> None:
+def approve(version: str, reason: str, gate: str | None, as_json: bool) -> None:
     """Agree that MODEL:N may serve, where its pipeline asks for approvals. Exit 3: you are its author."""
-    now = desk().approve(*parse_version(version), reason=reason)
+    now = desk().approve(*parse_version(version), reason=reason, gate=gate)
     if as_json:
         print_json(now)
         return

@@ -28,6 +28,7 @@ SQL = load_queries(Path(__file__).with_suffix(".sql"))
 Slot = Literal["champion", "challenger", "shadow"]
 Action = Literal["promote", "rollback", "canary", "shadow", "stop"]
 FIRST_HASH = "sha256:" + "0" * 64  # what the first entry of a model is chained to
+_BESIDE_CHAMPION = ("golden_kept", "suite compatibility")  # gates that stand on its answers without saying so
 TRIED = 0.5  # the share of the traffic that a version may have whose gate has not decided
 
 
@@ -388,9 +389,8 @@ def verify_chain(conn: Connection, model: str) -> list[str]:
     Generations run from 1 without a gap, each hash is its entry's and chained to the one before, what the entries rest
     on has the digests they name, and the deployment row is what they lead to.
     """
-    now = read(conn, model)
-    # Read after the row, the ledger may be ahead of it while others promote; it is never behind.
-    entries = [entry for entry in history(conn, model) if entry.generation <= now.generation]
+    conn.execute(SQL["share"], {"model": model})  # nobody promotes between the row and its ledger
+    now, entries = read(conn, model), history(conn, model)
     problems = []
     previous = FIRST_HASH
     for expected, entry in enumerate(entries, start=1):
@@ -402,7 +402,9 @@ def verify_chain(conn: Connection, model: str) -> list[str]:
             problems.append(f"Generation {entry.generation} of {model} was changed after it was written.")
         previous = entry.hash
     for row in conn.execute(SQL["evidence"], {"model": model}):
-        if storage.text_digest(canonical_json(row["body"])) != row["digest"]:
+        if row["body"] is None:
+            problems.append(f"The evidence that generation {row['generation']} of {model} rests on is gone.")
+        elif storage.text_digest(canonical_json(row["body"])) != row["digest"]:
             problems.append(f"The evidence that generation {row['generation']} of {model} rests on was changed.")
     if (led_to := replay(model, entries)) != now:
         problems.append(f"The deployment of {model} is {now.to_json()}, but its ledger leads to {led_to.to_json()}.")
@@ -496,7 +498,11 @@ def _stale(conn: Connection, now: Deployment, number: int, gate: Any, *, force: 
     """Whether it had to be overridden that the gates compared with another champion than serves now, by its files: a
     version that was judged in another registry was judged beside another number. Raises Refused when nobody forces
     it."""
-    against = [entry for entry in (gate or {}).get("gates", ()) if entry.get("against") == "champion"]
+    against = [
+        entry
+        for entry in (gate or {}).get("gates", ())
+        if entry.get("against") == "champion" or entry.get("metric") in _BESIDE_CHAMPION
+    ]
     if not against or "champion_bundle" not in gate or now.champion is None:
         return False
     if gate["champion_bundle"] == _version(conn, now.model, now.champion)["bundle_digest"]:
@@ -526,6 +532,12 @@ def _change(
     evidence: str | None = None,
 ) -> Change:
     follows = one(conn, SQL["next_entry"], {"model": now.model})
+    if follows["generation"] != now.generation:
+        raise Refused(
+            f"The deployment of {now.model} is at generation {now.generation}, and its ledger at "
+            f"{follows['generation']}: somebody changed one of them by hand.",
+            hint="`tunesmith verify` says more. Nothing was changed.",
+        )
     entry = Entry(
         model=now.model,
         generation=after.generation,

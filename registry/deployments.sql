@@ -11,6 +11,9 @@ insert into deployment (model) values (%(model)s) on conflict (model) do nothing
 select model, generation, champion, challenger, challenger_share, shadow
 from deployment where model = %(model)s for update
 
+-- name: share
+select 1 from deployment where model = %(model)s for share
+
 -- name: version
 select v.bundle_digest, j.evaluation, j.gate, g.body as gate_body
 from version v join judged j using (model, number) left join evidence g on g.digest = j.gate
@@ -18,9 +21,9 @@ where v.model = %(model)s and v.number = %(number)s
 
 -- name: next_entry
 -- The database's clock, and never before the last entry, so that `history --at` has one answer.
-select greatest(clock_timestamp(), l.at) as at, l.hash
+select greatest(clock_timestamp(), l.at) as at, l.hash, coalesce(l.generation, 0) as generation
 from (values (1)) as one left join lateral (
-    select at, hash from ledger where model = %(model)s order by generation desc limit 1) l on true
+    select at, hash, generation from ledger where model = %(model)s order by generation desc limit 1) l on true
 
 -- name: update
 update deployment
@@ -53,6 +56,7 @@ where model = %(model)s and (%(at)s::timestamptz is null or at <= %(at)s) order 
 
 -- name: evidence
 -- Each once, with the first entry that rests on it
-select e.digest, e.body, min(l.generation) as generation
-from ledger l join evidence e on e.digest = l.evidence
-where l.model = %(model)s group by e.digest order by generation
+select l.evidence as digest, e.body, l.generation
+from (select evidence, min(generation) as generation from ledger
+      where model = %(model)s and evidence is not null group by evidence) l
+left join evidence e on e.digest = l.evidence order by l.generation

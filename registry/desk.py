@@ -46,8 +46,9 @@ class Desk(Protocol):
     def sign(self, model: str, number: int) -> Json:
         """Sign a version's files with the key where they are: its model, number and that key. Raises UsageError."""
 
-    def approve(self, model: str, number: int, *, reason: str) -> Json:
-        """Agree that a version may serve: ``{"changed"}`` and how its approvals stand. Raises Refused, UsageError."""
+    def approve(self, model: str, number: int, *, reason: str, gate: str | None = None) -> Json:
+        """Agree that a version may serve: ``{"changed"}`` and how its approvals stand. `gate` is the digest of the
+        decision that was read. Raises Refused, UsageError."""
 
     def delete(self, model: str, number: int, *, reason: str) -> Json:
         """Delete a version that never held a slot: ``{"changed"}`` and the record of it. Raises Refused, UsageError."""
@@ -160,12 +161,12 @@ class Here:
 
         return {"model": model, "version": number, "signed_by": versions.sign(model, number)}
 
-    def approve(self, model: str, number: int, *, reason: str) -> Json:
+    def approve(self, model: str, number: int, *, reason: str, gate: str | None = None) -> Json:
         from registry import approvals
 
         with transaction() as conn:
             new, now = approvals.approve(
-                conn, model, number, actor=deployments.actor_here(), role="admin", reason=reason
+                conn, model, number, actor=deployments.actor_here(), role="admin", reason=reason, gate=gate
             )
         return {"model": model, "version": number, "changed": new, **now.to_json()}
 
@@ -302,8 +303,9 @@ class There:
     def sign(self, model: str, number: int) -> Json:
         return self._call("POST", f"{_of(model)}/versions/{number}/sign")
 
-    def approve(self, model: str, number: int, *, reason: str) -> Json:
-        return self._call("POST", f"{_of(model)}/versions/{number}/approve", {"reason": reason})
+    def approve(self, model: str, number: int, *, reason: str, gate: str | None = None) -> Json:
+        body = {"reason": reason} | ({"gate": gate} if gate is not None else {})
+        return self._call("POST", f"{_of(model)}/versions/{number}/approve", body)
 
     def delete(self, model: str, number: int, *, reason: str) -> Json:
         return self._call("DELETE", f"{_of(model)}/versions/{number}?{urlencode({'reason': reason})}")

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from infra import storage
 from infra.db import transaction
@@ -20,7 +20,11 @@ from registry.evidence import check_evaluation
 from registry.names import check_model_name
 from registry.versions import Version, VersionDraft
 
+if TYPE_CHECKING:
+    from registry.bases import Base
+
 _NAMESPACE = uuid.UUID("6d1b3c1e-7a0f-5d55-9b58-3c8a6f1c2b47")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 _EXECUTABLE = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".py", ".so", ".h5"})
 
@@ -98,7 +102,8 @@ def _copy(source: Path, target: Path, names: Iterable[str]) -> None:
 def import_version(
     path: Path, model: str, *, base: str | None = None, by: str | None = None, fetch: bool = True, vouched: bool = True
 ) -> Version:
-    """Register what stands at `path` as the next version of `model`; importing the same thing again changes nothing.
+    """Register what stands at `path` as the next version of `model`; importing the same thing again, or what a run
+    made here, changes nothing.
     MLflow shows who it was `by`. Without `fetch` the base must be one that is here: what strangers name is neither
     read from a folder nor fetched.
 
@@ -118,6 +123,8 @@ def import_version(
     digest, vouched = _keep_bundle(path, model, base, fetch=fetch, vouched=vouched)
     run_id = _import_id(model, digest)
     with transaction() as conn:
+        if (own := versions.made_here(conn, model, digest)) is not None:
+            return own  # with what was judged since; another version of it would have the first judgement alone
         if not vouched and versions.of_run(conn, model, run_id) is None:  # nobody has vouched for it before
             run_id = _import_id(model, digest, "not vouched for")
     return versions.register(digest, run_id=run_id, imported_by=by, vouched=vouched)
@@ -180,6 +187,11 @@ def _keep_bundle(path: Path, model: str, base: str | None, *, fetch: bool, vouch
     found = storage.file_digest(path / bundle.MANIFEST)
     manifest = bundle.verify(path, found)
     _check_file(path / bundle.MANIFEST, path, dict)
+    if (began := (manifest.training or {}).get("init_bundle")) is not None and not _DIGEST.fullmatch(str(began)):
+        raise Refused(
+            f"The bundle in {path} says that training began from {str(began)[:100]!r}, which is no digest.",
+            hint="Export the version again.",
+        )
     signed_by = signatures.demand(f"The bundle in {path}", path)
     if storage.has("base", manifest.base.digest):
         here = bases.load(manifest.base.digest)
@@ -198,7 +210,7 @@ def _keep_bundle(path: Path, model: str, base: str | None, *, fetch: bool, vouch
         _copy(path, folder, manifest.files)
         digest = bundle.write(folder, manifest.model_copy(update={"model": model}))
         bundle.verify(folder, digest)
-        for name, check in (("profile.json", _check_profile), ("evaluation.json", check_evaluation)):
+        for name, check in (("profile.json", _check_profile), ("evaluation.json", _check_judged)):
             _check_file(folder / name, path, check)
         vouched = vouched or (signed_by is not None and digest == found)
         if not (vouched and signatures.sign(folder)) and digest == found and signed_by is not None:
@@ -221,6 +233,16 @@ def _check_file(file: Path, path: Path, check: Callable[[Any], object]) -> None:
             f"The {file.name} of the bundle in {path} cannot be read: {error}.",
             hint="Export the version again, with this release or an older one.",
         ) from error
+
+
+def _check_judged(value: Any) -> None:
+    """An evaluation, and a decision that is of it."""
+    check_evaluation(value)
+    gate = value.get("gate")
+    if gate and gate.get("evaluation") is not None:
+        judged = {name: part for name, part in value.items() if name != "gate"}
+        if storage.text_digest(bundle.canonical_json(judged)) != gate["evaluation"]:
+            raise ValueError("the gate's decision in it is of another evaluation")
 
 
 def _check_profile(value: Any) -> None:
@@ -258,6 +280,7 @@ def _keep_adapter(path: Path, model: str, base: str | None, *, fetch: bool, vouc
     exact = revision if isinstance(revision, str) and revision else "main"
     found = bases.resolve(named, exact) if fetch else bases.known(named, None if exact == "main" else exact)
     servable.check(path, found.folder)
+    _check_template(path, found)
     draft = VersionDraft(
         model=model,
         method="imported",
@@ -267,6 +290,24 @@ def _keep_adapter(path: Path, model: str, base: str | None, *, fetch: bool, vouc
         profile=build([], []).to_json(),
     )
     return versions.seal(draft, signed=vouched or signed_by is not None)
+
+
+def _check_template(path: Path, base: Base) -> None:
+    """Trainers save the tokenizer beside the adapter: prompts must be written here as they were there. Raises Refused
+    for another chat template."""
+    template: Any = None
+    try:
+        if (file := path / "tokenizer_config.json").is_file():
+            template = json.loads(file.read_bytes()).get("chat_template")
+        if (file := path / "chat_template.jinja").is_file():
+            template = file.read_text(encoding="utf-8")
+    except (ValueError, AttributeError) as error:
+        raise Refused(f"{file} cannot be read: {error}.", hint="Save the adapter and its tokenizer again.") from error
+    if isinstance(template, str) and template and storage.text_digest(template) != base.template_digest:
+        raise Refused(
+            f"The adapter in {path} was made with another chat template than {base.id} has here.",
+            hint="Bring the base with that template in its folder, and name it with --base.",
+        )
 
 
 def _adapter_config(path: Path) -> dict[str, Any]:

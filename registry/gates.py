@@ -78,7 +78,7 @@ def decide(
     - Each suite of `required` (suite -> its metrics) must have run and measured something, or it fails by name.
     - Contamination (``evaluation["contamination"]``, of pipelines/data/contamination.py) is judged whatever the policy:
       no row may have stood in rows that judge, or no more than a gate ``{metric: contamination, must: at_most}`` says.
-      A version that was not trained here has none.
+      A version that was not trained here has none; of one without an adapter no test row may stand in its prompt.
     - An empty policy passes, but for that.
 
     What the intervals promise: a candidate that is worse by exactly the margin passes `not_worse` in at most
@@ -163,14 +163,18 @@ def _ran(suite: str, metrics: Collection[str], evaluation: Mapping[str, Any]) ->
     if all(metric in evaluation.get("doubted", {}) for metric in measured):
         why = "; ".join(dict.fromkeys(evaluation["doubted"][metric] for metric in measured))
         return {**entry, "decision": "fail", "reason": f"suite {suite}: is required and not to be trusted: {why}"}
-    return {**entry, "decision": "pass", "reason": f"suite {suite}: ran, as required"}
+    told = evaluation.get("unavailable", {})
+    lacking = [f"{metric} ({told[metric]})" for metric in metrics if metric in told]
+    rest = f", but measured not {'; '.join(lacking)}" if lacking else ""
+    return {**entry, "decision": "pass", "reason": f"suite {suite}: ran, as required{rest}"}
 
 
 def _clean(gate: Gate, found: Mapping[str, Any]) -> dict[str, Any]:
     allowed = gate.value or 0
-    text = (
-        f"{CONTAMINATION}: {found['rows'] or 'none'} of {found['of']} rows to learn from also stood in rows that judge"
-    )
+    said = found.get("said", "rows to learn from also stood in rows that judge")
+    text = f"{CONTAMINATION}: {found['rows'] or 'none'} of {found['of']} {said}"
+    if found.get("unknown"):
+        text += f"; what {', '.join(found['unknown'])} learned, from which it began, is not known here"
     if found["rows"]:
         named = [f"{one['row']} {one['how']} in {one['stands_in']}" for one in found["examples"]]
         more = "" if len(named) == found["rows"] else f", and {found['rows'] - len(named)} more"
@@ -178,7 +182,7 @@ def _clean(gate: Gate, found: Mapping[str, Any]) -> dict[str, Any]:
     decision: Outcome = "pass" if found["rows"] <= allowed else "fail"
     if decision == "fail":
         allowing = f"{{metric: {CONTAMINATION}, must: at_most, value: {found['rows']}}}"
-        text += f". Take them out of the file, or allow them with the gate {allowing}"
+        text += f". Take them out, or allow them with the gate {allowing}"
     return {**asdict(gate), "decision": decision, "reason": text, "estimate": None, **found}
 
 

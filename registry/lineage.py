@@ -109,7 +109,14 @@ def learned(conn: Connection, bundle_digest: str | None) -> list[datasets.Datase
     """The data sets that a bundle's adapter has learned from, its own and those of all that it began from, as far as
     they are kept here; none for no bundle."""
     found = [row["digest"] for row in conn.execute(SQL["learned"], {"bundle": bundle_digest})]
-    return [datasets.open_dataset(digest) for digest in found if storage.has("dataset", digest)]
+    return [datasets.open_dataset(digest) for digest in found if digest and storage.has("dataset", digest)]
+
+
+def untold(conn: Connection, bundle_digest: str | None) -> list[str]:
+    """Of what a bundle's adapter is, or began from, whatever learned from data that is not known here: versions made
+    elsewhere, or deleted, by their digests. None for no bundle."""
+    found = conn.execute(SQL["learned"], {"bundle": bundle_digest}) if bundle_digest is not None else ()
+    return [row["name"] for row in found if row["digest"] is None or not storage.has("dataset", row["digest"])]
 
 
 def _names(conn: Connection, digest: str) -> list[str]:

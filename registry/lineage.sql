@@ -5,15 +5,19 @@ select model, created_at, counts, sources, parent from dataset where digest = %(
 select model, number from version where bundle_digest = %(digest)s order by model, number
 
 -- name: learned
--- The data sets that an adapter learned from, and those that the adapters did which it began from
+-- The data sets that an adapter learned from, and those that the adapters did which it began from; no data set of one
+-- that was made elsewhere, or deleted
 with recursive line as (
-    select v.dataset_digest, coalesce(v.manifest -> 'training' ->> 'init_bundle', s.spec ->> 'init_bundle') as began_from
-    from version v left join study s on s.name = v.study where v.bundle_digest = %(bundle)s
+    select %(bundle)s::text as bundle, null::text as dataset_digest, %(bundle)s::text as began_from
     union
-    select v.dataset_digest, coalesce(v.manifest -> 'training' ->> 'init_bundle', s.spec ->> 'init_bundle')
-    from line l join version v on v.bundle_digest = l.began_from left join study s on s.name = v.study
+    select coalesce(v.model || ':' || v.number, l.began_from), v.dataset_digest,
+           coalesce(v.manifest -> 'training' ->> 'init_bundle', s.spec ->> 'init_bundle')
+    from line l left join version v on v.bundle_digest = l.began_from left join study s on s.name = v.study
+    where l.began_from is not null
 )
-select distinct dataset_digest as digest from line where dataset_digest is not null order by 1
+select dataset_digest as digest, min(bundle) as name from line
+where bundle is distinct from %(bundle)s or dataset_digest is not null or began_from is distinct from %(bundle)s
+group by dataset_digest, case when dataset_digest is null then bundle end order by 1, 2
 
 -- name: datasets
 select digest, model from dataset order by created_at

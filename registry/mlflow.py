@@ -23,6 +23,7 @@ from infra import web
 from infra.errors import NotFound, TunesmithError, Unreachable
 from infra.settings import get_settings
 from registry.names import check_model_name
+from registry.notifications import page
 
 if TYPE_CHECKING:
     import httpx
@@ -251,6 +252,9 @@ def register_version(
             description=_without_front_matter(card)[:_TEXT],
             await_creation_for=None,
         )
+        if (there := page(f"/models/{model}/versions/{made.version}")) is not None:
+            told = f"[This version in Tunesmith's console]({there})\n\n{made.description or ''}"
+            client.update_model_version(model, str(made.version), told[:_TEXT])
         return Registered(number=int(made.version), model_id=str(logged.model_id))
 
 

@@ -116,8 +116,9 @@ def in_words(body: Mapping[str, Any]) -> str:
 
 
 def page(path: str) -> str | None:
-    """The address of a page of the console, as far as this process knows the gateway's."""
-    url = get_settings().gateway_url
+    """The address of a page of the console, as people reach it, as far as this process knows."""
+    settings = get_settings()
+    url = settings.public_url or settings.gateway_url
     return f"{url.rstrip('/')}{path}" if url else None
 
 

@@ -38,15 +38,18 @@ _BEYOND = (
     "velora_config",
 )
 # Other initialisations (pissa, olora, corda, loftq) move the base's own weights while training.
+_HEADS = ("lm_head", "embed_out")
 _SAME_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def check(adapter: Path, base: Path) -> int:
     """The adapter's highest rank. `adapter` and `base` are folders in the forms of PEFT and transformers.
 
-    Raises Refused for a rank above the limit, and for a tensor that is no low-rank matrix of a linear layer of this
-    base, or not of its shape.
+    Raises Refused for a configuration that asks for more than LoRA, a rank above the limit, and for a tensor that is no
+    low-rank matrix of a linear layer of this base, or not of its shape.
     """
+    if (config := _config(adapter)) and (why := beyond_lora(config)) is not None:
+        raise Refused(f"The adapter cannot be served: it {why}.", hint=PLAIN)
     most = get_settings().max_lora_rank
     weights = {name: shape for file in sorted(base.glob("*.safetensors")) for name, shape in _shapes(file).items()}
     highest = 0
@@ -56,6 +59,11 @@ def check(adapter: Path, base: Path) -> int:
             raise Refused(f"The adapter cannot be served: {name[:200]!r} is no low-rank matrix of a layer.", hint=_HINT)
         layer, side = match["layer"], match["side"]
         weight = weights.get(f"{layer}.weight")
+        if layer.rpartition(".")[2] in _HEADS:
+            raise Refused(
+                f"The adapter cannot be served: it changes {layer}, and engines here take no adapter of the output.",
+                hint=f"Leave that out of target_modules. {_HINT}",
+            )
         if weight is None or len(weight) != 2:
             raise Refused(f"The adapter cannot be served: its base has no linear layer {layer[:200]}.", hint=_HINT)
         if side is None:
@@ -87,6 +95,15 @@ def beyond_lora(config: Mapping[str, Any]) -> str | None:
     if config.get("init_lora_weights", True) not in _SAME_BASE:
         return f"was initialised by {config['init_lora_weights']}, which changes the base"
     return None
+
+
+def _config(adapter: Path) -> dict[str, Any]:
+    """Its adapter_config.json; nothing of one that cannot be read, which others refuse."""
+    try:
+        found = json.loads((adapter / "adapter_config.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _shapes(file: Path) -> Mapping[str, list[int]]:

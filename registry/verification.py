@@ -94,6 +94,9 @@ def _evidence(version: Version, read: Callable[[str], dict[str, Any] | None]) ->
     for digest in digests:
         if storage.text_digest(bundle.canonical_json(read(digest))) != digest:
             raise TunesmithError(f"The evidence {digest} was changed after it was written.")
+    gate = (read(version.gate) if version.gate is not None else None) or {}
+    if gate.get("evaluation") not in (None, version.evaluation):
+        raise TunesmithError(f"The gate's decision is of the evaluation {gate['evaluation']}, and not of its own.")
     return f"{len(digests)} kept" if digests else None
 
 

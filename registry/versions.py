@@ -131,6 +131,12 @@ def of_run(conn: Connection, model: str, run_id: uuid.UUID) -> Version | None:
     return Version(**row) if row is not None else None
 
 
+def made_here(conn: Connection, model: str, digest: str) -> Version | None:
+    """The version that a run of ours made of a bundle."""
+    row = conn.execute(SQL["made_here"], {"model": model, "digest": digest}).fetchone()
+    return Version(**row) if row is not None else None
+
+
 def register(
     digest: str,
     *,
@@ -219,6 +225,7 @@ def register(
                 "evaluation": keep_evidence(conn, "evaluation", evaluation) if evaluation else None,
                 "gate": keep_evidence(conn, "gate", gate) if gate else None,
                 "profile": Jsonb(_json(folder / "profile.json") or {}),
+                "imported_by": imported_by,
             },
         )
         version = of_run(conn, model, run_id) or get(conn, model, registered.number)
@@ -310,23 +317,20 @@ def headline(evaluation: Mapping[str, Any] | None) -> dict[str, float | None]:
 
 @lru_cache(maxsize=1)
 def code_version() -> str:
-    """This program's version, with the commit when it runs from a checkout."""
+    """This program's version, with the commit when it runs from a checkout; ``.dirty`` where that has changes since."""
     version = importlib.metadata.version("tunesmith")
     checkout = Path(__file__).parents[1]
     if not (checkout / ".git").exists():  # installed: a repository further up would be somebody else's
         return version
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *arguments], cwd=checkout, capture_output=True, text=True, timeout=5, check=True)
+
     try:
-        done = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"],
-            cwd=checkout,
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-        )
+        done, changed = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain", "-uno")
     except (OSError, subprocess.SubprocessError):
         return version
-    return f"{version}+g{done.stdout.strip()}"
+    return f"{version}+g{done.stdout.strip()}{'.dirty' if changed.stdout.strip() else ''}"
 
 
 def _has_dataset(conn: Connection, digest: str | None) -> bool:

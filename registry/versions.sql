@@ -3,10 +3,10 @@ insert into model (name) values (%(model)s) on conflict (name) do nothing
 
 -- name: insert
 insert into version (model, number, bundle_digest, base_digest, dataset_digest, method, study, run_id, mlflow_run_id,
-                     mlflow_model_id, manifest, metrics, evaluation, gate, profile, decision)
+                     mlflow_model_id, manifest, metrics, evaluation, gate, profile, imported_by, decision)
 values (%(model)s, %(number)s, %(bundle_digest)s, %(base_digest)s, %(dataset_digest)s, %(method)s, %(study)s,
         %(run_id)s, %(mlflow_run_id)s, %(mlflow_model_id)s, %(manifest)s, %(metrics)s, %(evaluation)s, %(gate)s,
-        %(profile)s, (select body ->> 'decision' from evidence where digest = %(gate)s))
+        %(profile)s, %(imported_by)s, (select body ->> 'decision' from evidence where digest = %(gate)s))
 on conflict do nothing
 
 -- name: get
@@ -18,6 +18,13 @@ from version v join judged j using (model, number) where v.model = %(model)s and
 select model, number, created_at, bundle_digest, base_digest, dataset_digest, method, study, run_id, mlflow_run_id,
        mlflow_model_id, manifest, metrics, evaluation, gate, profile
 from version where model = %(model)s and run_id = %(run_id)s
+
+-- name: made_here
+-- The version that a run of ours made of a bundle
+select v.model, v.number, v.created_at, v.bundle_digest, v.base_digest, v.dataset_digest, v.method, v.study, v.run_id,
+       v.mlflow_run_id, v.mlflow_model_id, v.manifest, j.metrics, j.evaluation, j.gate, v.profile
+from version v join judged j using (model, number) join run r on r.id = v.run_id
+where v.model = %(model)s and v.bundle_digest = %(digest)s order by v.number limit 1
 
 -- name: list
 -- What `judged` says, without reading each version twice as a join with it would

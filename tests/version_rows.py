@@ -34,6 +34,7 @@ def add_version(
     approvals: int = 0,
     author: str | None = None,
     bundle: str = DIGEST,
+    imported_by: str | None = None,
 ) -> None:
     conn.execute(
         "insert into base (digest, id, revision, tokenizer_digest, template_digest, parameters, dtype)"
@@ -60,5 +61,6 @@ def add_version(
             "metrics": Jsonb({"exact_match": 0.5}),
             "gate": gate,
             "profile": Jsonb({}),
+            "imported_by": imported_by,
         },
     )

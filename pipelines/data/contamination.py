@@ -11,16 +11,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipelines.data.dedup import Alike, standing_in
-from registry.datasets import SPLITS, Dataset, Row, Split
+from registry.datasets import SPLITS, Dataset, Row, Split, normalise
 
 _EXAMPLES = 10
 _SHORT = 60  # characters of a suite's text that are shown
+_LEAST = 20  # characters of a question that are no coincidence in a prompt
 _RANK: Mapping[Split | None, int] = {"test": 2, "validation": 1, "train": 0, None: 0}
 _JUDGES: tuple[Split, ...] = ("validation", "test")
 
 Record = dict[str, Any]
 """``{"rows": how many, "of": learned rows looked at, "examples": [{"row": "train.jsonl:7", "stands_in":
-"test.jsonl:3", "how": "exactly" | "nearly"}]}``"""
+"test.jsonl:3", "how": "exactly" | "nearly"}]}``; "said" are the words of it where they are others, "unknown" versions
+of which nobody here knows what they learned from"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +67,13 @@ def record(found: Mapping[int, Leak], names: Sequence[str], of: int) -> Record:
 
 
 def of_dataset(
-    dataset: Dataset, parents: Sequence[Dataset] = (), asked: Mapping[str, Sequence[str]] | None = None
-) -> Record:
+    dataset: Dataset, parents: Sequence[Dataset] = (), asked: Mapping[str, Sequence[str]] | None = None,
+    untold: Sequence[str] = (),
+) -> Record:  # fmt: skip
     """What was found when a data set was made; of one that was made without looking, what is in it now. And which rows
     that judge the `parents` have taught, whose adapters training began from; and which rows of either are what suites
-    ask of their own (`asked`: suite -> its texts)."""
+    ask of their own (`asked`: suite -> its texts). What of the versions it began from learned from data that is not
+    here (`untold`) is told."""
     found = dict(dataset.contamination) if dataset.contamination is not None else _within(dataset)
     others = [parent for parent in parents if parent.digest != dataset.digest]
     if others:
@@ -77,7 +81,16 @@ def of_dataset(
     if asked:
         taught = {row.id: (f"train.jsonl:{n} of the data set", row) for n, row in enumerate(dataset.rows("train"), 1)}
         found = _sum(found, _asked(_taught(others) | taught, asked) | {"of": 0})
-    return found
+    return found | ({"unknown": list(untold)} if untold else {})
+
+
+def of_prompt(dataset: Dataset, system: str | None) -> Record:
+    """Of a version that learned from nothing, which test rows its system prompt has, as an example say."""
+    prompt, rows = normalise(system or ""), list(dataset.rows("test"))
+    asked = [normalise(row.prompt[-1]["content"]) if row.prompt else "" for row in rows]
+    found = [n for n, question in enumerate(asked) if len(question) >= _LEAST and question in prompt]
+    examples = [{"row": f"test.jsonl:{n + 1}", "stands_in": "it", "how": "exactly"} for n in found[:_EXAMPLES]]
+    return {"rows": len(found), "of": len(rows), "said": "test rows stand in the system prompt", "examples": examples}
 
 
 def _sum(one: Record, other: Record) -> Record:

@@ -82,7 +82,8 @@ def build(
     dataset = datasets.keep(
         splits,
         counts=counts,
-        sources=recipe["sources"],
+        # Rows of the old data set are in this one, and their licences hold on
+        sources=[*recipe["sources"], *(s for s in (old.sources if old else ()) if s not in recipe["sources"])],
         recipe=recipe,
         quarantine=pool.quarantine,
         parent=old.digest if old else None,

@@ -155,6 +155,7 @@ def test_a_run_turns_rows_into_a_version_that_serves(stack: Stack, data: Path) -
     assert len(given_up) == 3
     _its_lineage(stack, data, result)
     _it_is_reproduced(stack)
+    _its_limits_change_without_a_run(stack, data)
     kept = {folder.name for folder in (stack.home / "artifacts" / "checkpoint").iterdir()}
     assert not {digest.removeprefix("sha256:") for (digest,) in given_up} & kept
     # A later search of the model begins with what was best
@@ -181,6 +182,17 @@ def _its_lineage(stack: Stack, data: Path, result: dict[str, Any]) -> None:
     assert "PSF-2.0" in stack.tunesmith("lineage", "whole:1").stdout
     seen = json.loads(stack.tunesmith("lineage", "--row", f"{data}:1", "--json").stdout)
     assert [v["version"] for v in seen["versions"] if v["model"] == "whole"] == [1]
+
+
+def _its_limits_change_without_a_run(stack: Stack, data: Path) -> None:
+    limit = "--set=monitoring.alerts=[{metric: p95_latency_ms, above: 9000, severity: critical}]"
+    done = stack.tunesmith("apply", "-c", pipeline(data, "whole", steps=6), limit)
+    assert done.returncode == 0, done.stderr
+    [(settings,)] = asked(stack, "select settings from model where name = 'whole'")
+    assert [rule["above"] for rule in settings["monitoring"]["alerts"]] == [9000]
+    assert [v[0] for v in asked(stack, "select number from version where model = 'whole'")] == [1]
+    unknown = stack.tunesmith("apply", "-c", pipeline(data, "nobodys", steps=6))
+    assert (unknown.returncode, said(unknown)) == (5, "error: There is no model nobodys.")
 
 
 def _it_is_reproduced(stack: Stack) -> None:

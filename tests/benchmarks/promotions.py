@@ -343,7 +343,9 @@ def add_versions(conn: Any, model: str, count: int) -> None:
                     "files": {f"file-{n}": DIGEST for n in range(6)}}  # fmt: skip
         rows.append(
             {
-                **dict.fromkeys(("dataset_digest", "study", "run_id", "mlflow_run_id", "mlflow_model_id")),
+                **dict.fromkeys(
+                    ("dataset_digest", "study", "run_id", "mlflow_run_id", "mlflow_model_id", "imported_by")
+                ),
                 **{"model": model, "number": number, "bundle_digest": DIGEST, "base_digest": DIGEST, "method": "lora"},
                 "manifest": Jsonb(manifest),
                 "metrics": Jsonb(dict.fromkeys(names, number / 1e5)),

@@ -150,6 +150,19 @@ def test_what_was_agreed_to_before_a_version_was_judged_again_counts_no_more() -
         with pytest.raises(Conflict, match="m:1 was judged again since you read its evaluation"), conn.transaction():
             approvals.approve(conn, "m", 1, actor=BOB, role="operator", reason="read it", gate=first)
         assert approvals.approve(conn, "m", 1, actor=BOB, role="operator", reason="read it", gate=last)[1].missing == 0
+    for statement in ("delete from judgement", "truncate judgement", "update judgement set decision = 'pass'"):
+        with pytest.raises(psycopg.errors.RaiseException, match="judgements are kept"), transaction() as conn:
+            conn.execute(statement)
+
+
+def test_who_brought_a_version_is_no_one_else_however_they_are_written(version: None, database: Settings) -> None:
+    with transaction() as conn:
+        add_version(conn, "m", 2, approvals=1, author="os:carl@desk", imported_by="os:Dora@laptop")
+        key = create_key(conn, name="laptop", role="operator", person="DORA")
+        for actor, why in ((f"key:{key.id} (laptop)", "brought m:2 here"), ("os:CARL@server", "is the author of m:2")):
+            with pytest.raises(Refused, match=why), conn.transaction():
+                approvals.approve(conn, "m", 2, actor=actor, role="operator", reason="fine")
+        assert approvals.approve(conn, "m", 2, actor="os:ann@a", role="operator", reason="read it")[1].missing == 0
 
 
 def test_one_user_is_one_person_on_all_machines_and_at_any_moment(version: None, database: Settings) -> None:

@@ -99,9 +99,20 @@ def test_a_gate_that_did_not_pass_needs_force_and_shows_for_ever(database: Setti
     assert plain.entry.evidence is not None
 
 
-def test_evidence_beside_another_champion_is_told_from_evidence_beside_this_one(database: Settings) -> None:
+@pytest.mark.parametrize(
+    "gate",
+    [
+        {"metric": "exact_match", "must": "not_worse", "against": "champion"},
+        {"metric": "golden_kept", "must": "at_least", "value": 0.9, "against": None},
+        {"metric": "suite compatibility", "must": "at_least", "value": 1, "against": None},
+    ],
+    ids=lambda gate: str(gate["metric"]),
+)
+def test_evidence_beside_another_champion_is_told_from_evidence_beside_this_one(
+    database: Settings, gate: dict[str, Any]
+) -> None:
     """Versions 2 and 3 are both judged beside 1: once 2 serves, nobody knows whether 3 is any better."""
-    gates = [{"metric": "exact_match", "must": "not_worse", "against": "champion"}]
+    gates = [gate]
     with transaction() as conn:
         for number in (1, 2, 3):
             add_version(conn, "m", number, bundle=f"sha256:{number}")
@@ -219,6 +230,8 @@ def test_the_ledger_cannot_be_changed_and_a_changed_one_is_found(database: Setti
         ("delete from ledger where generation = 2", "Entry 2 of the ledger of m has generation 3"),
         ("delete from ledger where generation = 3", "its ledger leads to"),
         ("update deployment set champion = 1", "The deployment of m is"),
+        ("update deployment set generation = 2, champion = 2", "its ledger leads to"),
+        ("delete from deployment", "its ledger leads to"),
         ("""update evidence set body = body || '{"decision": "fail"}'""", "The evidence that generation 1 of m"),
     ):
         with pytest.raises(AssertionError, match="undo"), transaction() as conn:  # noqa: PT012 - all of it is undone
@@ -229,6 +242,10 @@ def test_the_ledger_cannot_be_changed_and_a_changed_one_is_found(database: Setti
             assert any(found in problem for problem in problems), (tamper, problems)
             raise AssertionError("undo")
     assert _problems() == []
+    with transaction() as conn:
+        conn.execute("update deployment set generation = 2, champion = 2")
+    with pytest.raises(Refused, match="The deployment of m is at generation 2, and its ledger at 3: somebody changed"):
+        _do(deployments.promote, 1)
 
 
 def test_what_the_ledger_needs_is_neither_deleted_nor_overwritten(database: Settings) -> None:

@@ -259,7 +259,7 @@ def _register(
     evaluation: str | None = None, gate: str | None = None,
 ) -> None:  # fmt: skip
     """Version 1 of the model "m", judged by nothing so far unless evidence is given."""
-    nothing = ("study", "mlflow_run_id", "mlflow_model_id")
+    nothing = ("study", "mlflow_run_id", "mlflow_model_id", "imported_by")
     conn.execute(
         versions.SQL["insert"],
         {
@@ -312,8 +312,8 @@ def test_a_second_judgement_is_on_the_rows_of_the_first(tiny_base: Base) -> None
     assert {r.id for r in judging.golden_rows(dataset.digest, first["answers"])} == first["answers"].keys()
     assert judging.golden_of(replace(registered, dataset_digest="sha256:" + 64 * "0")) is None, "not in this store"
     again = judging.judge_again("m:1", ["quality"])
-    clean = {"rows": 0, "of": 2, "examples": []}
-    assert again["evaluation"] == first | {"contamination": clean}
+    clean = {"rows": 0, "of": len(rows), "said": "test rows stand in the system prompt", "examples": []}
+    assert again["evaluation"] == first | {"contamination": clean, "dataset": dataset.digest}
     assert (again["evaluation"]["rows"], again["gate"]["decision"]) == (5, "pass")
     with transaction() as conn:
         assert versions.get(conn, "m", 1).gate is None, "nothing is changed by looking"

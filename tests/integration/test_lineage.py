@@ -14,12 +14,14 @@ from infra import storage
 from infra.db import transaction
 from infra.errors import NotFound, UsageError
 from infra.settings import Settings
+from pipelines.data.contamination import of_dataset
 from pipelines.lineage import row_ids
 from pipelines.reproduction import apart
 from registry import bundle, datasets, deployments, lineage, versions
 from registry.bases import Base
 from registry.datasets import Dataset, Row, make_row
 from registry.environment import differences, lock
+from registry.gates import decide
 from registry.names import parse_ref
 
 
@@ -113,6 +115,20 @@ def test_what_an_adapter_has_learned_from_is_that_of_its_parents_too(database: S
     with transaction() as conn:
         found = [{each.digest for each in lineage.learned(conn, bundle)} for bundle in ("sha256:3", "sha256:1", None)]
     assert found == [{first.digest, second.digest}, {first.digest}, set()]
+
+
+def test_what_an_adapter_made_elsewhere_has_learned_is_known_to_be_unknown(database: Settings) -> None:
+    add("m", 1, "sha256:1", None)  # imported
+    add("m", 2, "sha256:2", keep("m", train=[row("a")]), began_from="sha256:1")
+    add("m", 3, "sha256:3", keep("m", train=[row("b")]), began_from="sha256:gone")
+    wanted = {"sha256:2": ["m:1"], "sha256:1": ["m:1"], "sha256:3": ["sha256:gone"], None: [], "sha256:x": ["sha256:x"]}
+    with transaction() as conn:
+        assert {bundle: lineage.untold(conn, bundle) for bundle in wanted} == wanted
+        made = lineage.learned(conn, "sha256:2")[0]
+    found = of_dataset(made, untold=["m:1"])
+    told = decide([], {"metrics": {}, "slices": {}, "contamination": found}, on_underpowered="refuse", first=True)
+    assert told.decision == "pass"
+    assert told.reasons[0].endswith("; what m:1 learned, from which it began, is not known here")
 
 
 def test_a_data_set_without_an_index_is_read_through(database: Settings) -> None:

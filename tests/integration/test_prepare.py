@@ -17,7 +17,7 @@ from infra.settings import Settings
 from pipelines import runs, stages
 from pipelines.config import PipelineConfig, load
 from pipelines.data import canaries
-from pipelines.data.contamination import of_dataset
+from pipelines.data.contamination import of_dataset, of_prompt
 from pipelines.data.dedup import ALIKE, Alike
 from pipelines.data.prepare import build, prepare
 from pipelines.evaluation.suites import own_texts
@@ -25,6 +25,7 @@ from pipelines.plans import Plan
 from registry import datasets
 from registry.bases import Base
 from registry.datasets import SPLITS, Dataset, Row, make_row, question_key
+from registry.gates import decide
 
 VERBS = ["open", "close", "read", "write", "copy", "move", "send", "fetch", "parse", "render", "split", "merge"]
 NOUNS = ["parcel", "ticket", "invoice", "calendar", "playlist", "recipe", "flight", "meeting", "sensor", "archive"]
@@ -242,6 +243,25 @@ def test_rows_that_suites_ask_are_told_by_the_suite(home: Path) -> None:
     assert of_dataset(dataset, [parent], own_texts(["quality"]))["rows"] == 1
 
 
+def test_of_a_prompt_the_test_rows_that_it_has_are_told(home: Path) -> None:
+    """Few examples in a prompt, copied from the rows that judge it."""
+    rows = [
+        make_row([{"role": "user", "content": text}, {"role": "assistant", "content": "x"}])
+        for text in ("Where is  my PARCEL number 17 now?", "How do I change the card that I pay with?", "Hi")
+    ]
+    dataset = datasets.keep({"train": rows[:1], "test": rows}, counts={}, sources=[], recipe={})
+    prompt = "Name the intent.\nHi\nQ: where is my parcel number 17 now?\nA: order status"
+    found = of_prompt(dataset, prompt)
+    assert (found["rows"], found["of"], [e["row"] for e in found["examples"]]) == (1, 3, ["test.jsonl:1"])
+    assert of_prompt(dataset, None)["rows"] == 0
+    evaluation = {"metrics": {}, "slices": {}, "contamination": found}
+    told = decide([], evaluation, on_underpowered="refuse", first=True)
+    assert told.decision == "fail"
+    assert told.reasons[0].startswith(
+        "contamination: 1 of 3 test rows stand in the system prompt, at most 0 may: test.jsonl:1 exactly in it. Take"
+    )
+
+
 def test_short_requests_that_differ_are_all_kept(tmp_path: Path, home: Path) -> None:
     rows = ["what is my balance", "whats my balance", "tell me my balance", "balance please", "my balance"]
     rows += [f"set a timer for {n} minutes" for n in range(1, 40)]
@@ -338,6 +358,8 @@ def test_corrections_join_old_rows_without_leaks(old: tuple[PipelineConfig, Data
     assert answers["corrected 201, says [EMAIL]"] == "test"
     assert taught.id not in {row.id for row in kept["train"]}
     assert after.counts["superseded"] == 1
+    # Rows of the old files are in it, and so are the files' names and licences
+    assert [source["path"] for source in after.sources] == ["feedback", *(source["path"] for source in before.sources)]
 
 
 def test_corrections_of_what_was_taught_long_ago_are_for_training_only(old: tuple[PipelineConfig, Dataset]) -> None:

@@ -54,8 +54,10 @@ def _deliver() -> int:
 
 
 def test_a_version_carries_its_lineage_into_mlflow(
-    mlflow_server: str, base: bases.Base, adapter: Path, model: str
+    mlflow_server: str, base: bases.Base, adapter: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TUNESMITH_PUBLIC_URL", "https://models.example.org/")
+    get_settings.cache_clear()
     version = make_version(make_draft(model, base, adapter))
     assert (version.number, version.method, version.base_digest) == (1, "lora", base.digest)
     found = _rest("model-versions/get", name=model, version="1")["model_version"]
@@ -67,6 +69,8 @@ def test_a_version_carries_its_lineage_into_mlflow(
     assert float(tags["metric.loss"]) == pytest.approx(2.5, abs=0.2)
     assert found["run_id"] == version.mlflow_run_id
     assert "## Evaluation" in found["description"]
+    address = f"https://models.example.org/models/{model}/versions/1"
+    assert found["description"].startswith(f"[This version in Tunesmith's console]({address})\n\n")
     assert "<brief>" in found["description"]
     files = _rest("artifacts/list", run_id=version.mlflow_run_id)["files"]
     assert [file["path"] for file in files] == ["report.html"]
@@ -324,6 +328,28 @@ def test_a_version_travels_by_export_and_import_with_its_evidence(
         import_version(target, f"{model}-b")
 
 
+def test_what_a_run_made_here_and_comes_back_is_the_version_that_it_is(
+    mlflow_server: str, base: bases.Base, adapter: Path, model: str, tmp_path: Path
+) -> None:
+    """Another one would have its first judgement alone, which may have passed where a later one failed."""
+    version = make_version(make_draft(model, base, adapter))
+    with transaction() as conn:
+        conn.execute(
+            "insert into run (id, model, kind, state, fingerprint, config, config_path, token)"
+            " values (%s, %s, 'train', 'completed', 'f', '{}', 'm.yaml', 1)",
+            (version.run_id, model),
+        )
+    export_version(version, tmp_path / "out")
+    failed = Decision(decision="fail", reasons=["it got worse"], gates=[])
+    with transaction() as conn:
+        judgements.keep(conn, model, version.number, {"metrics": {}}, failed, **WHO)
+    back = import_version(tmp_path / "out", model)
+    assert back.number == version.number
+    with transaction() as conn:
+        assert (versions.evidence(conn, back.gate) or {})["decision"] == "fail"
+        assert len(versions.list_versions(conn, model)) == 1
+
+
 @pytest.mark.parametrize("profile", [{"format": 99}, {"format": 1}, {"format": 1, "histograms": []}])
 def test_a_bundle_whose_profile_cannot_be_read_is_refused(
     base: bases.Base, adapter: Path, model: str, tmp_path: Path, profile: Any
@@ -426,6 +452,12 @@ def test_a_plain_adapter_is_imported_and_waits_for_its_gate(
     (tmp_path / "a").mkdir()
     shutil.copytree(adapter, tmp_path / "a", dirs_exist_ok=True)
     (tmp_path / "a/tokenizer.json").write_text("{}")  # what else lies there is left behind
+    template = bases.load_tokenizer(base.folder).chat_template or bases.FALLBACK_TEMPLATE
+    (tmp_path / "a/tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    (tmp_path / "a/chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(Refused, match=f"was made with another chat template than {base.id} has here"):
+        import_version(tmp_path / "a", model)
+    (tmp_path / "a/chat_template.jinja").unlink()
     made = import_version(tmp_path / "a", model)
     assert (made.method, made.base_digest, made.metrics, made.gate) == ("imported", base.digest, {}, None)
     assert "tokenizer.json" not in made.parsed.files
@@ -477,7 +509,7 @@ def _command(*arguments: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize(
-    "damage", ["pickle", "truncated", "nan", "ia3", "link", "code", "empty", "rank", "layer", "pissa", "biases"]
+    "damage", ["pickle", "truncated", "nan", "ia3", "link", "code", "empty", "rank", "layer", "head", "pissa", "biases"]
 )
 def test_a_foreign_adapter_that_is_not_sound_is_refused(
     mlflow_server: str,
@@ -512,10 +544,14 @@ def test_a_foreign_adapter_that_is_not_sound_is_refused(
         get_settings.cache_clear()
     elif damage == "layer":
         save_file({name.replace("q_proj", "qkv"): value for name, value in load_file(weights).items()}, weights)
+    elif damage == "head":
+        head = {name.replace("model.layers.0.self_attn.q_proj", "lm_head"): v for name, v in load_file(weights).items()}
+        save_file(head, weights)
     else:
         save_file({}, weights)
     said = {
         "rank": "is 4, and engines here take 3 at most", "layer": "no linear layer .*qkv",
+        "head": "it changes lm_head, and engines here take no adapter of the output",
         "pissa": "was initialised by olora", "biases": "also trains biases",
     }.get(damage)  # fmt: skip
     with pytest.raises(Refused, match=said):

@@ -121,7 +121,7 @@ def test_contamination_is_judged_whatever_the_policy_and_names_rows() -> None:
     assert told.gates[0]["examples"] == [leak]
     assert told.reasons == [
         "contamination: 3 of 90 rows to learn from also stood in rows that judge, at most 0 may: "
-        "train.jsonl:7 nearly in test.jsonl:2, and 2 more. Take them out of the file, or allow them with the gate "
+        "train.jsonl:7 nearly in test.jsonl:2, and 2 more. Take them out, or allow them with the gate "
         "{metric: contamination, must: at_most, value: 3}"
     ]
     for value, decision in ((2, "fail"), (3, "pass")):
