@@ -93,6 +93,9 @@ class Settings(BaseSettings):
         description="ends in /api",
     )
     gateway_url: str | None = Field(default=None, description="where this home's gateway answers")
+    public_url: str | None = Field(
+        default=None, description="where people reach it, for links in messages; unset: where it answers"
+    )
     url: str | None = Field(default=None, pattern=_HTTP, description="a control API that registry commands go over")
     api_key: SecretStr | None = Field(default=None, description="whose person they then are")
     engine_secret: SecretStr | None = Field(default=None, description="shared by gateway and engines")

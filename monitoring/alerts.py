@@ -39,6 +39,10 @@ _SILENT = timedelta(hours=1)
 _GRACE = timedelta(seconds=30)  # that a gateway may take to follow a change
 NOT_SERVING = "not serving"
 GOLDEN = "golden set"
+BUDGET = "budget"
+REFUSED = "refused"
+_NEARLY = 0.8  # of a budget in dollars
+_REFUSED_SHARE = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +76,8 @@ _TITLES = {
     "drift": "Requests or answers have changed",
     NOT_SERVING: "A gateway cannot serve what it should",
     GOLDEN: "It answers its own test questions worse",
+    BUDGET: "Its budget is used up, or nearly",
+    REFUSED: "Requests are refused",
     "error_rate above": "Too many requests fail",
     "cost_usd above": "It costs more than its limit",
     "p50_latency_ms above": "Answers are slow",
@@ -144,6 +150,8 @@ def figure(window: Window, metric: str) -> float | None:
         return window.errors / window.requests
     quantile, _, what = metric.partition("_")
     counts = window.ttft_ms if what == "ttft_ms" else window.latency_ms
+    if sum(counts.values()) < _MIN_REQUESTS:
+        return None
     return windows.percentile(counts, int(quantile.removeprefix("p")) / 100)
 
 
@@ -174,6 +182,43 @@ def look(
 
 def _order(finding: Finding) -> tuple[int, int]:
     return _STATES.index(finding.state), -_SEVERITIES.index(finding.severity)
+
+
+def look_at_refusals(conn: Connection, model: str, now: datetime) -> list[Finding]:
+    """Whether a model's clients are turned away, or will be soon: its budgets in dollars, and what was refused for want
+    of budget or room, which is no version's traffic and stands in no window."""
+    spent = max(conn.execute(SQL["budgets"], {"model": model}), key=lambda row: float(row["share"]), default=None)
+    share = float(spent["share"]) if spent else 0.0
+    state: State = "over" if share >= _NEARLY else "calm"
+    text = ""
+    if spent:
+        span = "day" if spent["kind"] == "usd" else "month"
+        what = f"{figures.usd(spent['used'])} of {figures.usd(spent['amount'])} a {span}"
+        text = f"{model} has used {what}" + (
+            f", all of it: its clients are answered 429 until the next {span} begins (UTC)."
+            if share >= 1
+            else f", {figures.percent(share)}."
+        )
+    budget = Finding(
+        rule=BUDGET, state=state, severity="critical" if share >= 1 else "warning", message=text, cause="system",
+        details={"share": figures.percent(share)},
+    )  # fmt: skip
+    row = one(conn, SQL["refused"], {"model": model, "since": now - RECENT, "until": now})
+    refused, answered = int(row["refused"]), int(row["answered"])
+    share = refused / max(1, refused + answered)
+    state = (
+        "unknown" if refused + answered < _MIN_REQUESTS else "calm" if share <= _REFUSED_SHARE * _CLEAR else "between"
+    )
+    if refused >= _MIN_REQUESTS and share > _REFUSED_SHARE:
+        state = "over"
+    return [
+        budget,
+        Finding(
+            rule=REFUSED, state=state, cause="system", details={"refused": refused, "answered": answered},
+            message=f"{model}: {refused} of {refused + answered} requests of the last {_minutes(RECENT)} were refused, "
+            f"most of them so: {figures.short(row['why'] or 'no reason is known').removesuffix('.')}.",
+        ),
+    ]  # fmt: skip
 
 
 def look_at_gateways(conn: Connection, since: dict[str, tuple[int, datetime]], now: datetime) -> None:
@@ -339,7 +384,7 @@ def silences(conn: Connection) -> list[Mapping[str, Any]]:
 def rule_names(settings: Mapping[str, Any]) -> list[str]:
     """The rules that a model has, as its alerts name them."""
     own = [f"{r.metric} {'above' if r.above is not None else 'below'}" for r in rules_of(settings)]
-    return ["drift", NOT_SERVING, GOLDEN, *own]
+    return ["drift", NOT_SERVING, GOLDEN, BUDGET, REFUSED, *own]
 
 
 def rules_known(conn: Connection, model: str) -> list[str]:

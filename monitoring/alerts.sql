@@ -39,6 +39,24 @@ left join (select *, seen_at < now() - interval '15 seconds' as silent from repl
 where d.champion is not null
 group by d.model
 
+-- name: budgets
+select a.kind, a.amount, s.used, s.used / a.amount as share
+from allowance a
+join spending s on s.scope = a.scope and s.name = a.name and s.kind = a.kind
+    and s.start = date_trunc(case a.kind when 'usd' then 'day' else 'month' end, now(), 'UTC')
+where a.scope = 'model' and a.name = %(model)s and a.kind in ('usd', 'usd_month') and a.amount > 0
+
+-- name: refused
+-- What was refused before a version was found for it, beside what the windows have of all versions
+select r.refused, r.why, w.answered
+from (
+    select count(*) as refused, mode() within group (order by error) as why from request_event
+    where model = %(model)s and version is null and status in (429, 503) and status >= 400
+        and at >= %(since)s and at < %(until)s) r
+cross join (
+    select coalesce(sum(requests), 0) as answered from traffic_window
+    where model = %(model)s and grain = 'minute' and start >= %(since)s and start < %(until)s) w
+
 -- name: told
 update alert set told_at = now() where id = %(id)s
 

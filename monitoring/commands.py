@@ -246,7 +246,8 @@ def cost(ref: str, since: str, until: str | None, as_json: bool) -> None:
     end = month["by"]
     if month["expected"] is not None:
         end = f"{usd(month['expected'])} ({usd(month['low'])} to {usd(month['high'])}), by {end}"
-    out.print(f"this month: {usd(month['spent'])} so far; at its end: {end}")
+    of = f" of {usd(month['limit'])}" if month["limit"] is not None else ""
+    out.print(f"this month: {usd(month['spent'])}{of} so far; at its end: {end}")
     watts = f"{get_settings().machine_watts:g} W (TUNESMITH_MACHINE_WATTS)"
     out.print(f"energy: {result['energy_kwh']:.3g} kWh while the engine worked, at {watts}")
     price = ", ".join(f"{name} {value:g}" for name, value in result["price"].items())
@@ -312,7 +313,9 @@ def silence(model: str, rule: str | None, span: str | None, off: bool, reason: s
     from infra.errors import UsageError
     from monitoring import alerts as kept
     from registry import deployments
+    from registry.desk import only_here
 
+    only_here("silence")
     if off == (span is not None):
         raise UsageError("Say for how long, or --off.", hint="Such as --for 2h.")
     with transaction() as conn:

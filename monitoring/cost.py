@@ -23,6 +23,7 @@ from registry.languages import NAMES
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
 
 _WEEKS = timedelta(days=28)  # that a forecast is made from
+_FEWEST_LENGTHS = 20  # requests of a language, by which what its tokens cover is told
 _FEWEST_DAYS = 3
 
 
@@ -94,7 +95,9 @@ def _break_even(usd: float, hour: float, base: float | None, own: float | None) 
 
 def languages(window: Window) -> list[dict[str, Any]]:
     """What each language takes of a window, those of most tokens first: requests, tokens of prompts and answers and
-    their share, dollars, and how many characters of a prompt a token covers (fewer: the same text is dearer)."""
+    their share, dollars, and how many characters of a request a token covers (fewer: the same text is dearer): the
+    slope of a line (least squares) through requests' lengths, so that what all prompts have, such as a system prompt,
+    does not count; None where they are too few, or all of one length."""
     found: list[dict[str, Any]] = []
     for place, name in enumerate(NAMES):
         of = {what: window.languages.get(f"{place}:{what}", 0) for what in windows.LANGUAGES}
@@ -106,7 +109,7 @@ def languages(window: Window) -> list[dict[str, Any]]:
                 "requests": of["requests"],
                 "tokens": of["tokens"],
                 "usd": of["cost_nano_usd"] / 1e9,
-                "characters_per_token": of["characters"] / of["prompt_tokens"] if of["prompt_tokens"] else None,
+                "characters_per_token": _characters_per_token(of),
             }
         )
     tokens = sum(each["tokens"] for each in found)
@@ -114,10 +117,17 @@ def languages(window: Window) -> list[dict[str, Any]]:
     return [{**each, "share": each["tokens"] / tokens if tokens else None} for each in ordered]
 
 
+def _characters_per_token(of: Mapping[str, int]) -> float | None:
+    n, x, y = of["fit_n"], of["fit_x"], of["fit_y"]
+    along, spread = n * of["fit_xy"] - x * y, n * of["fit_xx"] - x * x
+    return spread / along if n >= _FEWEST_LENGTHS and along > 0 and spread > 0 else None
+
+
 def forecast(conn: Connection, model: str, now: datetime) -> dict[str, Any]:
     """What the UTC month of `now` has cost, and will have cost at its end, with a 95 % interval::
 
-        {"from": date, "days": in the month, "spent", "expected", "low", "high", "by": what it is made from}
+        {"from": date, "days": in the month, "spent", "expected", "low", "high", "by": what it is made from,
+         "limit": what `tunesmith limit --usd-per-month` allows, or None}
 
     The days to come are taken to be like those of the last four weeks: like those of their own weekday where there are
     two weeks of them, whose spread is then that within weekdays. `expected` is null on fewer than three full days.
@@ -127,7 +137,9 @@ def forecast(conn: Connection, model: str, now: datetime) -> dict[str, Any]:
     asked = {"model": model, "since": min(first, today - _WEEKS), "until": today}
     by_day = {row["day"]: float(row["usd"]) for row in conn.execute(SQL["by_day"], asked)}
     spent = sum(usd for day, usd in by_day.items() if day >= first)
+    allowed = conn.execute(SQL["monthly_limit"], {"model": model}).fetchone()
     body = {"from": first.isoformat(), "days": days, "spent": spent, "expected": None, "low": None, "high": None}
+    body |= {"limit": float(allowed["amount"]) if allowed else None}
     began = max(min(by_day, default=today), today - _WEEKS)
     full = [began + timedelta(days=n) for n in range((today - began).days)]
     if len(full) < _FEWEST_DAYS:

@@ -28,6 +28,9 @@ order by usd desc, requests desc limit 50
 select e.body -> 'about' -> 'cost' as cost from judged v join evidence e on e.digest = v.evaluation
 where v.model = %(model)s and v.number = %(version)s
 
+-- name: monthly_limit
+select amount from allowance where scope = 'model' and name = %(model)s and kind = 'usd_month'
+
 -- name: by_day
 -- The fourth number of a window is its cost, in billionths of a dollar (windows.to_json)
 select (start at time zone 'utc')::date as day, sum((sketches #>> '{numbers,3}')::bigint)::float8 / 1e9 as usd

@@ -10,7 +10,9 @@ order by version
 -- name: feedback
 -- Feedback is given after its request, so the index on `at` bounds what is read.
 with given as (
-    select similarity, score
+    -- What reviewers correct was chosen for being doubtful, and when they do says nothing of when it was scored
+    select case when reviewer is null then similarity end as similarity,
+           case when scored_at >= %(since)s then score end as score
     from feedback
     where model = %(model)s and version = %(version)s and at >= %(since)s
         and request_at >= %(since)s and request_at <= %(until)s
@@ -28,8 +30,8 @@ select jsonb_object_agg(bin, n) as score from (
     select width_bucket(score, %(edges)s::float8[]) as bin, count(*) as n
     from (
         select score from feedback
-        where model = %(model)s and at < %(since)s and score is not null
-        order by at desc limit %(most)s) newest
+        where model = %(model)s and scored_at < %(since)s and score is not null
+        order by scored_at desc limit %(most)s) newest
     group by 1) bins
 
 -- name: put_verdict

@@ -10,11 +10,14 @@ order by at desc limit 1
 
 -- name: put
 -- The last write wins, field by field: a correction that follows a score does not erase it.
-insert into feedback (request_id, request_at, model, key_id, score, review, label, correction)
-values (%(request_id)s, %(request_at)s, %(model)s, %(key_id)s, %(score)s, %(review)s, %(label)s, %(correction)s)
+insert into feedback (request_id, request_at, model, key_id, reviewer, scored_at, score, review, label, correction)
+values (%(request_id)s, %(request_at)s, %(model)s, %(key_id)s, %(reviewer)s, case when %(has_score)s then now() end,
+        %(score)s, %(review)s, %(label)s, %(correction)s)
 on conflict (request_id) do update set
     at = now(),
-    key_id = excluded.key_id,
+    key_id = case when %(reviewing)s then feedback.key_id else excluded.key_id end,
+    reviewer = coalesce(excluded.reviewer, feedback.reviewer),
+    scored_at = case when %(has_score)s then now() else feedback.scored_at end,
     score = case when %(has_score)s then excluded.score else feedback.score end,
     review = coalesce(excluded.review, feedback.review),
     label = case when %(has_label)s then excluded.label else feedback.label end,

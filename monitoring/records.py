@@ -30,8 +30,10 @@ def feedback(model: str, file: Path, as_json: bool) -> None:
     from infra.errors import UsageError
     from monitoring import feedback as kept
     from registry import deployments
+    from registry.desk import only_here
     from registry.names import check_model_name
 
+    only_here("feedback")
     check_model_name(model)
     with transaction() as conn:
         deployments.read(conn, model)
@@ -108,7 +110,9 @@ def erase(user: str, reason: str, as_json: bool) -> None:
     from infra.db import transaction
     from monitoring import erasure
     from registry import deployments
+    from registry.desk import only_here
 
+    only_here("erase")
     with transaction() as conn:
         done = erasure.erase(conn, user, actor=deployments.actor_here(), reason=reason)
     if as_json:

@@ -20,7 +20,7 @@ from typing import Any
 
 from infra.db import Connection
 from monitoring import drift, explain, figures, statistics, windows
-from monitoring.alerts import GOLDEN, NOT_SERVING, RECENT
+from monitoring.alerts import BUDGET, GOLDEN, NOT_SERVING, RECENT, REFUSED
 from monitoring.attribution import Cause
 from monitoring.windows import Window
 from registry import deployments
@@ -72,6 +72,19 @@ def of(conn: Connection, alert: Mapping[str, Any], now: datetime) -> Story:
     elif alert["rule"] == NOT_SERVING:
         cause = "system"
         advice.append("A gateway's `/readyz`, asked with a key, and its log say why it does not follow.")
+    elif alert["rule"] in (BUDGET, REFUSED):
+        cause = "system"
+        if alert["rule"] == REFUSED:
+            sentences.append("They count for no version: they were refused before one was asked.")
+            advice.append("`tunesmith limits` shows which limit of a key or the model is used up.")
+            advice.append(
+                "Where a gateway or an engine is full, more of either, or fewer requests at a time "
+                f"(`tunesmith limit model:{model} --concurrent N`), help."
+            )
+        advice.append(
+            f"Is it wanted? `tunesmith limit model:{model} --usd-per-day N` (or `--usd-per-month`) raises the budget, "
+            "and the gateways follow within seconds."
+        )
     elif alert["rule"] == GOLDEN:
         sentences.append("The questions are those that the version was judged by, so it is not what people ask.")
         advice += [

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -240,7 +240,7 @@ class Watcher:
         with transaction() as conn:
             self._check(conn)
             conn.execute(SQL["drop_default_events"], {"days": days})
-            windows.drop_old(conn)
+            windows.drop_old(conn, days)
             feedback.settle(conn, late=True, limit=10_000)
             feedback.drop_old(conn, days)
             alerts.drop_old(conn, max(days, 90))
@@ -285,6 +285,10 @@ def _judge(conn: Connection, row: Mapping[str, Any], now: datetime) -> None:
         identifier = last["id"]
     found = [alerts.of_verdict(body), golden.look(conn, model, version)]
     found += alerts.look(conn, model, version, settings, now, span)
+    if row["slot"] == "shadow":  # it answers nobody
+        found = [replace(finding, severity="info") for finding in found]
+    if row["slot"] == "champion":
+        found += alerts.look_at_refusals(conn, model, now)
     alerts.apply(conn, model, version, found, explain=partial(story.cause_of, now=now))
     if row["slot"] == "champion" and body["verdict"] == "drift":
         retraining.consider(conn, model, version, identifier, settings, body)

@@ -47,7 +47,11 @@ FEEDBACK: Mapping[str, int] = {"rated": 1, "disliked": 2, "corrected": 4}  # bit
 
 _CHOSEN = ("pinned", "shadow")  # slots that nobody draws
 
-LANGUAGES = ("requests", "prompt_tokens", "characters", "tokens", "cost_nano_usd")
+# The last five are sums of a line through the lengths of requests: how many there are, x, y, x x and x y, where x are
+# characters and y tokens
+LANGUAGES = (
+    "requests", "prompt_tokens", "characters", "tokens", "cost_nano_usd", "fit_n", "fit_x", "fit_y", "fit_xx", "fit_xy",
+)  # fmt: skip
 _LANGUAGE, _CHARACTERS = (list(FEATURE).index(name) for name in ("language", "characters"))
 
 Counts = Mapping[int, int]
@@ -274,7 +278,10 @@ def _of_language(event: Mapping[str, Any]) -> dict[str, int]:
         return {}
     prompt, completion = event["prompt_tokens"], event["completion_tokens"]
     characters = min(max(0, int(values[_CHARACTERS])), 2**31)
-    figures = (1, prompt, characters, prompt + completion, _scaled(event["cost_usd"], _NANO))
+    figures = (
+        1, prompt, characters, prompt + completion, _scaled(event["cost_usd"], _NANO),
+        1, characters, prompt, characters**2, characters * prompt,
+    )  # fmt: skip
     place = FEATURE["language"].bin(values[_LANGUAGE])
     return {f"{place}:{what}": n for what, n in zip(LANGUAGES, figures, strict=True)}
 
@@ -364,7 +371,7 @@ def close(conn: Connection, *, rows: int = 10_000, export: bool = False) -> Clos
             key = (event["model"], event["version"], floor(event["at"], "minute"))
             if event["key_id"] not in ours:  # what we ask ourselves is nobody's traffic, but costs as much
                 sums.setdefault(key, _Sum()).add(of_event(event, extractors.get(key[:2])))
-            if event["key_id"] is not None:
+            if event["key_id"] is not None and event["slot"] != "shadow":  # nobody asked for a copy
                 used = keys.setdefault((*key[:2], event["key_id"], event["at"].astimezone(UTC).date()), Counter())
                 used.update(
                     requests=1,
@@ -506,9 +513,11 @@ def series(
     return [Point(version=row["version"], start=row["start"], window=from_row(row)) for row in rows]
 
 
-def drop_old(conn: Connection) -> None:
-    """Forget old minutes and hours, and the marks of batches merged long ago."""
+def drop_old(conn: Connection, days: int) -> None:
+    """Forget old minutes and hours, the marks of batches merged long ago, and the words that requests had more than so
+    many `days` ago: what only one had may be a name."""
     conn.execute(SQL["drop_windows"], {"minute_days": MINUTE_DAYS, "hour_days": _HOUR_DAYS})
+    conn.execute(SQL["drop_words"], {"days": days})
     conn.execute(SQL["drop_batches"])
 
 

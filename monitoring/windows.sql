@@ -99,5 +99,11 @@ delete from traffic_window
 where (grain = 'minute' and start < now() - make_interval(days => %(minute_days)s))
     or (grain = 'hour' and start < now() - make_interval(days => %(hour_days)s))
 
+-- name: drop_words
+-- Of the last days that became too old; those before have none any more
+update traffic_window set sketches = jsonb_set(sketches, '{new_words}', '{"counts": {}, "error": 0}')
+where start < now() - make_interval(days => %(days)s) and start >= now() - make_interval(days => %(days)s + 7)
+    and sketches #> '{new_words,counts}' <> '{}'
+
 -- name: drop_batches
 delete from event_batch where windowed_at < now() - interval '7 days'

@@ -20,7 +20,7 @@ from monitoring.console.render import RANGES, SQL, Visit, draw
 from registry import deployments, statistics
 
 # Which chart shows a rule's figure
-_CHARTS = {"error_rate": "errors", "cost_usd": "cost"}
+_CHARTS = {"error_rate": "errors", "cost_usd": "spent", "budget": "spent"}
 
 
 def listing(visit: Visit) -> Response:
@@ -28,8 +28,12 @@ def listing(visit: Visit) -> Response:
     with transaction() as conn:
         opened = conn.execute(SQL["alerts_open"], {"model": None}).fetchall()
         closed = conn.execute(SQL["alerts_closed"]).fetchall()
+        silences = alerts.silences(conn)
         retrains = conn.execute(SQL["retrains"], {"model": None}).fetchall()
-    return draw(visit, "alerts.html", opened=opened, closed=closed, retrains=retrains, open_alerts=len(opened))
+    return draw(
+        visit, "alerts.html", opened=opened, closed=closed, retrains=retrains, open_alerts=len(opened),
+        silences=silences,
+    )  # fmt: skip
 
 
 def show(visit: Visit) -> Response:
@@ -46,6 +50,7 @@ def show(visit: Visit) -> Response:
         shown = next((name for name, span in RANGES.items() if now - span < told.since), "30d")
         flow = traffic.read(conn, model, RANGES[shown])
         drawn = pictures(flow, deployments.history(conn, model))
+        silences = [s for s in alerts.silences(conn) if s["model"] == model and s["rule"] in (None, alert["rule"])]
     return draw(
         visit,
         "alert.html",
@@ -53,6 +58,7 @@ def show(visit: Visit) -> Response:
         said=alerts.said(alert, told.advice),
         model=model,
         story=told,
+        silences=silences if alert["closed_at"] is None else [],
         shown=shown,
         chart=drawn[_chart(alert["rule"])] if flow.total.requests else None,
         details=list(_details(alert)),

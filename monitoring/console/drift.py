@@ -128,7 +128,9 @@ def _row(
     length = (until - begin) / _COLUMNS
     worst = [heat.get((f["name"], column)) for column in range(_COLUMNS)]
     name = label(f["name"])
-    cells = [(ratio, f"{name}\n{_times(begin + i * length, length)}\n{_says(ratio)}") for i, ratio in enumerate(worst)]
+    cells = [
+        (ratio, f"{name}\njudged {_times(begin + i * length, length)}\n{_says(ratio)}") for i, ratio in enumerate(worst)
+    ]
     return {**f, "label": name, "ratio": _ratio(f), "heat": strips.heat(cells, title=f"{name} over time")}
 
 

@@ -152,22 +152,26 @@ def pictures(flow: traffic.Traffic, entries: Sequence[Entry]) -> dict[str, Marku
             ],
         ),
         "ttft": charts.lines(
-            key="ttft", title="Time to first token", times=times, write=figures.milliseconds, band=(0, 1),
+            key="ttft", title="Time to first token", times=times, write=figures.milliseconds, band=(0, 1), marks=marks,
             series=[
                 charts.Series(name="p50", values=[b.ttft_p50 for b in every], look="p50"),
                 charts.Series(name="p95", values=[b.ttft_p95 for b in every], look="p95"),
             ],
         ),
         "cost": charts.lines(
-            key="cost", title="Cost per 1,000 requests", times=times, write=figures.usd,
+            key="cost", title="Cost per 1,000 requests", times=times, write=figures.usd, marks=marks,
             series=[charts.Series(name="Cost", values=[b.cost_per_1000 for b in every])],
         ),
+        "spent": charts.bars(
+            key="spent", title="Cost", note=f"per {flow.step}", times=times, write=figures.usd, marks=marks,
+            series=[charts.Series(name="Cost", values=[b.cost_usd for b in every])],
+        ),
         "errors": charts.bars(
-            key="errors", title="Errors", note=f"per {flow.step}", times=times, write=figures.number,
+            key="errors", title="Errors", note=f"per {flow.step}", times=times, write=figures.number, marks=marks,
             series=[charts.Series(name="Errors", values=[float(b.errors) for b in every], look="errors")],
         ),
         "tokens": charts.lines(
-            key="tokens", title="Answer length", note="mean tokens", times=times, write=figures.number,
+            key="tokens", title="Answer length", note="mean tokens", times=times, write=figures.number, marks=marks,
             series=[charts.Series(name="Tokens", values=[b.mean_completion_tokens for b in every], look="c2")],
         ),
     }  # fmt: skip

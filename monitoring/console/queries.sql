@@ -79,8 +79,11 @@ left join dataset s on s.digest = v.dataset_digest
 where v.model = %(model)s and v.number = %(number)s
 
 -- name: studies
-select s.name, s.model, s.state, s.stopped_by, s.created_at, s.updated_at, (s.spec ->> 'trials')::int as wanted,
-       j.*, r.id as run, r.mlflow_run_id
+select s.name, s.model, s.stopped_by, s.created_at, s.updated_at, (s.spec ->> 'trials')::int as wanted,
+       j.*, r.id as run, r.mlflow_run_id, case when s.state <> 'running' or exists (
+           select from run q join lease l on l.name = 'run:' || q.model and l.token = q.token and l.expires_at > now()
+           where q.study = s.name)
+       then s.state else 'interrupted' end as state
 from study s
 cross join lateral (
     select count(distinct trial) filter (where clone_of is null) as trials,
@@ -94,7 +97,11 @@ left join lateral (
 order by s.created_at desc limit 200
 
 -- name: study
-select s.name, s.model, s.spec, s.state, s.stopped_by, s.created_at, s.updated_at, s.best, s.seconds_left,
+select s.name, s.model, s.spec, s.stopped_by, s.created_at, s.updated_at, s.best, s.seconds_left,
+       case when s.state <> 'running' or exists (
+           select from run q join lease l on l.name = 'run:' || q.model and l.token = q.token and l.expires_at > now()
+           where q.study = s.name)
+       then s.state else 'interrupted' end as state,
        count(distinct j.trial) filter (where j.clone_of is null) as trials,
        count(distinct j.trial) filter (where j.clone_of is not null) as variants, count(j.trial) filter (where j.state = 'done') as rungs,
        count(j.trial) filter (where j.state = 'failed') as failed, coalesce(sum(j.tokens), 0)::bigint as tokens,
@@ -255,12 +262,14 @@ select case when not exists (
 
 -- name: request
 select r.*, b.created_at as recorded_at, b.windowed_at, k.name as key_name,
-       f.at as feedback_at, f.score, f.review, f.label, f.correction, f.similarity, fk.name as feedback_by
+       f.at as feedback_at, f.score, f.review, f.label, f.correction, f.similarity, fk.name as feedback_by,
+       rk.name as reviewed_by, f.reviewer is not null as reviewed
 from request_event r
 left join event_batch b on b.id = r.batch
 left join api_key k on k.id = r.key_id
 left join feedback f on f.request_id = r.id
 left join api_key fk on fk.id = f.key_id
+left join api_key rk on rk.id = f.reviewer
 where r.id = %(id)s and r.at between %(since)s and %(until)s
 
 -- name: disliked

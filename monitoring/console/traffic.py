@@ -93,7 +93,8 @@ class Stats:
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """`buckets` are of all versions together, `series` of each version with traffic; both run along `times`."""
+    """`total` and `buckets` are of all versions together, but for those that had copies alone, which answered nobody;
+    `series` are of each version with traffic. Both run along `times`."""
 
     times: Times
     step: str
@@ -125,11 +126,12 @@ def read(conn: Connection, model: str, span: timedelta) -> Traffic:
     merged = {key: windows.total(found) for key, found in cells.items()}
     versions = sorted({version for version, _ in merged})
     empty = Window()
+    answered = {key: window for key, window in merged.items() if window.requests > window.slots.get("shadow", 0)}
     return Traffic(
         times=Times(starts=starts, since=starts[0], until=until, unfinished=True),
         step=step,
-        total=Stats(windows.total(merged.values())),
-        buckets=[Stats(windows.total(merged.get((v, i), empty) for v in versions)) for i in range(count)],
+        total=Stats(windows.total(answered.values())),
+        buckets=[Stats(windows.total(answered.get((v, i), empty) for v in versions)) for i in range(count)],
         series={v: [Stats(merged.get((v, i), empty)) for i in range(count)] for v in versions},
         by_version={v: Stats(windows.total(w for (n, _), w in merged.items() if n == v)) for v in versions},
     )

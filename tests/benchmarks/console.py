@@ -78,7 +78,7 @@ def fill(hourly: int, *, times: int) -> int:
                 conn.execute(SQL[name], {"hours": hours})
     sum_up()
     with transaction() as conn:
-        windows.drop_old(conn)
+        windows.drop_old(conn, 30)
     with psycopg.connect(get_settings().database(), autocommit=True) as conn:
         conn.execute("vacuum analyze")  # as autovacuum does in a month
         found = conn.execute("select count(*) from request_event").fetchone()

@@ -27,10 +27,11 @@ select (lpad(to_hex((1000 * extract(epoch from at - make_interval(hours => %(hou
 from request_event where at >= (select max(at) from request_event) - interval '55 minutes'
 
 -- name: feedback_before
-insert into feedback (request_id, request_at, model, version, at, key_id, score, label, correction, similarity)
+insert into feedback (request_id, request_at, model, version, at, scored_at, key_id, score, label, correction, similarity)
 select (lpad(to_hex((1000 * extract(epoch from request_at - make_interval(hours => %(hours)s)))::bigint), 12, '0')
         || right(replace(request_id::text, '-', ''), 20))::uuid,
-    request_at - make_interval(hours => %(hours)s), model, version, at - make_interval(hours => %(hours)s), key_id, score,
+    request_at - make_interval(hours => %(hours)s), model, version, at - make_interval(hours => %(hours)s),
+    scored_at - make_interval(hours => %(hours)s), key_id, score,
     label, correction, similarity
 from feedback where request_at >= (select max(request_at) from feedback) - interval '55 minutes'
 

@@ -76,7 +76,7 @@ def rated(events: list[dict[str, Any]], liked: float) -> None:
     items = [{"request_id": e["id"], "score": 1 if n % 10 < 10 * liked else -1} for n, e in enumerate(asked)]
     with transaction() as conn:
         feedback.record(conn, [feedback.parse(item) for item in items], model="m")
-        conn.execute("update feedback set at = request_at")
+        conn.execute("update feedback set at = request_at, scored_at = request_at")
 
 
 def looked(rule: str) -> dict[str, Any]:

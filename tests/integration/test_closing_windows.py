@@ -136,6 +136,15 @@ def test_new_words_are_counted_where_text_is_kept(database: Settings) -> None:
     send([traffic.event("m", 1, PROFILE, ("secret word", "x")) for _ in range(4)])
     close_all()
     assert stored().new_words.counts == {"axis": 4, "ndarray": 4, "dtype": 4}
+    with transaction() as conn:
+        windows.drop_old(conn, 30)
+    assert stored().new_words.counts, "they are of today"
+    with transaction() as conn:
+        conn.execute("update traffic_window set start = start - interval '31 days' where grain = 'day'")
+        windows.drop_old(conn, 30)
+        [kept] = conn.execute("select sketches from traffic_window where grain = 'day'").fetchall()
+    assert kept["sketches"]["new_words"] == {"counts": {}, "error": 0}, "a word that only one had may be a name"
+    assert kept["sketches"]["numbers"][0] > 0, "all else is kept"
 
 
 @pytest.mark.slow

@@ -282,6 +282,19 @@ def test_an_alert_says_in_plain_words_what_moved(app: TestClient) -> None:
     )
 
 
+def test_who_looks_at_an_alert_sees_that_nobody_is_told_of_it(app: TestClient) -> None:
+    fill()
+    log_in(app, "viewer")
+    with transaction() as conn:
+        [one, *_] = alerts.listing(conn, MODEL)
+        alerts.silence(conn, MODEL, one["rule"], timedelta(hours=2), actor="os:ann@here", reason="we know <b>")
+    listed, _ = check(app, "/alerts")
+    assert f"Nobody is told of <code>{one['rule']}</code>" in listed
+    assert "we know &lt;b&gt; (os:ann@here)" in listed
+    page, _ = check(app, f"/alerts/{one['id']}")
+    assert "Nobody is told of this until" in page
+
+
 def test_what_has_no_figure_says_why(app: TestClient) -> None:
     fill()
     log_in(app, "viewer")
@@ -350,7 +363,7 @@ def test_answers_are_reviewed_and_corrected(app: TestClient) -> None:
     left = waiting()
     assert not {first, second, third} & set(left), "each is judged once"
     page, _ = check(app, f"/requests/{third}")
-    assert "reviewed: wrong" in page
+    assert "Reviewed by a operator: wrong" in page
     unchanged = app.post(f"/requests/{third}/feedback", data={"correction": "x", "answer": "x"})
     assert (unchanged.status_code, "Nothing was changed" in unchanged.text) == (400, True)
     log_in(app, "viewer")
@@ -366,6 +379,13 @@ def test_a_study_shows_each_trial_and_its_best(app: TestClient) -> None:
     assert [int(n) for n in re.findall(rf"/studies/{MODEL}-s(\d)", listed)] == [3, 2, 1]
     assert listed.count("1 at work") == 1
     assert listed.count("1 failed") == 3
+    assert "interrupted" not in listed
+    with transaction() as conn:
+        conn.execute("update lease set expires_at = now() - interval '1 minute'")
+    assert "interrupted" in check(app, "/studies")[0]
+    page = check(app, f"/studies/{MODEL}-s3")[0]
+    assert "nobody is at work: the same <code>tunesmith run</code> goes on" in page
+    assert "about" not in page[page.index("<dt>Begun</dt>") : page.index("<dt>Model</dt>")]
     with transaction() as conn:
         rows = conn.execute(
             "select trial, steps, value from rung_job where study = %s and value is not null order by value",

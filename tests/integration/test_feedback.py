@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from deploy import recorder
 from infra.db import one, transaction
 from infra.errors import NotFound, UsageError
 from infra.settings import Settings
-from monitoring import feedback, records, windows
+from monitoring import attribution, drift, feedback, records, windows
 
 PAIRS = [(f"os.path.join{i}(a, *p)", f"Join two or more pathname components, {i}.") for i in range(40)]
 PROFILE = traffic.profile(PAIRS, PAIRS)
@@ -74,6 +75,28 @@ def test_last_write_wins_and_similarity_is_chrf(model: str) -> None:
     third = give({"request_id": kept["id"], "label": "checked"})
     assert (third["score"], third["correction"]) == (-1, "Join path components."), "what was not given stays"
     assert give({"request_id": kept["id"], "correction": None})["correction"] is None, "what is given as null goes"
+
+
+def test_a_review_changes_neither_when_nor_by_whom_an_answer_was_scored(model: str) -> None:
+    """What is reviewed was chosen for being doubtful: it must move neither drift nor what drift is compared with."""
+    kept = event(keep_text=True)
+    send(kept)
+    give({"request_id": kept["id"], "score": -1}, key_id="user")
+    with transaction() as conn:
+        conn.execute("update feedback set at = at - interval '3 days', scored_at = scored_at - interval '3 days'")
+    scored = row(kept["id"])
+    reviewed = give({"request_id": kept["id"], "score": -1, "correction": "Join."}, key_id="reviewer", reviewing=True)
+    assert (reviewed["key_id"], reviewed["reviewer"], reviewed["score"]) == ("user", "reviewer", -1)
+    assert (reviewed["scored_at"], reviewed["review"]) == (scored["scored_at"], -1)
+    assert reviewed["similarity"] is not None
+    now = datetime.now(UTC)
+    with transaction() as conn:
+        found = drift.quality(conn, "m", 1, now - timedelta(days=1), now)
+        assert {name: sum(counts) for name, counts in found.items()} == {"similarity": 0, "score": 0}
+        assert sum(attribution.earlier_scores(conn, "m", 1, now - timedelta(days=1))) == 1
+    again = give({"request_id": kept["id"], "score": 1}, key_id="another")
+    assert (again["key_id"], again["reviewer"]) == ("another", "reviewer")
+    assert again["scored_at"] > scored["scored_at"]
 
 
 def test_feedback_before_its_event(model: str) -> None:

@@ -107,15 +107,21 @@ def test_languages_share_the_cost_and_a_version_pays_off(database: Settings) -> 
                 (number, Jsonb(PROFILE.to_json()), run_id, kept),
             )
         traffic.serve(conn, "m", 1)
-        events = [traffic.event("m", 1, PROFILE, pair) for pair in [asked[0]] * 3 + [asked[1]]]
+        events = [
+            traffic.event("m", 1, PROFILE, (" ".join([question] * (1 + n % 7)), answer))
+            for n in range(30)
+            for question, answer in [asked[0]] * 3 + [asked[1]]
+        ]
         recorder.store(conn, uuid.uuid4(), events)
         windows.close(conn)
     result = json.loads(run(commands.cost, "m", "--json"))
     english, german = result["languages"]
-    assert [(each["language"], each["requests"]) for each in (english, german)] == [("English", 3), ("German", 1)]
+    assert [(each["language"], each["requests"]) for each in (english, german)] == [("English", 90), ("German", 30)]
     assert english["tokens"] + german["tokens"] == result["prompt_tokens"] + result["completion_tokens"]
-    assert (english["usd"], english["share"] + german["share"]) == (pytest.approx(0.0003), pytest.approx(1))
-    assert german["characters_per_token"] == pytest.approx(len(asked[1][0]) / events[-1]["prompt_tokens"])
+    assert (english["usd"], english["share"] + german["share"]) == (pytest.approx(0.009), pytest.approx(1))
+    # Of the words alone: each request also has twenty tokens that are the same in all
+    each = len(asked[1][0]) / traffic.tokens(asked[1][0])
+    assert german["characters_per_token"] == pytest.approx(each, rel=0.1)
     made = result["versions"][0]["making"]
     assert made["base_usd_per_1000_requests"] == 0.06
     assert made["requests_to_break_even"] == math.ceil(made["usd"] / (0.06 - 0.02) * 1000)

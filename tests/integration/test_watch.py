@@ -19,11 +19,13 @@ from click.testing import CliRunner
 from psycopg.types.json import Jsonb
 from version_rows import add_version
 
-from deploy import recorder
+from deploy import budgets, recorder
 from infra import settings as infra_settings
 from infra.db import connect, one, transaction
 from infra.settings import Settings
-from monitoring import alerts, commands, feedback, watch
+from monitoring import alerts, commands, feedback, story, watch
+from monitoring.console import traffic as console_traffic
+from monitoring.console.render import RANGES
 from registry import aliases, deployments, leases
 from registry.profile import Profile
 
@@ -344,7 +346,10 @@ def test_scores_are_compared_with_those_given_before(
     assert verdict(1) == "stable", "nothing was there before"
     with transaction() as conn:
         conn.execute("truncate request_event, event_batch, traffic_window")
-        conn.execute("update feedback set at = at - interval '2 days', request_at = request_at - interval '2 days'")
+        conn.execute(
+            "update feedback set at = at - interval '2 days', scored_at = scored_at - interval '2 days',"
+            " request_at = request_at - interval '2 days'"
+        )
     rated(old[1260:1460], 0.85)
     turn(watcher)
     assert verdict(1) == "stable"
@@ -359,6 +364,87 @@ def test_scores_are_compared_with_those_given_before(
     assert [r["state"] for r in requests()] == ["refused"]
     assert requests()[0]["reason"].startswith("Only the scores changed")
     watcher.release()
+
+
+def test_a_budget_that_is_used_up_and_what_is_refused_are_alerts(database: Settings) -> None:
+    """Neither is any version's traffic: what is refused stands in no window."""
+    profile = traffic.profile([], [])
+    with transaction() as conn:
+        traffic.register(conn, "m", 1, profile, settings={})
+        budgets.limit(conn, "model", "m", {"usd": 10.0}, actor="test")
+    watcher = watch.Watcher("test")
+
+    def spend(used: float) -> list[tuple[int, str]]:
+        with transaction() as conn:
+            conn.execute(
+                "insert into spending (scope, name, kind, start, used)"
+                " values ('model', 'm', 'usd', date_trunc('day', now(), 'UTC'), %(used)s)"
+                " on conflict (scope, name, kind, start) do update set used = excluded.used",
+                {"used": used},
+            )
+        turn(watcher)
+        return open_alerts()
+
+    assert spend(7.9) == []
+    assert spend(8.5) == [(1, "budget")]
+    served([("f(x)", "Return x.")] * 60, 1, profile)
+
+    def refuse(count: int) -> None:
+        said = {"version": None, "status": 429, "error": "rate_limit_exceeded: The model m has used its limit"}
+        with transaction() as conn:
+            events = [traffic.event("m", 1, profile, ("f(x)", "")) | said for _ in range(count)]
+            recorder.store(conn, uuid.uuid4(), events)
+
+    refuse(3)
+    assert spend(10.0) == [(1, "budget")], "a few refusals among many answers are none to wake anybody for"
+    refuse(30)
+    assert spend(10.0) == [(1, "budget"), (1, "refused")]
+    with transaction() as conn:
+        found = {alert["rule"]: alert for alert in alerts.listing(conn)}
+        told = story.of(conn, found["refused"], datetime.now(UTC))
+    assert (found["budget"]["severity"], found["budget"]["cause"]) == ("critical", "system")
+    assert "m has used $10" in found["budget"]["message"]
+    assert "all of it: its clients are answered 429" in found["budget"]["message"]
+    assert "33 of 93 requests" in found["refused"]["message"]
+    assert "The model m has used its limit" in found["refused"]["message"]
+    assert any("--usd-per-day" in advice for advice in told.advice)
+    with transaction() as conn:
+        budgets.limit(conn, "model", "m", {"usd": 100.0}, actor="test")
+        conn.execute("delete from request_event where status = 429")
+    assert spend(10.0) == []
+
+
+def test_a_copy_that_fails_wakes_nobody_and_is_nobodys_request(database: Settings) -> None:
+    profile = traffic.profile([], [])
+    with transaction() as conn:
+        for number in (2, 1):
+            traffic.register(conn, "m", number, profile, settings={})
+        conn.execute("update deployment set shadow = 2")
+    pair = ("f(x)", "Return x.")
+    served([pair] * 30, 1, profile)
+    served([pair] * 30, 2, profile, slot="shadow", status=503)
+    watcher = watch.Watcher("test")
+    turn(watcher)
+    with transaction() as conn:
+        assert [(a["version"], a["rule"], a["severity"]) for a in alerts.listing(conn)] == [
+            (2, "error_rate above", "info")
+        ]
+        flow = console_traffic.read(conn, "m", RANGES["1h"])
+        usage = conn.execute("select sum(requests) as n from key_usage").fetchone()
+    assert (flow.total.requests, flow.total.errors, flow.by_version[2].requests) == (30, 0, 30)
+    assert usage is not None
+    assert usage["n"] == 30
+
+
+def test_one_slow_answer_among_failures_is_no_percentile(database: Settings) -> None:
+    profile = traffic.profile([], [])
+    with transaction() as conn:
+        traffic.register(conn, "m", 1, profile, settings={})
+    served([("f(x)", "Return x.")] * 3, 1, profile, latency_ms=90_000.0)
+    served([("f(x)", "Return x.")] * 60, 1, profile, status=429)
+    watcher = watch.Watcher("test")
+    turn(watcher)
+    assert open_alerts() == []
 
 
 def test_a_gateway_that_cannot_follow_is_an_alert(database: Settings) -> None:

@@ -9,7 +9,7 @@ async function refresh() {
   if (!live || document.hidden) return;
   const selected = getSelection();
   const busy = live.contains(document.activeElement) && document.activeElement !== document.body;
-  if (selected && !selected.isCollapsed && live.contains(selected.anchorNode)) return;
+  if (selected && !selected.isCollapsed && live.contains(selected.anchorNode)) { tell("off", "Paused while you are in it"); return; }
   try {
     const answer = await fetch(location.href, { headers: { "x-live": "1" }, cache: "no-store" });
     if (answer.redirected || answer.status === 401) { location.reload(); return; }
@@ -24,7 +24,7 @@ async function refresh() {
       [...live.querySelectorAll(".scroll")].forEach((s, i) => { s.scrollLeft = scrolled[i] || 0; });
       hide();
     }
-    tell("on", "Live");
+    if (text !== live.dataset.text) tell("off", "Paused while you are in it"); else tell("on", "Live");
   } catch {
     tell("off", "No answer, trying again");
   }
