@@ -7,8 +7,8 @@
 the watcher judges (though it looks more often), over the last day. At most 67 of 1,000 days (binomial, 99 %, of the
 promised 5 %) may see an alarm. (b) Detection: requests from another world are mixed in, and the table says after how
 many requests of all kinds that was found; 10 % must be found within REQUESTS, a number fixed before the run. (c) What a
-comparison of a million rows with a million costs from raw rows and from stored windows, beside scipy's KS and, if there
-is a PYTHON that has it, Evidently with its fastest tests.
+comparison of a million rows with a million costs from raw rows (columns of numbers) and from stored windows, and what
+it cost to build those, beside scipy's KS and, if there is a PYTHON that has it, Evidently with its fastest tests.
 
 FOLDER has files as those of CLINC150: in scope `*_train.jsonl` and `*_test.jsonl`, out of scope `*_oos_test.jsonl`, in
 chat form. Without one the worlds are those of the demo: the standard library's docstrings, and those of numpy and
@@ -36,11 +36,11 @@ from _home import temporary_home
 from numpy.typing import NDArray
 from scipy import stats
 
-from monitoring import drift
+from monitoring import drift, windows
 from monitoring.statistics import design_effect
 from registry import bases
 from registry.embeddings import WordPlaces
-from registry.profile import FEATURES, Answer, Extractor, Profile, build
+from registry.profile import FEATURES, Answer, Extractor, Feature, Profile, build
 
 DAYS, PROMISED = 1000, 0.05
 PER_DAY = 1200  # requests
@@ -50,6 +50,7 @@ SHARES = (0.01, 0.05, 0.1, 0.3)
 RUNS, REQUESTS, LOOK = 20, 10_000, 50
 PEER = Path(__file__).with_name("drift_peer.py")
 INPUTS = [(place, feature) for place, feature in enumerate(FEATURES) if feature.side == "input"]
+_SAMPLE = 20_000  # events
 _SILENT = Answer(text="", completion_tokens=0)
 
 Bins = NDArray[np.int64]  # of each request (rows) and each input feature (columns); one too many for what is not known
@@ -253,12 +254,28 @@ def cost(rows: int, rounds: int, evidently: str | None) -> None:
             asked = json.dumps({"rows": rows})
             done = subprocess.run([evidently, str(PEER), asked], capture_output=True, text=True, check=True)
             seconds.setdefault("Evidently", []).append(float(done.stdout.splitlines()[-1]))
+    seconds["windows as the watcher builds them, event by event"] = [rows * of_an_event(columns)]
     for name, found in seconds.items():
         print(f"    {name}: {statistics.median(found):.4f} s")
     if evidently is not None:
         for name, target in (("from raw rows", 20), ("from stored windows", 1000)):
             ratio = statistics.median(a / b for a, b in zip(seconds["Evidently"], seconds[name], strict=True))
             print(f"    Evidently against ours {name}: {ratio:,.0f}x (target {target:,})")
+
+
+def of_an_event(columns: Sequence[tuple[Feature, NDArray[np.float64]]]) -> float:
+    """Seconds for one event to become a window and be merged, with all else that a window has; of a sample."""
+    places = {feature.name: place for place, feature in enumerate(FEATURES)}
+    events = []
+    for row in range(_SAMPLE):
+        features = [float("nan")] * len(FEATURES)
+        for feature, (before, _) in columns:
+            features[places[feature.name]] = float(before[row])
+        events.append({
+            "status": 200, "features": features, "messages": None, "ttft_ms": 20.0, "latency_ms": 200.0,
+            "slot": "champion", "prompt_tokens": 40, "completion_tokens": 20, "engine_seconds": 0.1, "cost_usd": 1e-5,
+        })  # fmt: skip
+    return _timed(lambda: windows.total(windows.of_event(event, None) for event in events)) / _SAMPLE
 
 
 def _timed(work: object) -> float:

@@ -3,12 +3,13 @@
     .venv/bin/python tests/benchmarks/rollover.py [--short]
 
 Two versions of builtin:tiny, each trained to answer one word, behind `tunesmith engine` and `tunesmith serve`, and
-clients that ask without a pause. (a) From the ledger's entry, in the database's time, to the first byte of an answer by
-the new version, which is resident (of a stream, which begins with its first token): promotions and rollbacks by turns.
-(b) The same from the start of the shell command `tunesmith promote`. (c) 10,000 requests while versions are promoted
-and rolled back 50 times: none may fail, and text and version header must agree in every answer; every one must be
-recorded. (d) Four times as many requests a second as are answered at the most: what is served then, and that the rest
-is refused and recorded. No time is asserted: figures are printed, with the targets they have. Run it alone.
+clients that ask without a pause. (a) From the last moment before the ledger's entry is committed, in the database's
+time, to the first byte of an answer by the new version, which is resident (of a stream, which begins with its first
+token): promotions and rollbacks by turns. (b) The same from the start of the shell command `tunesmith promote`. (c)
+10,000 requests while versions are promoted and rolled back 50 times: none may fail, and text and version header must
+agree in every answer; every one must be recorded. (d) Four times as many requests a second as are answered at the most:
+what is served then, and that the rest is refused and recorded. No time is asserted: figures are printed, with the
+targets they have. Run it alone.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from serving import add_version
 
 from deploy.auth import create_key
 from infra import ports
-from infra.db import transaction
+from infra.db import one, transaction
 from infra.web import answers
 from registry import bases, deployments, prompts
 
@@ -245,15 +246,17 @@ def load(port: int, key: str, connections: int, rate: float) -> dict[str, Any]:
 
 
 def change(turn: int) -> tuple[float, str]:
-    """Promote the other version, or roll back to it; the ledger's time, and who serves from then on."""
+    """Promote the other version, or roll back to it; when that was all but committed, and who serves from then on."""
+    number = 2 if serving() == 1 else 1
     with transaction() as conn:
         if turn % 2 == 0:
-            number = 2 if serving() == 1 else 1
             deployments.promote(conn, "demo", number, actor="benchmark", reason="a turn", force=True)
         else:
             deployments.rollback(conn, "demo", actor="benchmark", reason="a turn")
-        entry = deployments.history(conn, "demo")[-1]
-    return entry.at.timestamp(), f"demo:{entry.to_version}"
+        champion = deployments.read(conn, "demo").champion
+        # The entry's own time is that of its transaction's beginning, before anybody could know of it
+        at = one(conn, "select clock_timestamp() as at")["at"]
+    return at.timestamp(), f"demo:{champion}"
 
 
 def serving() -> int | None:
