@@ -184,7 +184,7 @@ def _order(finding: Finding) -> tuple[int, int]:
     return _STATES.index(finding.state), -_SEVERITIES.index(finding.severity)
 
 
-def look_at_refusals(conn: Connection, model: str, now: datetime) -> list[Finding]:
+def look_at_refusals(conn: Connection, model: str, version: int, now: datetime) -> list[Finding]:
     """Whether a model's clients are turned away, or will be soon: its budgets in dollars, and what was refused for want
     of budget or room, which is no version's traffic and stands in no window."""
     spent = max(conn.execute(SQL["budgets"], {"model": model}), key=lambda row: float(row["share"]), default=None)
@@ -194,13 +194,13 @@ def look_at_refusals(conn: Connection, model: str, now: datetime) -> list[Findin
     if spent:
         span = "day" if spent["kind"] == "usd" else "month"
         what = f"{figures.usd(spent['used'])} of {figures.usd(spent['amount'])} a {span}"
-        text = f"{model} has used {what}" + (
-            f", all of it: its clients are answered 429 until the next {span} begins (UTC)."
+        text = f"{model}:{version}: {what} are used" + (
+            f" up: clients are answered 429 until the next {span} begins (UTC)."
             if share >= 1
             else f", {figures.percent(share)}."
         )
     budget = Finding(
-        rule=BUDGET, state=state, severity="critical" if share >= 1 else "warning", message=text, cause="system",
+        rule=BUDGET, state=state, severity="critical" if share >= 1 else "warning", message=text,
         details={"share": figures.percent(share)},
     )  # fmt: skip
     row = one(conn, SQL["refused"], {"model": model, "since": now - RECENT, "until": now})
@@ -214,8 +214,8 @@ def look_at_refusals(conn: Connection, model: str, now: datetime) -> list[Findin
     return [
         budget,
         Finding(
-            rule=REFUSED, state=state, cause="system", details={"refused": refused, "answered": answered},
-            message=f"{model}: {refused} of {refused + answered} requests of the last {_minutes(RECENT)} were refused, "
+            rule=REFUSED, state=state, details={"refused": refused, "answered": answered},
+            message=f"{model}:{version}: {refused} of {refused + answered} requests of the last {_minutes(RECENT)} were refused, "
             f"most of them so: {figures.short(row['why'] or 'no reason is known').removesuffix('.')}.",
         ),
     ]  # fmt: skip

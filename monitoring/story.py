@@ -59,7 +59,8 @@ def of(conn: Connection, alert: Mapping[str, Any], now: datetime) -> Story:
         newest = changes[0]
         minutes = max(1, round((opened - newest.at).total_seconds() / 60))
         sentences.append(f"{_minutes(minutes)} before it opened, {_done(newest)}, by {newest.actor}.")
-        if newest.slot == "champion" and newest.to_version == version and newest.from_version is not None:
+        of_it = newest.slot == "champion" and newest.to_version == version and alert["rule"] not in (BUDGET, REFUSED)
+        if of_it and newest.from_version is not None:
             advice.append(
                 f"Did v{newest.from_version} do better? Going back is one command: `tunesmith rollback {model} "
                 "--reason TEXT`."
@@ -72,8 +73,7 @@ def of(conn: Connection, alert: Mapping[str, Any], now: datetime) -> Story:
     elif alert["rule"] == NOT_SERVING:
         cause = "system"
         advice.append("A gateway's `/readyz`, asked with a key, and its log say why it does not follow.")
-    elif alert["rule"] in (BUDGET, REFUSED):
-        cause = "system"
+    elif alert["rule"] in (BUDGET, REFUSED):  # none of the four: somebody set a limit
         if alert["rule"] == REFUSED:
             sentences.append("They count for no version: they were refused before one was asked.")
             advice.append("`tunesmith limits` shows which limit of a key or the model is used up.")

@@ -288,7 +288,7 @@ def _judge(conn: Connection, row: Mapping[str, Any], now: datetime) -> None:
     if row["slot"] == "shadow":  # it answers nobody
         found = [replace(finding, severity="info") for finding in found]
     if row["slot"] == "champion":
-        found += alerts.look_at_refusals(conn, model, now)
+        found += alerts.look_at_refusals(conn, model, version, now)
     alerts.apply(conn, model, version, found, explain=partial(story.cause_of, now=now))
     if row["slot"] == "champion" and body["verdict"] == "drift":
         retraining.consider(conn, model, version, identifier, settings, body)

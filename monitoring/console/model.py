@@ -163,7 +163,7 @@ def pictures(flow: traffic.Traffic, entries: Sequence[Entry]) -> dict[str, Marku
             series=[charts.Series(name="Cost", values=[b.cost_per_1000 for b in every])],
         ),
         "spent": charts.bars(
-            key="spent", title="Cost", note=f"per {flow.step}", times=times, write=figures.usd, marks=marks,
+            key="spent", title="Cost", note=f"per {flow.step}", times=times, write=figures.usd, marks=marks, least=0.0,
             series=[charts.Series(name="Cost", values=[b.cost_usd for b in every])],
         ),
         "errors": charts.bars(
