@@ -215,8 +215,8 @@ def look_at_refusals(conn: Connection, model: str, version: int, now: datetime) 
         budget,
         Finding(
             rule=REFUSED, state=state, details={"refused": refused, "answered": answered},
-            message=f"{model}:{version}: {refused} of {refused + answered} requests of the last {_minutes(RECENT)} were refused, "
-            f"most of them so: {figures.short(row['why'] or 'no reason is known').removesuffix('.')}.",
+            message=f"{model}:{version}: {refused} of {refused + answered} requests of the last {_minutes(RECENT)} "
+            f"were refused, most of them so: {figures.short(row['why'] or 'no reason is known').removesuffix('.')}.",
         ),
     ]  # fmt: skip
 
