@@ -39,6 +39,7 @@ _SCAN_CHARACTERS = 16_384  # words and character classes are read from the start
 _MIN_REQUESTS = 2  # a word is known when at least this many training inputs have it
 _UNKNOWN = float("nan")
 _FAR = 1000.0  # standard deviations
+_GROUP_CHARACTERS = 40  # of what a bin is called, and of answers that are called by all of it
 
 
 def _float32(value: float) -> float:
@@ -259,11 +260,19 @@ class Profile:
     """The frozen reference of one version: a histogram for each feature that was measured (its sum is the number
     of rows behind it), the common words of the training inputs with the share of inputs that have them, and of those
     words the `places` along the AXES of the base's embeddings, in standard deviations of training inputs around their
-    mean (none without a base)."""
+    mean (none without a base). `groups` says of the bins of topics and answers, which are many words' each, what most
+    of the rows in a bin have that fell there more than once: a word, or a whole short answer such as a label."""
 
     histograms: Mapping[str, tuple[int, ...]]
     vocabulary: Mapping[str, float] = field(default_factory=dict)
     places: Places = field(default_factory=dict)
+    groups: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+
+    def group(self, feature: Feature, index: int) -> str:
+        """What a bin of a category is called."""
+        if feature.names:
+            return feature.names[index]
+        return self.groups.get(feature.name, {}).get(index, f"group {index + 1}")
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -271,6 +280,7 @@ class Profile:
             "histograms": {name: list(counts) for name, counts in self.histograms.items()},
             "vocabulary": dict(self.vocabulary),
             "places": {word: list(place) for word, place in self.places.items()},
+            "groups": {name: {str(n): text for n, text in bins.items()} for name, bins in self.groups.items()},
         }
 
     @classmethod
@@ -295,9 +305,13 @@ class Profile:
             }
             if any(len(place) != AXES for place in places.values()):
                 places = {}
+            groups = {
+                str(name): {int(n): str(text)[:_GROUP_CHARACTERS] for n, text in bins.items()}
+                for name, bins in value.get("groups", {}).items()
+            }
         except (LookupError, TypeError, AttributeError, OverflowError) as error:  # as an import may bring
             raise ValueError(f"it is not a profile: {type(error).__name__}: {error}") from error
-        return cls(histograms=histograms, vocabulary=vocabulary, places=places)
+        return cls(histograms=histograms, vocabulary=vocabulary, places=places, groups=groups)
 
 
 class Extractor:
@@ -353,14 +367,34 @@ def build(
     places = _places(embed, vocabulary, [[w for w in found if w in of_others] for _, found, _ in rows])
     places_of_others = {word: place for word, place in places.items() if word in of_others}
     counts = {f.name: [0] * f.bins for f in FEATURES}
+    called: dict[str, Counter[str]] = {"topic": Counter(), "answer_mix": Counter()}
     for text, found, tokens in rows:
         unseen = sum(w not in of_others for w in found)
         _count(counts, _INPUTS, _as_float32(_input_features(text, found, unseen, tokens, places_of_others)))
+        called["topic"].update(_longest(found))
     for _, answer, _ in answers:
         _count(counts, _OUTPUTS, _as_float32(_output_features(answer)))
+        text = " ".join(answer.text.split())
+        called["answer_mix"].update([text] if 0 < len(text) <= _GROUP_CHARACTERS else _longest(words(text)))
     for similarity in similarities:
         _count(counts, (FEATURE["similarity"],), _as_float32([similarity]))
-    return Profile(histograms={n: tuple(c) for n, c in counts.items() if any(c)}, vocabulary=vocabulary, places=places)
+    return Profile(
+        histograms={n: tuple(c) for n, c in counts.items() if any(c)}, vocabulary=vocabulary, places=places,
+        groups={name: _groups(texts) for name, texts in called.items()},
+    )  # fmt: skip
+
+
+def _groups(texts: Counter[str]) -> dict[int, str]:
+    """The commonest text of each bin, of those that more than one row has."""
+    found: dict[int, str] = {}
+    for text, n in sorted(texts.items(), key=lambda item: (-item[1], item[0])):
+        if n >= _MIN_REQUESTS:
+            found.setdefault(int(_topic(words(text))), text)
+    return found
+
+
+def _longest(found: Sequence[str]) -> list[str]:
+    return [max(found, key=len)] if found else []
 
 
 def _places(embed: Embed | None, vocabulary: Iterable[str], inputs: Iterable[Sequence[str]]) -> Places:
@@ -440,7 +474,8 @@ def _topic(found: list[str]) -> float:
     """A coarse topic: the bucket of the longest word, which in most languages carries the subject; needs no
     vocabulary, so training data and traffic are bucketed without a bias. Of short answers, such as labels, it tells
     which they are."""
-    return float(zlib.crc32(max(found, key=len).encode()) % TOPICS) if found else float(TOPICS)
+    longest = _longest(found)
+    return float(zlib.crc32(longest[0].encode()) % TOPICS) if longest else float(TOPICS)
 
 
 def _output_features(answer: Answer) -> list[float]:

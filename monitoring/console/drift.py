@@ -20,7 +20,7 @@ from monitoring.console.render import RANGES, SQL, Visit, draw, whole
 from monitoring.console.svg import Write
 from registry import deployments
 from registry.names import check_model_name
-from registry.profile import FEATURE, Feature
+from registry.profile import FEATURE, Feature, Profile
 from registry.statistics import in_words
 
 _COLUMNS = 24  # of the heat map
@@ -158,7 +158,7 @@ def _distribution(name: str, looked: drift.Looked, number: int) -> Markup | None
     return charts.histogram(
         key="distribution",
         title=label(name),
-        labels=[_bin_label(feature, first, last) for first, last in groups],
+        labels=[_bin_label(feature, first, last, looked.reference) for first, last in groups],
         reference=_shares(old, groups),
         live=_shares(new, groups),
         write=figures.percent,
@@ -181,11 +181,11 @@ def _shares(counts: Sequence[int], groups: Iterable[tuple[int, int]]) -> list[fl
     return [sum(counts[first : last + 1]) / total for first, last in groups]
 
 
-def _bin_label(feature: Feature, first: int, last: int) -> str:
+def _bin_label(feature: Feature, first: int, last: int, reference: Profile) -> str:
     if feature.kind == "flag":
         return "no" if first == 0 else "yes"
     if feature.kind == "category":
-        return feature.names[first] if feature.names else f"{first + 1}"
+        return reference.group(feature, first)
     write: Write = figures.percent if feature.kind == "share" else figures.number
     if first == 0 and feature.kind == "share" and last == 0:
         return "none"

@@ -128,16 +128,16 @@ def _feature(feature: Feature, value: float, reference: Profile | None) -> dict[
     return {
         "label": feature.label[:1].upper() + feature.label[1:],
         "side": feature.side,
-        "value": _write(feature, value),
+        "value": _write(feature, value, reference),
         "unusual": share is not None and share < _UNUSUAL,
     }
 
 
-def _write(feature: Feature, value: float) -> str:
+def _write(feature: Feature, value: float, reference: Profile | None) -> str:
     if not math.isfinite(value):
         return figures.DASH
     if feature.kind == "flag":
         return "yes" if value >= 0.5 else "no"
     if feature.kind == "category":
-        return feature.names[int(value)] if feature.names else f"group {int(value) + 1}"
+        return (reference or Profile(histograms={})).group(feature, feature.bin(value))
     return figures.percent(value) if feature.kind == "share" else figures.number(value)

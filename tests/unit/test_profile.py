@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 import struct
 from collections.abc import Sequence
@@ -44,6 +45,24 @@ def test_a_profile_survives_json_and_drops_what_another_program_binned_otherwise
     assert set(Profile.from_json(foreign).histograms) == set(profile.histograms) - {"words"}
     with pytest.raises(ValueError, match="format 2"):
         Profile.from_json({**profile.to_json(), "format": 2})
+
+
+def test_bins_of_topics_and_answers_are_called_by_what_most_rows_in_them_have() -> None:
+    inputs = [(ask(text), 5) for text in ("where is my parcel", "my parcel is late", "who is Karl Ditters")]
+    answers = [
+        (ask("x"), Answer(text=text, completion_tokens=2), 5)
+        for text in (*["order status"] * 3, *["card  arrival"] * 2, "once", "a long answer of many words, " * 4)
+    ]
+    profile = Profile.from_json(build(inputs, answers).to_json())
+    values = dict(zip(FEATURES, Extractor(profile).features(ask("a parcel"), answers[0][1], 5), strict=True))
+    for name, called in (("topic", "parcel"), ("answer_mix", "order status")):
+        assert profile.group(FEATURE[name], FEATURE[name].bin(values[FEATURE[name]])) == called
+    assert set(profile.groups["answer_mix"].values()) == {"order status", "card arrival"}, "nothing that one row had"
+    assert set(profile.groups["topic"].values()) == {"parcel"}
+    assert re.fullmatch(r"group \d+", profile.group(FEATURE["json_shape"], 3))
+    old = build(inputs, answers).to_json()
+    del old["groups"]
+    assert Profile.from_json(old).groups == {}
 
 
 def test_a_training_row_is_judged_by_the_words_of_the_others() -> None:
