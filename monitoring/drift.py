@@ -11,6 +11,7 @@ a single look promises less than the five in a hundred that a quiet day may be w
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -367,9 +368,21 @@ def keep(conn: Connection, body: Mapping[str, Any]) -> uuid.UUID:
             "id": identifier,
             **{name: body[name] for name in ("model", "version", "since", "until", "verdict")},
             "body": Jsonb({**body, "since": _text(body["since"]), "until": _text(body["until"])}),
+            "ratios": _ratios(body["features"]),
         },
     )
     return identifier
+
+
+def _ratios(features: Sequence[Mapping[str, Any]]) -> list[float | None]:
+    """How far beyond its threshold each feature was, in FEATURES' order; None for what was not compared."""
+    found: dict[str, float] = {}
+    for f in features:
+        if f["value"] is not None and f["threshold"] is not None:
+            found[f["name"]] = (
+                f["value"] / f["threshold"] if f["threshold"] > 0 else math.inf if f["value"] > 0 else 0.0
+            )
+    return [found.get(feature.name) for feature in FEATURES]
 
 
 def last(conn: Connection, model: str, version: int) -> Mapping[str, Any] | None:

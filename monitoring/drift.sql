@@ -35,8 +35,8 @@ select jsonb_object_agg(bin, n) as score from (
     group by 1) bins
 
 -- name: put_verdict
-insert into verdict (id, model, version, since, until, verdict, body)
-values (%(id)s, %(model)s, %(version)s, %(since)s, %(until)s, %(verdict)s, %(body)s)
+insert into verdict (id, model, version, since, until, verdict, body, ratios)
+values (%(id)s, %(model)s, %(version)s, %(since)s, %(until)s, %(verdict)s, %(body)s, %(ratios)s)
 
 -- name: last_verdict
 select id, at, verdict, body from verdict

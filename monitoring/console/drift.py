@@ -20,7 +20,7 @@ from monitoring.console.render import RANGES, SQL, Visit, draw, whole
 from monitoring.console.svg import Write
 from registry import deployments
 from registry.names import check_model_name
-from registry.profile import FEATURE, Feature, Profile
+from registry.profile import FEATURE, FEATURES, Feature, Profile
 from registry.statistics import in_words
 
 _COLUMNS = 24  # of the heat map
@@ -45,7 +45,10 @@ def show(visit: Visit) -> Response:
         last = conn.execute(SQL["last_compared"], asked).fetchone()
         looked = drift.look(conn, name, number, begin, until)
         report = drift.judge(conn, name, number, begin, until, before=_of_now(last, begin, until), looked=looked)
-        heat = {(row["name"], row["place"]): row["ratio"] for row in conn.execute(SQL["heat"], asked)}
+        heat = {
+            (row["name"] or FEATURES[row["feature"] - 1].name, row["place"]): row["ratio"]
+            for row in conn.execute(SQL["heat"], asked)
+        }
         judged = one(conn, SQL["judged"], asked)["n"]
         latest = {row["version"]: row for row in conn.execute(SQL["last_verdicts"], {"model": name})}
         retrains = conn.execute(SQL["retrains"], {"model": name}).fetchall()

@@ -183,16 +183,23 @@ select case when min(h.start) > now() - interval '8 hours'
 from traffic_window h where h.model = %(model)s and h.grain = 'hour'
 
 -- name: heat
--- Of each feature how far beyond its threshold it was, at most, in each of the columns between two times
-select f ->> 'name' as name,
-       least(%(columns)s, width_bucket(extract(epoch from v.at), extract(epoch from %(since)s::timestamptz),
-             extract(epoch from %(until)s::timestamptz), %(columns)s)) - 1 as place,
-       max(case when (f ->> 'threshold')::float8 > 0 then (f ->> 'value')::float8 / (f ->> 'threshold')::float8
-                when (f ->> 'value')::float8 > 0 then 'infinity' else 0 end) as ratio
-from verdict v cross join lateral jsonb_array_elements(v.body -> 'features') f
-where v.model = %(model)s and v.version = %(version)s and v.at >= %(since)s
-    and f ->> 'value' is not null and f ->> 'threshold' is not null
-group by 1, 2
+-- Of each feature (its number from 1, or its name in verdicts of earlier releases) how far beyond its threshold it was,
+-- at most, in each of the columns between two times
+select feature, name,
+       least(%(columns)s, width_bucket(extract(epoch from at), extract(epoch from %(since)s::timestamptz),
+             extract(epoch from %(until)s::timestamptz), %(columns)s)) - 1 as place, max(ratio) as ratio
+from (
+    select v.at, r.feature, null as name, r.ratio::float8 as ratio
+    from verdict v cross join lateral unnest(v.ratios) with ordinality r (ratio, feature)
+    where v.model = %(model)s and v.version = %(version)s and v.at >= %(since)s and r.ratio is not null
+    union all
+    select v.at, null, f ->> 'name',
+           case when (f ->> 'threshold')::float8 > 0 then (f ->> 'value')::float8 / (f ->> 'threshold')::float8
+                when (f ->> 'value')::float8 > 0 then 'infinity' else 0 end
+    from verdict v cross join lateral jsonb_array_elements(v.body -> 'features') f
+    where v.model = %(model)s and v.version = %(version)s and v.at >= %(since)s and v.ratios is null
+        and f ->> 'value' is not null and f ->> 'threshold' is not null) each
+group by 1, 2, 3
 
 -- name: judged
 -- How often, and the last time that features were compared

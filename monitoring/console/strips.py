@@ -94,6 +94,6 @@ def heat(cells: Sequence[tuple[float | None, str]], *, title: str, height: int =
 
 
 def _shade(ratio: float | None) -> str:
-    if ratio is None or not math.isfinite(ratio):
+    if ratio is None or math.isnan(ratio):
         return "none"
     return next((f"h{i}" for i, limit in enumerate((0.33, 0.66, 1.0, 1.5, 2.5)) if ratio < limit), "h5")

@@ -282,6 +282,25 @@ def test_an_alert_says_in_plain_words_what_moved(app: TestClient) -> None:
     )
 
 
+def test_verdicts_of_earlier_releases_are_drawn_as_those_of_today(app: TestClient) -> None:
+    """Which keep how far each feature was beyond its threshold beside their bodies, that those need not be read."""
+    fill()
+    log_in(app, "viewer")
+    path = f"/models/{MODEL}/drift?version=1&since=24h"
+
+    def heat() -> list[str]:
+        return re.findall(r"judged [^\"]* × the threshold", check(app, path)[0])
+
+    with transaction() as conn:
+        now = datetime.now(UTC)
+        drift.keep(conn, drift.judge(conn, MODEL, 1, now - timedelta(hours=24), now))
+    today = heat()
+    assert len(today) > 5
+    with transaction() as conn:
+        conn.execute("update verdict set ratios = null")
+    assert heat() == today
+
+
 def test_who_looks_at_an_alert_sees_that_nobody_is_told_of_it(app: TestClient) -> None:
     fill()
     log_in(app, "viewer")
