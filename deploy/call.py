@@ -25,7 +25,6 @@ class Call:
     def __init__(self, kind: Kind, identity: Identity, client_request_id: str | None) -> None:
         self.id: uuid.UUID = uuid7()
         self.started = time.perf_counter()
-        self.ended: float | None = None
         self.kind: Kind = kind
         self.identity = identity
         self.client_request_id = client_request_id

@@ -159,23 +159,23 @@ class Inference:
             call.status, call.error = 500, f"{type(error).__name__}: {error}"
             await self._explain(call, send, TunesmithError("Something failed here.", hint="See the gateway's log."))
         finally:
-            self._free_place(call)
-            call.ended = time.perf_counter()
-            # The loop sends what was written when this turn of it is over
-            asyncio.get_running_loop().call_soon(self._record, call)
+            self._finish(call)
 
-    def _free_place(self, call: Call) -> None:
-        """As soon as the last byte is out: its client may ask again before the rest of the work here is done."""
-        if call.has_place:
-            call.has_place = False
-            self._in_flight -= 1
-            self._making_way -= call.makes_way
-            _less(self._of_key, call.identity.key_id)
-            if call.wanted is not None:
-                _less(self._of_model, call.wanted.model)
-                if call.identity.watched:
-                    _less(self._clients_of_model, call.wanted.model)
-            self.metrics.in_flight.set(self._in_flight)
+    def _finish(self, call: Call) -> None:
+        """Free its place and record it, once: before the last byte goes out, since its client may then ask again, and
+        what was answered is recorded whenever a kill comes."""
+        if not call.has_place:
+            return
+        call.has_place = False
+        self._in_flight -= 1
+        self._making_way -= call.makes_way
+        _less(self._of_key, call.identity.key_id)
+        if call.wanted is not None:
+            _less(self._of_model, call.wanted.model)
+            if call.identity.watched:
+                _less(self._clients_of_model, call.wanted.model)
+        self.metrics.in_flight.set(self._in_flight)
+        self._record(call)
 
     def _places_of_model(self) -> int:
         """Where there are others a model leaves them a quarter of the places, whatever becomes of its engines."""
@@ -274,8 +274,8 @@ class Inference:
                         continue
                 await self._send_piece(send, orjson.dumps(chunk), more=True)
         call.status = 200
+        self._finish(call)
         await self._send_piece(send, b"[DONE]")
-        self._free_place(call)
 
     async def _send_piece(self, send: Send, data: bytes, *, more: bool = False) -> None:
         """Of a stream. Raises _Stalled when the client takes nothing."""
@@ -310,13 +310,14 @@ class Inference:
     ) -> None:
         length = ((b"content-length", b"%d" % len(body)), *more)
         await self._send_head(call, send, call.status, b"application/json", length)
+        self._finish(call)
         await send({"type": "http.response.body", "body": body})
-        self._free_place(call)
 
     async def _explain(self, call: Call, send: Send, error: TunesmithError) -> None:
         """Tell the client what went wrong: an answer of its own, or the last piece of the stream it is reading."""
         body = orjson.dumps(error_json(error))
         if call.sent:
+            self._finish(call)
             with suppress(_Stalled):
                 await self._send_piece(send, body)
             return
@@ -330,7 +331,7 @@ class Inference:
 
     def _record(self, call: Call) -> None:
         asked, served = call.asked, call.served
-        seconds = (call.ended or time.perf_counter()) - call.started
+        seconds = time.perf_counter() - call.started
         ttft_ms = (call.first_at - call.started) * 1000 if call.first_at is not None else call.engine_ttft_ms
         if call.background:
             seconds, ttft_ms = max(0.0, seconds - call.queue_ms / 1000), None
