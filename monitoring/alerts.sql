@@ -47,7 +47,8 @@ join spending s on s.scope = a.scope and s.name = a.name and s.kind = a.kind
 where a.scope = 'model' and a.name = %(model)s and a.kind in ('usd', 'usd_month') and a.amount > 0
 
 -- name: refused
--- What was refused before a version was found for it, beside what the windows have of all versions
+-- What was refused before a version was found for it (status >= 400 is what the index of failures has), beside what the
+-- windows have of all versions
 select r.refused, r.why, w.answered
 from (
     select count(*) as refused, mode() within group (order by error) as why from request_event

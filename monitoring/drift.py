@@ -374,14 +374,17 @@ def keep(conn: Connection, body: Mapping[str, Any]) -> uuid.UUID:
     return identifier
 
 
+def ratio(feature: Mapping[str, Any]) -> float | None:
+    """How far beyond its threshold a verdict's feature was, 1 at it; None where it was not compared."""
+    value, threshold = feature.get("value"), feature.get("threshold")
+    if value is None or threshold is None or not math.isfinite(value):
+        return None
+    return float(value / threshold) if threshold > 0 else math.inf if value > 0 else 0.0
+
+
 def _ratios(features: Sequence[Mapping[str, Any]]) -> list[float | None]:
-    """How far beyond its threshold each feature was, in FEATURES' order; None for what was not compared."""
-    found: dict[str, float] = {}
-    for f in features:
-        if f["value"] is not None and f["threshold"] is not None:
-            found[f["name"]] = (
-                f["value"] / f["threshold"] if f["threshold"] > 0 else math.inf if f["value"] > 0 else 0.0
-            )
+    """In FEATURES' order."""
+    found = {f["name"]: ratio(f) for f in features}
     return [found.get(feature.name) for feature in FEATURES]
 
 

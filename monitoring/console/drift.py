@@ -111,10 +111,9 @@ def _first(champion: int | None, numbers: Sequence[int]) -> int | None:
 
 
 def _ratio(f: Mapping[str, Any]) -> float:
-    value, threshold = f.get("value"), f.get("threshold")
-    if value is None or threshold is None or not math.isfinite(value):
-        return -1.0
-    return float(value / threshold) if threshold else math.inf if value else 0.0
+    """To sort by, and for the page, which shows nothing below 0."""
+    found = drift.ratio(f)
+    return -1.0 if found is None else found
 
 
 def _of_now(last: Mapping[str, Any] | None, begin: datetime, until: datetime) -> Mapping[str, Any] | None:

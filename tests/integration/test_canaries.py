@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import uuid
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import traffic
@@ -164,26 +165,21 @@ def test_a_version_that_hangs_until_its_clients_leave_is_taken_back(begun: Rollo
     assert "40 % requests whose clients left before the answer was whole, the champion's 0 %" in rollout.said
 
 
-def test_a_version_that_begins_late_is_taken_back(begun: Rollout) -> None:
-    serve(1, 40, first=50, last=45, ttft_ms=20.0)
+@pytest.mark.parametrize(
+    ("worse", "champion", "challenger"),
+    [("late", {"ttft_ms": 20.0}, {"ttft_ms": 60.0}), ("dear", {}, {"cost_usd": 0.00011})],
+)
+def test_late_and_dear_are_told_too(
+    begun: Rollout, worse: str, champion: dict[str, Any], challenger: dict[str, Any]
+) -> None:
+    serve(1, 40, first=50, last=45, **champion)
     pass_time(20)
-    serve(1, 20, ttft_ms=20.0)
-    serve(2, 20, ttft_ms=60.0)
+    serve(1, 20, **champion)
+    serve(2, 20, **challenger)
     turn()
     rollout, _, _ = now()
     assert rollout.state == "taken_back"
-    assert {f["name"] for f in rollout.findings if f["worse"]} == {"late"}
-
-
-def test_dear_is_told_too(begun: Rollout) -> None:
-    serve(1, 40, first=50, last=45)
-    pass_time(20)
-    serve(1, 20)
-    serve(2, 20, cost_usd=0.00011)
-    turn()
-    rollout, _, _ = now()
-    assert rollout.state == "taken_back"
-    assert {f["name"] for f in rollout.findings if f["worse"]} == {"dear"}
+    assert {f["name"] for f in rollout.findings if f["worse"]} == {worse}
 
 
 def test_a_step_is_not_passed_by_what_nobody_has_looked_at(begun: Rollout) -> None:

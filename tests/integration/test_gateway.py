@@ -212,29 +212,13 @@ async def test_following_ends_when_asked_whatever_is_heard_meanwhile(database: S
         assert await asyncio.wait({task}, timeout=20) == ({task}, set()), turns
 
 
-async def test_a_change_is_seen_by_looking_where_listening_is_lost(
-    database: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Follower, "_listen", lambda *_: None)
-    for number in (1, 2):
-        add_version("demo", number)
-    promote("demo", 1)
-    follower = Follower(database, Upstream(None), uuid.uuid4())
-    task = asyncio.create_task(follower.run())
-    try:
-        for number in (1, 2):
-            promote("demo", number)
-            async with asyncio.timeout(20):
-                while f"demo:{number} is not ready" not in follower.applied.get("demo", (0, False, ""))[2]:
-                    await asyncio.sleep(0.05)
-    finally:
-        task.cancel()
-        await asyncio.wait({task})
-
-
-async def test_a_change_is_heard_at_once(database: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Looking once a second would hide that nothing is heard."""
-    monkeypatch.setattr("deploy.follower.POLL_SECONDS", 60.0)
+@pytest.mark.parametrize(
+    ("lost", "instead"),
+    [("Follower._listen", lambda *_: None), ("POLL_SECONDS", 60.0)],
+    ids=["by looking where listening is lost", "heard, where looking once a second would hide that nothing is"],
+)
+async def test_a_change_is_seen(database: Settings, monkeypatch: pytest.MonkeyPatch, lost: str, instead: Any) -> None:
+    monkeypatch.setattr(f"deploy.follower.{lost}", instead)
     for number in (1, 2):
         add_version("demo", number)
     promote("demo", 1)
