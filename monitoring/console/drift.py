@@ -111,7 +111,7 @@ def _first(champion: int | None, numbers: Sequence[int]) -> int | None:
 
 
 def _ratio(f: Mapping[str, Any]) -> float:
-    """To sort by, and for the page, which shows nothing below 0."""
+    """To sort by: what was not compared comes last."""
     found = drift.ratio(f)
     return -1.0 if found is None else found
 
@@ -133,7 +133,7 @@ def _row(
     cells = [
         (ratio, f"{name}\njudged {_times(begin + i * length, length)}\n{_says(ratio)}") for i, ratio in enumerate(worst)
     ]
-    return {**f, "label": name, "ratio": _ratio(f), "heat": strips.heat(cells, title=f"{name} over time")}
+    return {**f, "label": name, "heat": strips.heat(cells, title=f"{name} over time")}
 
 
 def label(name: str) -> str:
