@@ -79,18 +79,18 @@ def _packages(own: Settings) -> Iterator[Finding]:
 
 
 def _processor(own: Settings) -> Iterator[Finding]:
-    count = cores()
+    count, able = cores(), multiplies_bf16()
     level: Literal["ok", "warn"] = "ok" if count > 1 else "warn"
     yield Finding(
         name="processor",
         level=level,
-        text=f"{count} core(s), bases run in {'bfloat16' if multiplies_bf16() else 'float32'}",
+        text=f"{count} core(s), bases run in {'bfloat16 where a trial shows that it pays' if able else 'float32'}",
         hint="" if count > 1 else "Training and serving share one core.",
     )
 
 
 def multiplies_bf16() -> bool:
-    """Whether the processor multiplies in bfloat16, which bases are then kept in (`registry.bases`)."""
+    """Whether the processor has products in bfloat16; whether those pay, `registry.bases` tries."""
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux

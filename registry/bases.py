@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import io
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from registry.prompts import FALLBACK_TEMPLATE
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+_SLOWER = 1.2  # times as long as in float32, that a product in bfloat16 may take: it needs half the memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,14 +158,28 @@ def _one_at_a_time(id: str) -> Iterator[None]:
 
 
 def _dtype() -> str:
-    """bfloat16 where the GPU, or without one the processor, multiplies in it: a step takes half the time then."""
+    """bfloat16 where the GPU multiplies in it, or the processor does and a trial shows that it is not slower: with
+    AMX a step takes half the time, and on a processor with avx512_bf16 alone up to twice as long."""
     import torch
 
     if torch.cuda.is_available():
         able = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        able = doctor.multiplies_bf16()
+        able = doctor.multiplies_bf16() and _seconds(torch.bfloat16) <= _SLOWER * _seconds(torch.float32)
     return "bfloat16" if able else "float32"
+
+
+def _seconds(dtype: Any) -> float:
+    """Of one product as a step of training has them, the shortest of some."""
+    import torch
+
+    rows, weight = torch.ones(512, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
+    taken: list[float] = []
+    for _ in range(8):
+        begun = time.perf_counter()
+        torch.nn.functional.linear(rows, weight)
+        taken.append(time.perf_counter() - begun)
+    return min(taken)
 
 
 def _source(id: str, revision: str) -> tuple[Path | None, str]:
