@@ -153,10 +153,12 @@ class Budget(Section):
 
 
 class Pruning(Section):
-    """Successive halving: `rungs` stages, after each of which the best 1/`reduction` of the trials goes on."""
+    """Successive halving: `rungs` stages, after each of which the best 1/`reduction` of a group goes on, and no fewer
+    than `finalists`: who leads halfway, at a rate that is still high, is often not who leads in the end."""
 
     reduction: int = Field(default=3, ge=2, le=16)
     rungs: int = Field(default=3, ge=1, le=10)
+    finalists: int = Field(default=2, ge=1, le=64)
 
 
 class Pick(Section):

@@ -19,11 +19,13 @@ Jobs = Mapping[tuple[int, int], Job]  # (trial, rung) -> job
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What of a study's spec decides who goes on. `rungs` are the optimizer steps at which trials are compared, the
-    last being the whole of a trial; after each rung but the last, the best 1/`reduction` go on."""
+    last being the whole of a trial; after each rung but the last, the best 1/`reduction` of a group go on, and no fewer
+    than `finalists`."""
 
     trials: int
     rungs: tuple[int, ...]
     reduction: int
+    finalists: int = 1
     workers: int = 0
     constraints: dict[str, float] = field(default_factory=dict)
 
@@ -63,7 +65,7 @@ def chosen(plan: Plan, here: Sequence[Job]) -> list[Job]:
     """Those that go on to the next rung, the best first: a rung is judged when all its members are through, so that
     the outcome does not depend on who was faster."""
     alive = sorted((job for job in here if job.state == "done" and may_win(plan, job)), key=_rank)
-    return alive[: _places(plan, len(here))]
+    return alive[: places(plan, len(here))]
 
 
 def may_win(plan: Plan, job: Job) -> bool:
@@ -83,7 +85,7 @@ def goes_on(plan: Plan, jobs: Sequence[Job], variant: Job) -> bool | None:
     if peers is None:
         return None
     better = sum(job.state == "done" and _rank(job) < _rank(variant) for job in peers)
-    return better < _places(plan, len(peers) + 1)
+    return better < places(plan, len(peers) + 1)
 
 
 def fates(plan: Plan, jobs: Sequence[Job]) -> dict[int, Fate | None]:
@@ -155,8 +157,9 @@ def _settled(plan: Plan, by: Jobs, members: Sequence[int], rung: int) -> list[Jo
     return here if all((job.trial, rung + 1) in by for job in chosen(plan, here)) else None
 
 
-def _places(plan: Plan, number: int) -> int:
-    return max(1, -(-number // plan.reduction))
+def places(plan: Plan, number: int) -> int:
+    """How many of so many trials at a rung go on."""
+    return max(min(plan.finalists, number), -(-number // plan.reduction))
 
 
 def _rank(job: Job) -> tuple[float, int]:

@@ -194,12 +194,19 @@ def add_job(
 
 
 def claim(
-    conn: Connection, study: str, worker: str, *, seconds: float = LEASE_SECONDS, without: Collection[int] = ()
-) -> list[Job]:
+    conn: Connection, study: str, worker: str, *, seconds: float = LEASE_SECONDS, without: Collection[int] = (),
+    above: int = -1,
+) -> list[Job]:  # fmt: skip
     """Take the waiting jobs of a pack, variants first, then higher rungs, by trial; none that a trial of `without`
-    leads. Empty when there is none, or the study does not run."""
-    values = {"study": study, "worker": worker, "seconds": seconds, "without": list(without)}
+    leads, and only of rungs beyond `above`. Empty when there is none, or the study does not run."""
+    values = {"study": study, "worker": worker, "seconds": seconds, "without": list(without), "above": above}
     return sorted((_job(row) for row in conn.execute(SQL["claim"], values)), key=lambda job: job.trial)
+
+
+def rung_is_over(conn: Connection, study: str, rung: int) -> bool:
+    """Whether no job of a rung waits or runs."""
+    row = conn.execute(SQL["rung_is_over"], {"study": study, "rung": rung}).fetchone()
+    return row is not None and bool(row["over"])
 
 
 def unpack(conn: Connection, job: Job) -> None:

@@ -71,6 +71,7 @@ on conflict do nothing
 with first as (
     select j.study, j.rung, j.pack from rung_job j join study s on s.name = j.study
     where j.study = %(study)s and s.state = 'running' and j.state = 'waiting' and j.pack <> all(%(without)s::int[])
+      and j.rung > %(above)s
       and not exists (select from rung_job o where o.study = j.study and o.rung = j.rung and o.pack = j.pack
                       and o.state = 'waiting' and o.trial < j.trial)
     order by j.clone_of is null, j.rung desc, j.pack limit 1 for update of j skip locked)
@@ -78,6 +79,10 @@ update rung_job j set state = 'running', token = token + 1, attempts = attempts 
     lease_until = now() + make_interval(secs => %(seconds)s), updated_at = now()
 from first where (j.study, j.rung, j.pack) = (first.study, first.rung, first.pack) and j.state = 'waiting'
 returning j.*
+
+-- name: rung_is_over
+select not exists (select from rung_job where study = %(study)s and rung = %(rung)s and state in ('waiting', 'running'))
+    as over
 
 -- name: unpack
 update rung_job set state = 'waiting', attempts = attempts - 1, pack = trial, lease_until = null, updated_at = now()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from infra.db import transaction
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 # User attributes of a trial: of one that is another one's whole, that one's number; of one that was drawn, its place
 # among those; of a variant, its number among those
 WHOLE, PLACE, VARIANT = "whole", "place", "variant"
+_AT_ONCE = 4  # trials that MLflow is told of at once
 
 
 class Mirror:
@@ -93,38 +95,46 @@ class Mirror:
         """Bring MLflow up to what the jobs say: a nested run a trial, with its curves. Repeating it adds nothing."""
         if self.parent is None:
             return
-        overs = self._overs(jobs)
+        overs, trials = self._overs(jobs), halving.by_trial(jobs)
         new = [j for j in jobs if j.value is not None and (j.trial, j.rung) not in self.logged]
         with transaction() as conn:
             curves = studies.curves(conn, self.spec.study, new) if new else {}
-        for number, mine in halving.by_trial(jobs).items():
-            if number in self.closed:
+        open_ = [number for number in trials if number not in self.closed]
+        if any(number not in self.runs for number in open_):
+            self.nested = self.nested or mlflow.Nested(self.parent)
+        with ThreadPoolExecutor(_AT_ONCE) as pool:  # a call is mostly waited for
+            list(pool.map(lambda number: self._log_trial(trials[number], overs[number], curves), open_))
+
+    def _log_trial(
+        self, mine: Sequence[studies.Job], over: optuna.trial.TrialState | None, curves: Mapping[tuple[int, int], Any]
+    ) -> None:
+        """Bring MLflow up to what a trial's jobs say, as far as their curves are given."""
+        last, told = mine[-1], False
+        if last.trial not in self.runs:
+            assert self.nested is not None  # noqa: S101  asked for before the first trial
+            self.runs[last.trial] = self.nested.start_run(
+                f"trial {last.trial}",
+                params=mine[0].params,
+                tags={
+                    "tunesmith.study": self.spec.study,
+                    "tunesmith.trial": str(last.trial),
+                    "tunesmith.clone_of": "" if mine[0].clone_of is None else str(mine[0].clone_of),
+                },
+                key=f"{self.spec.study}/{last.trial}",
+            )
+        run = self.runs[last.trial]
+        for job in mine:
+            if (curve := curves.get((job.trial, job.rung))) is None:
                 continue
-            if number not in self.runs:
-                self.nested = self.nested or mlflow.Nested(self.parent)
-                self.runs[number] = self.nested.start_run(
-                    f"trial {number}",
-                    params=mine[0].params,
-                    tags={
-                        "tunesmith.study": self.spec.study,
-                        "tunesmith.trial": str(number),
-                        "tunesmith.clone_of": "" if mine[0].clone_of is None else str(mine[0].clone_of),
-                    },
-                    key=f"{self.spec.study}/{number}",
-                )
-            run, last, told, over = self.runs[number], mine[-1], False, overs[number]
-            for job in mine:
-                if (curve := curves.get((number, job.rung))) is None:
-                    continue
-                points = [("train_loss", loss, int(step)) for step, loss in curve]
-                points.append(("validation_loss", halving.loss(job), job.steps))
-                # The time is the job's, so that another coordinator sends the same points
-                told = job is last and over is not None
-                tags = _outcome(over.name.lower(), last) if told and over is not None else None
-                mlflow.log_points(run, points, at_ms=int(job.updated_at.timestamp() * 1000), tags=tags)
-                self.logged.add((number, job.rung))
-            if over is not None:
-                self._close(run, None if told else over.name.lower(), last)
+            points = [("train_loss", loss, int(step)) for step, loss in curve]
+            points.append(("validation_loss", halving.loss(job), job.steps))
+            # The time is the job's, so that another coordinator sends the same points
+            told = job is last and over is not None
+            tags = _outcome(over.name.lower(), last) if told and over is not None else None
+            mlflow.log_points(run, points, at_ms=int(job.updated_at.timestamp() * 1000), tags=tags)
+            self.logged.add((job.trial, job.rung))
+        if over is not None:
+            self._close(run, None if told else over.name.lower(), last)
 
     def _close(self, run: str, outcome: str | None, last: studies.Job) -> None:
         """End a trial's run; its outcome is None where MLflow has it already."""

@@ -93,6 +93,7 @@ def make_spec(
         trials=trials or tuning.trials,
         rungs=rungs(total, number=tuning.pruning.rungs, reduction=tuning.pruning.reduction),
         reduction=tuning.pruning.reduction,
+        finalists=tuning.pruning.finalists,
         space=space,
         sampler=tuning.sampler,
         seed=tuning.seed,

@@ -10,7 +10,7 @@ from typing import Any
 
 from infra import storage
 from pipelines.tuning.methods import packable
-from registry.halving import Plan, brackets
+from registry.halving import Plan, brackets, places
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ def reaching(spec: StudySpec) -> list[int]:
         size = len(group)
         for rung in range(len(spec.rungs)):
             counts[rung] += size
-            size = max(1, -(-size // spec.reduction))
+            size = places(spec, size)
     return counts
 
 

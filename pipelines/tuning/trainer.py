@@ -34,6 +34,7 @@ _MEGABATCH = 16  # batches whose rows are sorted by length together: little padd
 _FORWARD_TOKENS = 4096  # an adapter's tokens in one forward pass, padding included; larger batches are accumulated
 _SCORED_TOKENS = 1024  # the same in validation on a processor: less padding, and layers' results stay in its cache
 _MEASURED = 6  # layers, or a few more, that are measured with
+_TIMED = 0.1  # seconds, that a measurement lasts at least: clocks of a process may tick in hundredths
 _MANY = 8  # adapters, of which half as many are measured too
 _WORTH = 1.05  # a larger pack must bring this much more, since it delays what it could tell
 
@@ -234,26 +235,29 @@ class Trainer:
         return total // self.forward.cells(2, self.lengths[longest])
 
     def _time(self, members: Sequence[Mapping[str, Any]]) -> float:
-        """Seconds a step, the shorter of two after one to warm up; on a processor its own, whoever else works on it."""
+        """Seconds a step, after one to warm up; on a processor its own ones, whoever else works on it, without what
+        the system takes to give memory that is given once."""
         adapters = self._adapters(members, list(range(len(members))))
-        clock = time.process_time if self.model.device.type == "cpu" else time.perf_counter
-        seconds: list[float] = []
+        clock = _own_seconds if self.model.device.type == "cpu" else time.perf_counter
         with adapters.attached():
             run = _Run(self, adapters, [])
             batches = epoch_of(self.lengths, min(int(members[0]["per_device_train_batch_size"]), len(self.train)),
                                seed=self.seed, epoch=0)  # fmt: skip
             batch = sorted(batches, key=lambda rows: max(self.lengths[i] for i in rows))[len(batches) // 2]
             self.model.train()
-            while len(seconds) < 3:
-                begun = clock()
+            steps, spent, begun = -1, 0.0, 0.0
+            while spent < _TIMED:
+                if steps == 0:
+                    begun = clock()
                 adapters.begin_step(0, mix=_mix)
                 run.gradients(batch, 1, 0)
                 for k, params in enumerate(members):
                     adapters.step(k, rate=0.0, max_norm=float(params["max_grad_norm"]))
                 adapters.clear()
                 adapters.changed()
-                seconds.append(clock() - begun)
-        return min(seconds[1:])
+                steps += 1
+                spent = clock() - begun if steps else 0.0
+        return spent / steps
 
     @contextlib.contextmanager
     def _some_layers(self) -> Iterator[float]:
@@ -396,6 +400,12 @@ class _Run:
                 totals += losses.double().sum(1).cpu()
                 count += losses.shape[1]
         return [total / count for total in totals.tolist()]
+
+
+def _own_seconds() -> float:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_utime
 
 
 def shares(most: int) -> list[int]:

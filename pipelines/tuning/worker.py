@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from registry.halving import brackets
 
 log = logging.getLogger(__name__)
 _IDLE = 0.3  # seconds between looks for work
+_JUDGED = 1.0  # seconds that a rung's last worker gives the coordinator to judge it, before it takes up lower ones
 _LOOK = 1.0  # and between looks whether the work is still wanted
 # Tokens a row. Measured on a CPU in bf16: flash attention's backward pass costs a step 8-17 % more CPU than the plain
 # one. Longer rows were not measured, and there the plain one's memory grows with the square.
@@ -75,28 +77,35 @@ def work(study: str, *, max_idle: float | None = None, parent: int | None = None
     patiently(lambda: _measure(trainer, spec), _DATABASE_AWAY)
     idle_since = time.monotonic()
     too_large: set[int] = set()  # trials that a guest leaves to others
+    rung, rung_until = -1, 0.0
     while parent is None or os.getppid() == parent:
-        jobs = patiently(lambda: _next(study, too_large), _DATABASE_AWAY)
+        judging = time.monotonic() < rung_until
+        look = partial(_next, study, too_large, above=rung if judging else -1)
+        jobs = patiently(look, _DATABASE_AWAY)
         if jobs is None:
             return
         if not jobs:
-            if max_idle is not None and time.monotonic() - idle_since > max_idle:
+            if not judging and max_idle is not None and time.monotonic() - idle_since > max_idle:
                 return
-            time.sleep(_IDLE)
+            time.sleep(_IDLE / 3 if judging else _IDLE)
             continue
         too_large.update(_carry_out(trainer, spec, jobs, guest=parent is None))
         if trainer.broken:  # and this process may have all the memory that it is allowed
             log.warning("the worker begins anew, since an adapter was half-made on its base")
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
         idle_since = time.monotonic()
+        rung, rung_until = jobs[0].rung, idle_since + (_JUDGED if jobs[0].rung + 1 < len(spec.rungs) else 0.0)
 
 
-def _next(study: str, without: Collection[int]) -> list[studies.Job] | None:
-    """A pack to work off, but for some trials; empty when there is none now, None when the study is over."""
+def _next(study: str, without: Collection[int], above: int) -> list[studies.Job] | None:
+    """A pack to work off, but for some trials; empty when there is none now, None when the study is over. Once the rung
+    `above` is over, none of it or of lower ones: a trial that is to end first would wait behind those that begin."""
     with transaction() as conn:
         if studies.get(conn, study)["state"] != "running":
             return None
-        return studies.claim(conn, study, _my_name(), without=without)
+        if above >= 0 and not studies.rung_is_over(conn, study, above):
+            above = -1
+        return studies.claim(conn, study, _my_name(), without=without, above=above)
 
 
 def _places(study: str) -> dict[int, int]:

@@ -83,7 +83,7 @@ class Size:
 
 
 LONG = Size(
-    seeds=5, trials=16, more=16, rungs=(3, 7, 14, 27), peer_rungs=(3, 9, 27), train=108,
+    seeds=5, trials=16, more=16, rungs=(3, 9, 27), peer_rungs=(3, 9, 27), train=108,
     validation=32, test=96, check=12, pace=12, probe=3, rounds=5, logged_trials=16, logged_steps=1000,
 )  # fmt: skip
 SHORT = Size(

@@ -6,7 +6,6 @@ import contextlib
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,8 +13,11 @@ from _home import started
 from _search_bench import ONE, Bench, median, print_ratio, say, say_json
 
 from infra import ports, services
+from infra.db import transaction
 from infra.settings import get_settings
-from pipelines.tuning.spec import rungs
+from pipelines.tuning.mirror import Mirror
+from pipelines.tuning.spec import StudySpec, rungs
+from registry import studies
 
 WAYS = ("ours", "log_metric", "asynchronous", "buffered", "log_batch")
 MINUTES = ("log_metric", "asynchronous")  # take minutes a round, and part in every other one
@@ -40,7 +42,8 @@ def compare_logging(bench: Bench) -> None:
     print(f"\n(d) Logging: {size.logged_trials} trials x {size.logged_steps} steps, until all is visible in MLflow "
           "(one server process on PostgreSQL; CPU of client, server and database)")  # fmt: skip
     print("    asynchronous and buffered: log_metric(synchronous=False) and a flush, the latter with "
-          "MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS=1; log_batch: one call a trial; ours: one a rung")  # fmt: skip
+          "MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS=1; log_batch: one call a trial, ours one a trial and rung, four at "
+          "once")  # fmt: skip
     for way in WAYS:
         rounds = list(found[way].values())
         print(f"    {way}: {median(rounds, 'wall'):.2f} s, {median(rounds, 'cpu'):.2f} CPU s, medians of {len(rounds)}")
@@ -86,25 +89,41 @@ def check_that_all_is_there(experiment: str, curves: Sequence[Sequence[float]]) 
 
 
 def ours_log(job: Mapping[str, Any]) -> None:
-    """As the search's coordinator does it: a run a trial, its points in a batch a rung."""
+    """As the search's coordinator does it: it tells of all trials that are through a rung."""
+    import optuna
+
     from registry import mlflow
 
-    experiment = job["experiment"]
-    parent = mlflow.start_run(experiment, "study")
-    nested = mlflow.Nested(parent)
+    name, curves = job["experiment"], job["curves"]
+    spec = StudySpec(
+        study=name, model="m", base="", dataset="", system=None, max_tokens=1, trials=len(curves), reduction=1,
+        rungs=rungs(len(curves[0]), number=3, reduction=3), workers=len(curves), space={},
+    )  # fmt: skip
+    jobs = done_jobs(spec, curves, job["params"])
+    mirror = Mirror(spec, optuna.create_study(), parent := mlflow.start_run(name, "study"))
     say_json()
-    for number, curve in enumerate(job["curves"]):
-        run = nested.start_run(
-            f"trial {number}", params=job["params"], key=f"{experiment}/{number}",
-            tags={"tunesmith.study": experiment, "tunesmith.trial": str(number)},
-        )  # fmt: skip
-        begun = 0
-        for steps in rungs(len(curve), number=3, reduction=3):
-            points = [("train_loss", curve[step], step + 1) for step in range(begun, steps)]
-            points.append(("validation_loss", curve[steps - 1], steps))
-            outcome = {"tunesmith.outcome": "complete", "tunesmith.error": ""} if steps == len(curve) else None
-            mlflow.log_points(run, points, at_ms=int(time.time() * 1000), tags=outcome)
-            begun = steps
-        mlflow.end_run(run)
+    for rung in range(len(spec.rungs)):
+        mirror.log([j for j in jobs if j.rung <= rung])
     mlflow.end_run(parent)
     say_json()
+
+
+def done_jobs(spec: StudySpec, curves: Sequence[Sequence[float]], params: Mapping[str, Any]) -> list[studies.Job]:
+    """A study's jobs as its workers leave them, with these losses."""
+    with transaction() as conn:
+        studies.create(conn, spec.study, spec.model, spec.to_json())
+        for rung, steps in enumerate(spec.rungs):
+            begun = spec.rungs[rung - 1] if rung else 0
+            for trial in range(len(curves)):
+                studies.add_job(
+                    conn, spec.study, trial=trial, rung=rung, trial_id=trial, params=params, steps=steps,
+                    checkpoint=None,
+                )  # fmt: skip
+            while found := studies.claim(conn, spec.study, "w"):
+                for j in found:
+                    curve = [(step + 1, curves[j.trial][step]) for step in range(begun, steps)]
+                    studies.finish(
+                        conn, j, value=curve[-1][1], curve=curve, checkpoint="c", tokens=1, seconds=1.0,
+                        adapter_parameters=1, latency_ms=None,
+                    )  # fmt: skip
+        return studies.jobs(conn, spec.study)

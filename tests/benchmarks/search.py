@@ -157,7 +157,7 @@ def run_ours(bench: Bench, world: World, **other: Any) -> Run:
     size = bench.size
     spec = StudySpec(
         study=f"study-{world.seed}", model="m", base=bench.base.digest, dataset=world.dataset, system=None,
-        max_tokens=MAX_TOKENS, trials=size.trials + size.more, rungs=size.rungs, reduction=2, space=SPACE,
+        max_tokens=MAX_TOKENS, trials=size.trials + size.more, rungs=size.rungs, reduction=3, finalists=2, space=SPACE,
         seed=world.seed, workers=CORES,
     )  # fmt: skip
     spec = replace(spec, **other)
@@ -232,8 +232,8 @@ def print_searches(size: Size, part: str, precision: str, threads: int, rows: Se
           f"{pruning if part == 'b' else 'no pruning'}, model loaded for each trial, one loss on all validation rows "
           f"at {'each rung' if part == 'b' else 'the end'}; rows come tokenised")  # fmt: skip
     print(f"    ours: {CORES} workers of one thread, {size.trials + size.more} trials at most, rungs {size.rungs}, "
-          "reduction 2; TPE draws near a third of few results where Optuna's draws near a tenth; both clocks from "
-          "process start")  # fmt: skip
+          "reduction 3 and two finalists, which are the defaults; TPE draws near a third of few results where Optuna's "
+          "draws near a tenth; both clocks from process start")  # fmt: skip
     print("    seed  target   ours | to target: peer s (CPU)    ours s (CPU)  | whole: peer s (CPU)     ours s (CPU)")
     for seed, row in enumerate(rows):
         reached = f"{row['ours_to']:7.1f} ({row['ours_to_cpu']:.1f})" if row["ours_to"] else "not reached"

@@ -12,7 +12,7 @@ from infra.errors import Conflict, NotFound
 from infra.settings import Settings
 from pipelines import runs
 from pipelines.tuning.crew import Crew
-from pipelines.tuning.worker import name_of
+from pipelines.tuning.worker import _next, name_of
 from registry import leases, studies
 from registry.studies import Job
 
@@ -119,6 +119,28 @@ def test_higher_rungs_come_first_and_a_rung_is_put_up_once(study: str) -> None:
         put_up(conn, 2, rung=1)
         assert len(studies.jobs(conn, "s")) == 4
     assert [(j.trial, j.rung) for j in (taken("w"), taken("w"))] == [(2, 1), (0, 0)]
+
+
+def test_whoever_ends_a_rung_leaves_lower_ones_alone_until_it_is_judged(study: str) -> None:
+    with transaction() as conn:
+        put_up(conn, 0, rung=1)
+        put_up(conn, 1, rung=1)
+    first, second = taken("a"), taken("b")
+    assert (first.rung, second.rung) == (1, 1)
+    finish(first)
+    following = _next("s", (), above=1)  # the other one is not through yet, and nothing to wait for
+    assert following is not None
+    assert [(j.trial, j.rung) for j in following] == [(0, 0)]
+    finish(second)
+    assert _next("s", (), above=1) == []
+    with transaction() as conn:
+        put_up(conn, 1, rung=2)
+    best = _next("s", (), above=1)
+    assert best is not None
+    assert [(j.trial, j.rung) for j in best] == [(1, 2)]
+    rest = _next("s", (), above=-1)
+    assert rest is not None
+    assert [(j.trial, j.rung) for j in rest] == [(1, 0)]
 
 
 def test_a_stale_token_writes_nothing(study: str) -> None:

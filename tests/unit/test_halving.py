@@ -48,6 +48,14 @@ def test_a_rung_is_judged_when_all_are_through() -> None:
     assert [halving.fates(SPEC, judged())[n] for n in range(9)] == ["pruned"] * 6 + [None] * 3
 
 
+def test_no_fewer_go_on_than_there_are_finalists() -> None:
+    two = replace(SPEC, finalists=2)
+    assert [j.trial for j in halving.chosen(two, first_rung())] == [8, 7, 6]
+    second = [job(n, 1, value=9.0 - n) for n in (6, 7, 8)]
+    assert [j.trial for j in halving.chosen(two, second)] == [8, 7]
+    assert [j.trial for j in halving.chosen(two, second[:1])] == [6]  # of one there are no two
+
+
 @pytest.mark.parametrize("state", ["failed", "pruned"])
 def test_who_failed_or_was_stopped_by_hand_has_no_place(state: str) -> None:
     jobs = first_rung()
