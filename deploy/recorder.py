@@ -333,8 +333,10 @@ class Recorder:
                     self._keep_house()
                     next_hour = time.monotonic() + 3600
                 sent = self._send()
-                # Not at once for what came meanwhile: a transaction an event would cost more than the answers
-                wait = POLL_SECONDS if sent is None or 0 < sent < BATCH_ROWS else 0.0
+                # Not at once for what came meanwhile: a transaction an event would cost more than the answers. The end
+                # of a segment is no end of what waits
+                all_sent = sent is None or (0 < sent < BATCH_ROWS and len(self._segments) == 1)
+                wait = POLL_SECONDS if all_sent else 0.0
             except (psycopg.OperationalError, psycopg.InterfaceError, TunesmithError) as error:
                 if wait != RETRY_SECONDS:
                     log.warning("request events wait in %s: %s", self.folder, str(error).strip().split("\n")[0])
