@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import logging
 import socket
 import time
@@ -234,6 +235,8 @@ def run(base: str, *, host: str, port: int, url: str | None = None, limits: Limi
         )
     )
     log.info("base %s at %s: %d rows, context %d", digest or folder, address, engine.limits.rows, engine.context)
+    gc.collect()
+    gc.freeze()  # what was imported is not looked through again and again: no token is decoded then
     try:
         with suppress(KeyboardInterrupt):
             server.run(sockets=[bound])

