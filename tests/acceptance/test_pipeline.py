@@ -49,7 +49,7 @@ generation: {{max_tokens: 8}}
 tuning:
   trials: {trials}
   max_steps: {steps}
-  pruning: {{reduction: 3, rungs: {rungs}}}
+  pruning: {{reduction: 3, rungs: {rungs}, finalists: 1}}
   space: {{r: [4, 8], learning_rate: {{low: 1e-3, high: 5e-3, log: true}}, per_device_train_batch_size: 8}}
 evaluation: {{suites: [quality], limit: 12}}
 gates: [{{metric: loss, must: at_most, value: {most_loss}}}]
