@@ -149,7 +149,10 @@ def _sentence(m: Moved, new_words: Sequence[str], *, keeps_text: bool) -> str:
         return _length(m, *_LENGTHS[name])
     before, now = feature.mean(m.before), feature.mean(m.now)
     if name in _SHARES:
-        return f"{_SHARES[name].format(now=_percent(now))}, {_percent(before)} before"
+        told = _SHARES[name].format(now=_percent(now))
+        if _percent(now) == _percent(before):
+            return f"{told} on average, as before, but another share of {_percent(_elsewhere(m))} of them"
+        return f"{told}, {_percent(before)} before"
     return _OTHERS[name](before, now)
 
 

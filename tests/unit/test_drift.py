@@ -225,3 +225,13 @@ def test_every_feature_has_words() -> None:
         text = explain.verdict("m", 1, 100, 1, [moved], [], keeps_text=False, found=found)
         assert len(text) > 80, text
         assert not math.isnan(feature.mean(before))
+
+
+def test_a_share_that_moved_around_its_mean_is_not_said_to_be_as_before() -> None:
+    feature = next(f for f in FEATURES if f.name == "punctuation_share")
+    before, now = [0] * feature.bins, [0] * feature.bins
+    before[2] = 100
+    now[1], now[3] = 50, 50
+    moved = drift.Moved(feature=feature, statistic="ks", value=0.5, threshold=0.1, before=tuple(before), now=tuple(now))
+    text = explain.verdict("m", 1, 100, 1, [moved], [], keeps_text=False, found=attributed("input"))
+    assert "of requests on average, as before, but another share of 100 % of them" in text
