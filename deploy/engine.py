@@ -236,7 +236,7 @@ def run(base: str, *, host: str, port: int, url: str | None = None, limits: Limi
     )
     log.info("base %s at %s: %d rows, context %d", digest or folder, address, engine.limits.rows, engine.context)
     gc.collect()
-    gc.freeze()  # what was imported is not looked through again and again: no token is decoded then
+    gc.freeze()  # what was imported is not looked through by each full collection, while no token is decoded
     try:
         with suppress(KeyboardInterrupt):
             server.run(sockets=[bound])

@@ -15,7 +15,7 @@ from typing import Any
 
 from psycopg.types.json import Jsonb
 
-from infra.db import Connection, load_queries
+from infra.db import Connection, load_queries, one
 from infra.errors import Conflict, NotFound
 
 SQL = load_queries(Path(__file__).with_suffix(".sql"))
@@ -205,8 +205,7 @@ def claim(
 
 def rung_is_over(conn: Connection, study: str, rung: int) -> bool:
     """Whether no job of a rung waits or runs."""
-    row = conn.execute(SQL["rung_is_over"], {"study": study, "rung": rung}).fetchone()
-    return row is not None and bool(row["over"])
+    return bool(one(conn, SQL["rung_is_over"], {"study": study, "rung": rung})["over"])
 
 
 def unpack(conn: Connection, job: Job) -> None:
